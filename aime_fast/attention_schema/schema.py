@@ -1,0 +1,89 @@
+"""AttentionSchema: posterior and prior together, with their losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aime_fast.attention_schema.posterior import AttentionMaps, AttentionPosterior
+from aime_fast.attention_schema.prior import AttentionPrior, PredictedAttention
+
+LOG_FLOOR = 1e-8  # keeps log A finite where a map is zero
+
+
+class AttentionSchema(nn.Module):
+    """Where the model looks (posterior) and where it expects to look (prior).
+
+    Args: see `AttentionPosterior` and `AttentionPrior`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        hidden_dim: int,
+        context_dim: int,
+        latent_dim: int,
+        attention_dim: int = 64,
+        num_slots: int = 5,
+        iterations: int = 3,
+        fusion: str = "weighted",
+        prior_dim: int = 64,
+    ):
+        super().__init__()
+        self.posterior = AttentionPosterior(image_size, hidden_dim, context_dim, attention_dim, num_slots, iterations, fusion)
+        self.grid = self.posterior.grid
+        self.prior = AttentionPrior(self.grid, hidden_dim, latent_dim, prior_dim)
+        self.register_buffer("coordinates", grid_coordinates(self.grid), persistent=False)
+
+    def look(self, frames: Tensor, hidden: Tensor, context: Tensor) -> AttentionMaps:
+        """The posterior: frames [N, 3, H, W], hidden [N, Dh], context [N, Dc]."""
+        return self.posterior(frames, hidden, context)
+
+    def expect(self, attention: Tensor, hidden: Tensor, latents: Tensor) -> PredictedAttention:
+        """The prior, from frame t-1: attention [N, Ha, Wa], hidden [N, Dh], latents [N, Z]."""
+        return self.prior(attention, hidden, latents)
+
+    def uniform(self, batch: int) -> Tensor:
+        """The map before the first frame: [batch, Ha, Wa]."""
+        return torch.full((batch, self.grid, self.grid), 1.0 / self.grid**2, device=self.coordinates.device, dtype=self.coordinates.dtype)
+
+    def centre(self, attention: Tensor) -> Tensor:
+        """Centre of mass (x, y), as a share of the image: [..., Ha, Wa] -> [..., 2]."""
+        return torch.einsum("...hw,chw->...c", attention, self.coordinates.to(attention.dtype))
+
+    def dynamics_loss(self, attention: Tensor, before: Tensor, movement: Tensor, start: Tensor) -> Tensor:
+        """Smooth L1 between the predicted movement, averaged under the old map, and that of the centre of mass.
+
+        The movement to be predicted is a target and gets no gradient: maps must not learn to stand still.
+
+        Args: attention, before [B, T, Ha, Wa]; movement [B, T, 2, Ha, Wa]; start bool [B, T], frames without a past.
+        """
+        target = (self.centre(attention) - self.centre(before)).detach()
+        predicted = torch.einsum("bthw,btchw->btc", before, movement)
+        error = F.smooth_l1_loss(predicted, target, reduction="none", beta=0.05).sum(-1)
+        weight = (~start).to(error.dtype)
+        return (error * weight).sum() / weight.sum().clamp_min(1.0)
+
+
+def grid_coordinates(grid: int) -> Tensor:
+    """(x, y) of each cell's centre as a share of the image: [2, grid, grid]."""
+    middle = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    return torch.stack([x, y])
+
+
+def attention_kl(attention: Tensor, log_prior: Tensor) -> Tensor:
+    """KL(A_post || A_prior) in nats: [..., Ha, Wa] twice -> [...]."""
+    return (attention * (attention.clamp_min(LOG_FLOOR).log() - log_prior)).sum((-2, -1))
+
+
+def diversity_loss(slot_maps: Tensor) -> Tensor:
+    """Mean pairwise cosine overlap of slot maps plus their mean entropy (as a share of the largest): [N, S, Ha, Wa] -> scalar."""
+    maps = slot_maps.flatten(2)
+    unit = F.normalize(maps, dim=2)
+    overlap = unit @ unit.transpose(1, 2)  # [N, S, S]
+    slots = maps.shape[1]
+    pairs = (overlap.sum((1, 2)) - overlap.diagonal(dim1=1, dim2=2).sum(1)) / max(slots * (slots - 1), 1)
+    entropy = -(maps * maps.clamp_min(LOG_FLOOR).log()).sum(2).mean(1) / torch.log(torch.tensor(float(maps.shape[2])))
+    return (pairs + entropy).mean()

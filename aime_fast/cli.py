@@ -1,0 +1,77 @@
+"""The command line shared by `collect`, `train` and `evaluate`: presets, flat flags, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from aime_fast.config import PRESETS, Config, preset
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """Settings that contradict each other or the machine. The message names the value, the place and the remedy."""
+
+
+def parse_arguments(cls: type[T], prog: str, description: str, argv: Sequence[str] | None = None, default: T | None = None) -> T:
+    """Parse a dataclass from the command line.
+
+    Nested dataclasses become groups in the help, their fields flat flags (`--latent-dim 18`), booleans bare ones
+    (`--compile`, `--no-compile`). `default` supplies every value that is not given; without it the class's own defaults do.
+    A bad argument prints what was expected and leaves with status 2; `--help` leaves with 0.
+    """
+    import tyro
+
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    given = {} if default is None else {"default": default}
+    return tyro.cli(cls, prog=prog, description=description, args=argv, config=flat, **given)
+
+
+def tier_from(argv: Sequence[str] | None, default: str) -> str:
+    """The value of `--tier` in `argv` (None: `sys.argv`), or `default`. Leaves with status 2 if there is no such tier."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tier", default=default)
+    tier = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0].tier
+    if tier not in PRESETS:
+        fail(f"--tier {tier}: there is no such tier; choose one of {', '.join(PRESETS)}")
+    return tier
+
+
+def parse_config(prog: str, description: str, argv: Sequence[str] | None = None, default_tier: str = "1") -> Config:
+    """A whole `Config`: the preset of `--tier`, with every field settable as a flat flag.
+
+    Args:
+        prog: the command as the user types it, for usage lines.
+        description: first paragraph of `--help`.
+        argv: arguments without the program's name; None reads `sys.argv`.
+        default_tier: tier taken without `--tier`.
+    """
+    return parse_arguments(Config, prog, description, argv, default=preset(tier_from(argv, default_tier)))
+
+
+def fail(message: object) -> None:
+    """Print `error: message` on stderr and leave with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_command(main: Callable[[], object], user_errors: tuple[type[Exception], ...] = ()) -> None:
+    """Call `main()`; turn errors the user can mend into one line on stderr and exit status 2, Ctrl-C into status 130.
+
+    Those errors are `ConfigError`, `DataError`, `FileNotFoundError` and `user_errors`. Anything else is a fault of the
+    program and keeps its traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from aime_fast.data import DataError
+
+        if isinstance(error, (ConfigError, DataError, FileNotFoundError, *user_errors)):
+            fail(error)
+        raise

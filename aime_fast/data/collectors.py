@@ -1,0 +1,186 @@
+"""Recording episodes: TorchRL collectors over dm_control, written to HDF5 episode by episode."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+
+from aime_fast.config import DataConfig
+from aime_fast.data.environments import make_environment, probe_renderer, task_shape
+from aime_fast.data.episodes import DataError, EpisodeWriter
+
+if TYPE_CHECKING:
+    from torchrl.collectors import BaseCollector
+
+# Frames of one worker in one message. Messages cost, bytes hardly do.
+FRAMES_PER_MESSAGE = 256
+RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
+
+
+class NoisePolicy(TensorDictModuleBase):
+    """Actions from noise alone, float32 [A] in [-1, 1].
+
+    "random" draws each action uniformly. "ou" is an Ornstein-Uhlenbeck process, sampled exactly at the agent's steps:
+    u' = r u + s sqrt(1 - r^2) n, r = exp(-rate), n normal, which pushes in one direction for about 1/rate steps and so reaches
+    states that independent actions never reach. It starts from its stationary distribution wherever `is_init` is true.
+    """
+
+    rate = 0.15
+    deviation = 0.6
+
+    def __init__(self, kind: Literal["random", "ou"], action_dim: int, seed: int):
+        super().__init__()
+        self.in_keys, self.out_keys = ["is_init"], ["action"]
+        self.kind, self.action_dim = kind, action_dim
+        self._random = np.random.default_rng(seed)
+        self._state = np.zeros(action_dim)
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        if self.kind == "random":
+            action = self._random.uniform(-1, 1, self.action_dim)
+        else:
+            noise = self.deviation * self._random.standard_normal(self.action_dim)
+            keep = 0.0 if tensordict["is_init"].item() else math.exp(-self.rate)
+            action = self._state = keep * self._state + math.sqrt(1 - keep**2) * noise
+        return tensordict.set("action", torch.from_numpy(np.clip(action, -1, 1).astype(np.float32)))
+
+
+def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = True) -> Path:
+    """Record `config.episodes` whole episodes of a dm_control task into one HDF5 shard.
+
+    Each worker plays its own stream of episodes with its own seeds, so the result depends on `seed`, `config.workers` and,
+    for pixels, on the OpenGL driver. Nothing appears under `out` unless every episode was written; an interruption removes
+    what there was.
+
+    Args:
+        config: task, number of episodes, frame skip, picture, policy, workers.
+        seed: of initial states and actions.
+        out: file to write; one that exists is replaced at the end.
+        progress: show a progress bar.
+    Returns:
+        `out` as a Path.
+    Raises:
+        DataError: a setting is out of range, the task is unknown, or nothing renders here.
+        KeyboardInterrupt: passed on after clean-up, with a message that says what became of the file.
+    """
+    for name in ("episodes", "workers", "frame_skip", "image_size"):
+        if getattr(config, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
+    if seed < 0:
+        raise DataError(f"--seed {seed}: expected 0 or more")
+    out = Path(out)
+    backend = probe_renderer()
+    action_dim, longest = task_shape(config)
+    attributes = {
+        **{key: getattr(config, key) for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")},
+        "action_dim": action_dim,
+        "seed": seed,
+        "render_backend": backend,
+        "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
+    }
+    frames = min(FRAMES_PER_MESSAGE, longest)
+    written = 0
+    try:
+        with EpisodeWriter(out, attributes) as writer, _collector(config, seed, action_dim, frames) as collector:
+            began = time.perf_counter()  # the workers are up
+            with _progress_bar(config.episodes, progress) as advance:
+                for episode in _whole_episodes(collector):
+                    writer.write(episode)
+                    written += 1
+                    advance(len(episode["action"]))
+                    if written == config.episodes:
+                        break
+            writer.annotate(collection_seconds=time.perf_counter() - began)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"collection stopped after {written} of {config.episodes} episodes; nothing was kept") from None
+    return out
+
+
+def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray]]:
+    """Whole episodes of all workers, in a fixed order: message by message, worker by worker."""
+    pending: list[list[TensorDict]] = []
+    for message in collector:
+        streams = message if message.ndim == 2 else message.unsqueeze(0)  # [workers, frames]
+        pending = pending or [[] for _ in streams]
+        for parts, stream in zip(pending, streams.unbind(0)):
+            begin = 0
+            for end in (stream["next", "done"].squeeze(-1).nonzero().flatten() + 1).tolist():
+                parts.append(stream[begin:end])
+                yield _to_arrays(parts)
+                parts.clear()
+                begin = end
+            if begin < len(stream):
+                parts.append(stream[begin:].clone())  # the collector writes its next message into the same memory
+
+
+def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
+    """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount belong to the action before them."""
+    keys = {"pixels": "pixels", "action": "action", "reward": ("next", "reward"), "discount": ("next", "discount"), "is_init": "is_init"}
+    episode = {name: torch.cat([part[key] for part in parts]).numpy() for name, key in keys.items()}
+    return {name: value[:, 0] if name in ("reward", "discount", "is_init") else value for name, value in episode.items()}
+
+
+@contextmanager
+def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> Iterator[BaseCollector]:
+    """A TorchRL collector that is shut down in any case: one left running keeps the interpreter from ending."""
+    from torchrl.collectors import Collector, MultiSyncCollector
+
+    workers = min(config.workers, config.episodes)
+    seeds = np.random.SeedSequence(seed).generate_state(2 * workers).tolist()
+    environments = [partial(make_environment, config, s) for s in seeds[:workers]]
+    policies = [partial(NoisePolicy, config.policy, action_dim, s) for s in seeds[workers:]]
+    common = {"total_frames": -1, "trust_policy": True, "auto_register_policy_transforms": False}
+    if workers == 1:
+        collector = Collector(environments[0], policy_factory=policies[0], frames_per_batch=frames, **common)
+    else:
+        collector = MultiSyncCollector(
+            environments,
+            policy_factory=policies,
+            frames_per_batch=frames * workers,
+            cat_results="stack",
+            init_fn=_leave_interrupts_to_the_parent,
+            **common,
+        )
+    atexit.register(collector.shutdown)
+    try:
+        yield collector
+    finally:
+        atexit.unregister(collector.shutdown)
+        collector.shutdown()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _progress_bar(episodes: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function to call with the frames of each episode written; draws a bar with frames per second."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
+        task = bar.add_task("collecting", total=episodes, rate="")
+        began = time.perf_counter()
+        done = 0
+
+        def advance(frames: int) -> None:
+            nonlocal done
+            done += frames
+            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - began):.0f} frames/s")
+
+        yield advance

@@ -1,0 +1,140 @@
+"""`DMCVBDataset`: HDF5 shards as training sequences."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch.utils.data import Dataset
+
+from aime_fast.data.episodes import SHARED, DataError, check_shard, open_shard, read_episode
+
+SUFFIXES = (".h5", ".hdf5")
+
+
+class DMCVBDataset(Dataset):
+    """Sequences of T frames out of recorded episodes; a sequence never crosses an episode boundary.
+
+    Item i is a TensorDict [T]: `pixels` uint8 [T, 3, H, W], `action` float32 [T, A], `reward` float32 [T, 1], `discount` float32
+    [T, 1], `is_init` bool [T, 1]. Sequences start every T frames; an episode's remainder is left out. Use `torch.stack` as a
+    DataLoader's `collate_fn`. Any number of loader processes may read at once. Training proper uses `make_batches`, which is
+    faster.
+
+    Args:
+        path: HDF5 file, list of files, or folder of shards (`*.h5`, `*.hdf5`).
+        sequence_length: T.
+        image_size, domain, task, render_quality, action_dim, frame_skip: what the shards must have been recorded with;
+            None takes what the first shard says, with which the others must agree.
+    Attributes:
+        action_dim, image_size: A; H = W.
+        num_episodes, lengths: episodes in all shards; frames of each.
+        attributes: those of the first shard, as plain Python values; `versions` is a dictionary.
+    Raises:
+        DataError: a shard is damaged, is not what was asked for, or holds an episode shorter than T.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        sequence_length: int,
+        *,
+        image_size: int | None = None,
+        domain: str | None = None,
+        task: str | None = None,
+        render_quality: str | None = None,
+        action_dim: int | None = None,
+        frame_skip: int | None = None,
+    ):
+        if sequence_length < 1:
+            raise DataError(f"--sequence-length {sequence_length}: expected at least 1")
+        self.sequence_length = sequence_length
+        self.paths = _shards(path)
+        expected = {
+            "image_size": image_size, "domain": domain, "task": task,
+            "render_quality": render_quality, "action_dim": action_dim, "frame_skip": frame_skip,
+        }  # fmt: skip
+        self.attributes: dict[str, Any] = {}
+        self._episodes: list[tuple[Path, str]] = []
+        self.lengths: list[int] = []
+        for shard in self.paths:
+            with open_shard(shard) as file:
+                lengths = check_shard(file, shard, expected, sequence_length)
+                attributes = {key: _plain(value) for key, value in file.attrs.items()}
+            self.attributes = self.attributes or attributes
+            for key in SHARED:
+                if attributes[key] != self.attributes[key]:
+                    raise DataError(
+                        f"{shard}: attribute '{key}' is {attributes[key]}, expected {self.attributes[key]} as in {self.paths[0]}; "
+                        f"shards of different recordings cannot be mixed, give them one at a time"
+                    )
+            self._episodes += [(shard, name) for name in lengths]
+            self.lengths += lengths.values()
+        self.attributes["versions"] = json.loads(self.attributes.get("versions", "{}"))
+        self.action_dim, self.image_size = self.attributes["action_dim"], self.attributes["image_size"]
+        self.num_episodes = len(self._episodes)
+        self._windows = [
+            (episode, start)
+            for episode, length in enumerate(self.lengths)
+            for start in range(0, length - sequence_length + 1, sequence_length)
+        ]
+        self._open: dict[tuple[int, Path], h5py.File] = {}
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> TensorDict:
+        episode, start = self._windows[index]
+        return self._read(episode, start, start + self.sequence_length)
+
+    def read_episode(self, index: int) -> TensorDict:
+        """A whole episode as a TensorDict with batch size [frames], keys as in a sequence."""
+        return self._read(index, 0, None)
+
+    def _read(self, episode: int, start: int, stop: int | None) -> TensorDict:
+        path, name = self._episodes[episode]
+        key = (os.getpid(), path)  # an HDF5 handle does not survive a fork
+        if key not in self._open:
+            self._open[key] = open_shard(path)
+        return to_tensordict(read_episode(self._open[key][name], path, start, stop))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def close(self) -> None:
+        """Close the files; the next read opens them again."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
+    """Arrays of an episode, laid out as in the file, to a TensorDict [T]: channels first, scalars with a trailing 1."""
+    frames = len(episode["pixels"])
+    values = {key: torch.from_numpy(value).reshape(frames, -1) for key, value in episode.items() if key != "pixels"}
+    pixels = torch.from_numpy(episode["pixels"]).permute(0, 3, 1, 2).contiguous()  # [T, 3, H, W]
+    return TensorDict({"pixels": pixels, **values}, batch_size=[frames])
+
+
+def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    if not isinstance(path, (str, Path)):
+        if not path:
+            raise DataError("--data: the list of HDF5 files is empty, expected at least one")
+        return [Path(p) for p in path]
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    shards = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+    if not shards:
+        raise DataError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`")
+    return shards
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

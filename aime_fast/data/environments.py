@@ -1,0 +1,238 @@
+"""dm_control as a source of frames: the renderer, one picture an agent step, and the TorchRL environment around it.
+
+Rendering on a CPU is where collection spends its time, so `render_quality="fast"` gives up what a 64-pixel picture hardly
+shows: anti-aliasing, shadows and reflections, and an offscreen buffer larger than the picture. `"full"` keeps dm_control's own
+settings. The pictures differ, so the choice travels with the data set.
+
+dm_control picks its OpenGL backend when it is imported; everything here that imports it calls `select_renderer` before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aime_fast.config import DataConfig
+from aime_fast.data.episodes import DataError
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+BACKENDS = ("egl", "osmesa")
+INSTALL_HINT = "on Debian or Ubuntu install it with: apt-get install -y --no-install-recommends libegl1 libgl1   (or libosmesa6)"
+
+_PROBE = """
+from dm_control import suite
+image = suite.load("cartpole", "swingup").physics.render(height=16, width=16)
+assert image.max() > 0, "the rendered frame is black"
+"""
+
+
+def select_renderer(backend: str | None = None) -> str:
+    """Set the environment variables that dm_control and Mesa read, before dm_control is imported; children inherit them.
+
+    Args:
+        backend: OpenGL backend, one of `BACKENDS`; None keeps `MUJOCO_GL`, or takes egl where it is unset.
+    Returns:
+        the backend in force.
+    """
+    os.environ["MUJOCO_GL"] = backend or os.environ.get("MUJOCO_GL") or BACKENDS[0]
+    # Mesa's software rasteriser otherwise starts threads that compete with the collector's processes for the same cores.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    return os.environ["MUJOCO_GL"]
+
+
+def probe_renderer(timeout: float = 60.0) -> str:
+    """The first OpenGL backend that really renders a frame, tried in a child process with a time limit.
+
+    A missing library fails with an unintelligible message, and several EGL processes on one GPU can hang for ever in the
+    first frame (google-deepmind/mujoco issue 3444); neither may happen in the caller. `MUJOCO_GL`, where set, is the only
+    candidate; otherwise egl, then osmesa.
+
+    Args:
+        timeout: seconds granted to each candidate.
+    Returns:
+        the backend, which is also selected for this process and its children.
+    Raises:
+        DataError: no candidate works; names each one's failure and the packages to install.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    failures = []
+    for backend in (chosen,) if chosen else BACKENDS:
+        environment = {**os.environ, "MUJOCO_GL": backend, "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS", "0")}
+        try:
+            child = subprocess.run(
+                [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            failures.append(f"{backend}: no frame within {timeout:g} s")
+            continue
+        if child.returncode == 0:
+            if failures:
+                print(f"rendering with {backend}, because {'; '.join(failures)}", file=sys.stderr)
+            return select_renderer(backend)
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        failures.append(f"{backend}: {lines[-1]}")
+    remedy = f"unset MUJOCO_GL (it is {chosen!r}) or set it to egl or osmesa, and if that does not help, " if chosen else ""
+    raise DataError(f"no OpenGL backend renders a frame ({'; '.join(failures)}); {remedy}{INSTALL_HINT}")
+
+
+class RenderedTask:
+    """A dm_control task that is seen as pictures, one rendered after every `frame_skip` simulator steps.
+
+    Actions are float [A] in [-1, 1] and are rescaled to the bounds of the task. Rewards of the skipped steps are summed, their
+    discounts multiplied. A picture is uint8 [H, W, 3], a fresh array each time. OpenGL contexts belong to the thread that
+    renders first; use one instance in one thread.
+
+    Raises:
+        DataError: there is no such domain or task, or its actions have no bounds.
+    """
+
+    def __init__(self, config: DataConfig, seed: int):
+        select_renderer()
+        # Triton and Mesa's llvmpipe each bring their own LLVM: loaded after the first OpenGL context, Triton's crashes the process.
+        with contextlib.suppress(ImportError):
+            import triton._C.libtriton  # noqa: F401
+        from dm_control import suite
+        from dm_control.mujoco import engine
+
+        check_task(config.domain, config.task)
+        self._env = suite.load(config.domain, config.task, task_kwargs={"random": seed})
+        self._env.task.get_observation = lambda physics: {}  # the picture is the observation; joint angles would cost a tenth
+        self.frame_skip, self.image_size = config.frame_skip, config.image_size
+        spec = self._env.action_spec()
+        if not (np.isfinite(spec.minimum).all() and np.isfinite(spec.maximum).all()):
+            raise DataError(f"--domain {config.domain} --task {config.task}: its actions have no bounds; choose another task")
+        self.action_dim = spec.shape[0]
+        self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2
+
+        physics, fast = self._env.physics, config.render_quality == "fast"
+        buffer = physics.model.vis.global_
+        if fast:
+            physics.model.vis.quality.offsamples = 0
+            buffer.offwidth = buffer.offheight = config.image_size
+        buffer.offwidth, buffer.offheight = max(buffer.offwidth, config.image_size), max(buffer.offheight, config.image_size)
+        self._flags = {"shadow": False, "reflection": False} if fast else {}
+        camera_id = 0 if physics.model.ncam else -1
+        self._camera = engine.Camera(physics, config.image_size, config.image_size, camera_id=camera_id)
+
+    def _picture(self) -> np.ndarray:
+        return np.ascontiguousarray(self._camera.render(render_flag_overrides=self._flags))
+
+    def seed(self, seed: int) -> None:
+        """Restart the random numbers from which initial states are drawn."""
+        self._env.task._random = np.random.RandomState(seed % 2**32)
+
+    def reset(self) -> np.ndarray:
+        """Begin an episode; returns its first picture."""
+        self._env.reset()
+        return self._picture()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
+        """Take one agent step; returns the picture after it, the reward, the discount and whether the episode is over."""
+        action = self._low + (np.clip(action, -1, 1) + 1) * self._scale
+        reward, discount = 0.0, 1.0
+        for _ in range(self.frame_skip):
+            moment = self._env.step(action)
+            reward += moment.reward
+            discount *= moment.discount
+            if moment.last():
+                break
+        return self._picture(), reward, discount, moment.last()
+
+    def close(self) -> None:
+        """Free the simulator and its OpenGL context."""
+        self._env.close()
+
+
+def check_task(domain: str, task: str) -> None:
+    """Raises DataError, listing what there is, unless dm_control's suite has this domain and task."""
+    select_renderer()
+    from dm_control import suite
+
+    tasks: dict[str, list[str]] = {}
+    for known_domain, known_task in suite.ALL_TASKS:
+        tasks.setdefault(known_domain, []).append(known_task)
+    if domain not in tasks:
+        raise DataError(f"--domain {domain}: dm_control has no such domain; choose one of {', '.join(sorted(tasks))}")
+    if task not in tasks[domain]:
+        raise DataError(f"--task {task}: domain {domain} has no such task; choose one of {', '.join(tasks[domain])}")
+
+
+def task_shape(config: DataConfig) -> tuple[int, int]:
+    """Action dimension and agent steps of the longest episode of a task, found without rendering."""
+    check_task(config.domain, config.task)
+    from dm_control import suite
+
+    env = suite.load(config.domain, config.task)
+    steps = env._step_limit
+    return env.action_spec().shape[0], math.ceil(steps / config.frame_skip) if math.isfinite(steps) else sys.maxsize
+
+
+def make_environment(config: DataConfig, seed: int) -> EnvBase:
+    """A dm_control task as a TorchRL environment.
+
+    Observations: `pixels` uint8 [H, W, 3] and `is_init` bool [1], true after a reset only, which tells a policy with a memory
+    when to forget. Actions: float32 [A] in [-1, 1]. Beside the reward float32 [1], each step gives `discount` float32 [1].
+    The end by time limit is `truncated` (discount 1), any other end `terminated`.
+
+    The class is made inside this function because `aime_fast` imports without TorchRL.
+    """
+    from tensordict import TensorDict
+    from torchrl.data import Bounded, Categorical, Composite, Unbounded
+    from torchrl.envs import EnvBase
+
+    task = RenderedTask(config, seed)
+    size = config.image_size
+    flag = lambda: Categorical(n=2, shape=(1,), dtype=torch.bool)  # noqa: E731
+
+    class DMControlPixels(EnvBase):
+        def __init__(self):
+            super().__init__(device=None, batch_size=())
+            self.observation_spec = Composite(
+                pixels=Bounded(0, 255, shape=(size, size, 3), dtype=torch.uint8),
+                is_init=flag(),
+                discount=Unbounded(shape=(1,), dtype=torch.float32),
+            )
+            self.action_spec = Bounded(-1.0, 1.0, shape=(task.action_dim,), dtype=torch.float32)
+            self.reward_spec = Unbounded(shape=(1,), dtype=torch.float32)
+            self.done_spec = Composite(done=flag(), terminated=flag(), truncated=flag())
+
+        def _out(self, pixels: np.ndarray, discount: float, is_init: bool, **values: Any) -> TensorDict:
+            last = values.pop("last", False)
+            return TensorDict(
+                {
+                    "pixels": torch.from_numpy(pixels),
+                    "is_init": torch.tensor([is_init]),
+                    "discount": torch.tensor([discount], dtype=torch.float32),
+                    "done": torch.tensor([last]),
+                    "terminated": torch.tensor([last and discount < 1]),
+                    "truncated": torch.tensor([last and discount == 1]),
+                    **{key: torch.tensor([value], dtype=torch.float32) for key, value in values.items()},
+                },
+                batch_size=(),
+            )
+
+        def _reset(self, tensordict: Any = None, **kwargs: Any) -> TensorDict:
+            return self._out(task.reset(), 1.0, True)
+
+        def _step(self, tensordict: TensorDict) -> TensorDict:
+            pixels, reward, discount, last = task.step(tensordict["action"].numpy())
+            return self._out(pixels, discount, False, reward=reward, last=last)
+
+        def _set_seed(self, seed: int | None) -> None:
+            if seed is not None:
+                task.seed(seed)
+
+        def close(self, **kwargs: Any) -> None:
+            task.close()
+            super().close(**kwargs)
+
+    return DMControlPixels()

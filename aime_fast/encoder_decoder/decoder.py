@@ -1,0 +1,78 @@
+"""VAEDecoder: p(x_t | z_t, A_t), the mirror of the encoder; it sees the latent and the attention map, nothing else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
+from aime_fast.layers import ResidualCell, Upsample, full_precision, group_norm, halvings
+
+
+class AttentionModulation(nn.Module):
+    """Feature maps scaled and shifted by the attention map: x + a (s x + t), with a = log(1 + A Ha Wa) resized to x."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.randn(channels) * 0.1)
+
+    def forward(self, x: Tensor, attention: Tensor) -> Tensor:  # [N, C, H, W], [N, 1, Ha, Wa] -> [N, C, H, W]
+        a = F.interpolate(attention, x.shape[-2:], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)  # channels last in memory: every product below runs along contiguous channels
+        return torch.addcmul(x, a, torch.addcmul(self.shift, x, self.scale)).permute(0, 3, 1, 2)
+
+
+class VAEDecoder(nn.Module):
+    """Draws frames from z and A.
+
+    Args:
+        image_size: H = W.
+        latent_dim: Z.
+        channels: the encoder's widths, at H/2, H/4, H/8, H/16.
+        blocks: residual cells at each resolution up to H/4.
+        likelihood: "gaussian" or "mol".
+        likelihood_std: standard deviation of the Gaussian, pixels in [-1, 1].
+        mol_components: logistics of the mixture.
+
+    `background` [3, H, W] is a learnt image that z and A paint over; the trainer starts it at the mean training frame.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        latent_dim: int,
+        channels: tuple[int, ...],
+        blocks: int = 2,
+        likelihood: str = "gaussian",
+        likelihood_std: float = 0.1,
+        mol_components: int = 10,
+    ):
+        super().__init__()
+        full, half, quarter, eighth, self.grid = halvings(image_size, 4)
+        c2, c4, c8, c16 = channels
+        self.likelihood = Gaussian(likelihood_std) if likelihood == "gaussian" else MixtureOfLogistics(mol_components)
+        self.background = nn.Parameter(torch.zeros(3, image_size, image_size))
+        self.unpool = nn.Sequential(
+            nn.Linear(latent_dim, 4 * c16), nn.SiLU(), nn.Linear(4 * c16, c16 * self.grid**2), nn.Unflatten(1, (c16, self.grid, self.grid))
+        )
+        widths, sizes = [c16, c8, c4], [self.grid, eighth, quarter]
+        self.up = nn.ModuleList(Upsample(a, b, size) for a, b, size in zip(widths, widths[1:], sizes[1:]))
+        self.modulations = nn.ModuleList(AttentionModulation(c) for c in (*widths, c2))
+        self.levels = nn.ModuleList(nn.Sequential(*(ResidualCell(c) for _ in range(blocks))) for c in widths)
+        self.to_half = nn.Sequential(group_norm(c4), nn.SiLU(), Upsample(c4, c2, half))
+        self.head = Upsample(c2, self.likelihood.channels, full)
+        with torch.no_grad():
+            self.head.conv.weight *= 0.1  # the first frames are the background
+
+    def forward(self, latents: Tensor, attention: Tensor) -> Tensor:
+        """latents [N, Z], attention [N, Ha, Wa] (sums to 1) -> parameters of p(x | z, A) [N, P, H, W], P = 3 for the Gaussian."""
+        a = torch.log1p(attention * attention[0].numel()).unsqueeze(1).to(latents.dtype)
+        x = self.unpool(latents).contiguous(memory_format=torch.channels_last)
+        for i, (modulate, level) in enumerate(zip(self.modulations, self.levels)):
+            x = level(modulate(x, a))
+            if i < len(self.up):
+                x = self.up[i](F.silu(x))
+        x = F.silu(self.modulations[-1](self.to_half(x), a))
+        return self.likelihood.around(full_precision(self.head(x)), self.background)

@@ -1,0 +1,84 @@
+"""Discriminators: patches of single frames, and sequences of frames conditioned on the latent.
+
+L_D = -E log D(x) - E log(1 - D(x_hat)) in logits form (Goodfellow et al., arXiv 1406.2661); patches after Isola et al.,
+arXiv 1611.07004.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aime_fast.layers import TransformerBlock, downsample, full_precision
+
+
+class ImageDiscriminator(nn.Module):
+    """Real or drawn, patch by patch: frames [N, 3, H, W] -> (logits [N, 1, H/8, W/8], features of each level)."""
+
+    def __init__(self, channels: tuple[int, ...]):
+        super().__init__()
+        widths = (3, *channels)
+        self.levels = nn.ModuleList(downsample(a, b) for a, b in zip(widths, widths[1:]))
+        self.head = nn.Conv2d(channels[-1], 1, 1)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, features = frames.contiguous(memory_format=torch.channels_last), []
+        for level in self.levels:
+            x = F.leaky_relu(level(x), 0.2)
+            features.append(x)
+        return full_precision(self.head(x)), features
+
+
+class TemporalDiscriminator(nn.Module):
+    """Real or drawn, from how frames follow each other.
+
+    Args:
+        image_size, latent_dim: H, Z.
+        dim: width of the transformer.
+        layers, heads: 4 and 4 in the specification.
+        max_frames: learnt time positions; later frames repeat the last one.
+    """
+
+    def __init__(self, image_size: int, latent_dim: int, dim: int = 128, layers: int = 4, heads: int = 4, max_frames: int = 64):
+        super().__init__()
+        patch = 8
+        self.frame = nn.Sequential(
+            nn.Conv2d(3, dim // 2, patch, stride=patch), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(dim // 2 * (image_size // patch) ** 2, dim)
+        )
+        self.latent = nn.Linear(latent_dim, dim)
+        self.time = nn.Parameter(torch.randn(max_frames, dim) * 0.02)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, 2 * dim) for _ in range(layers))
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1))
+
+    def forward(self, video: Tensor, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """video [B, T, 3, H, W], latents [B, T, Z] -> (logits [B, T], features [B, T, dim] of each layer)."""
+        position = torch.arange(video.shape[1], device=video.device).clamp_max(self.time.shape[0] - 1)
+        x = self.frame(video.flatten(0, 1)).unflatten(0, video.shape[:2]) + self.latent(latents) + self.time[position]
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return full_precision(self.head(x))[..., 0], features
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """-E log D(x) - E log(1 - D(x_hat)) from logits of any shape."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """-E log D(x_hat), the non-saturating form, from logits."""
+    return F.softplus(-fake).mean()
+
+
+def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Mean absolute distance of the discriminator's features, level by level (Salimans et al., arXiv 1606.03498)."""
+    distances = [full_precision((r.detach() - f).abs().mean()) for r, f in zip(real, fake)]
+    return torch.stack(distances).mean()
+
+
+def gradient_penalty(logits: Tensor, frames: Tensor) -> Tensor:
+    """R1: half the squared gradient norm on real frames (Mescheder et al., arXiv 1801.04406); `frames` requires grad."""
+    (gradient,) = torch.autograd.grad(logits.sum(), frames, create_graph=True)
+    return 0.5 * gradient.flatten(1).square().sum(1).mean()

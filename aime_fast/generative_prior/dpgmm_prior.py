@@ -1,0 +1,70 @@
+"""DPGMMPrior: p(z_t | h_{t-1}, c_{t-1}), a Gaussian mixture whose weights come from a truncated Dirichlet process.
+
+Sources: Sethuraman 1994 (stick-breaking); Nalisnick and Smyth, arXiv 1605.06197 (Kumaraswamy sticks in a VAE).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aime_fast.encoder_decoder.encoder import bounded_logvar
+from aime_fast.generative_prior.gamma_posterior import GammaPosterior
+from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
+from aime_fast.layers import MLP, full_precision
+from kernels.kumaraswamy import kumaraswamy_beta_kl
+
+
+class Mixture(NamedTuple):
+    """A Gaussian mixture for each of N frames, with what its KL terms need."""
+
+    log_weights: Tensor  # [N, K], log pi
+    means: Tensor  # [N, K, Z]
+    logvars: Tensor  # [N, K, Z]
+    kl_hierarchical: Tensor  # [N], nats: sticks and concentration
+
+    def sample(self, sample: bool = True) -> Tensor:
+        """z [N, Z]: the mean of the likeliest component, or a draw. No gradient passes the choice of the component."""
+        if not sample:
+            chosen = self.log_weights.argmax(-1)
+        else:
+            gumbel = -torch.empty_like(self.log_weights).exponential_().log()
+            chosen = (self.log_weights + gumbel).argmax(-1)
+        index = chosen[:, None, None].expand(-1, 1, self.means.shape[-1])
+        mean = self.means.gather(1, index)[:, 0]
+        if not sample:
+            return mean
+        return mean + torch.randn_like(mean) * (0.5 * self.logvars.gather(1, index)[:, 0]).exp()
+
+
+class DPGMMPrior(nn.Module):
+    """Every parameter of the mixture is a network output of the concatenated [h, c].
+
+    Args:
+        hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
+        max_components: K.
+        kl: "exact" or "series10", see `kernels.kumaraswamy.kumaraswamy_beta_kl`.
+    """
+
+    def __init__(self, hidden_dim: int, context_dim: int, latent_dim: int, max_components: int = 15, kl: str = "exact"):
+        super().__init__()
+        self.latent_dim, self.components, self.kl_method = latent_dim, max_components, kl
+        self.trunk = nn.Sequential(MLP(hidden_dim + context_dim, hidden_dim, hidden_dim), nn.SiLU(), nn.LayerNorm(hidden_dim))
+        self.sticks = AdaptiveStickBreaking(hidden_dim, max_components)
+        self.alpha = GammaPosterior(hidden_dim)
+        self.components_head = nn.Linear(hidden_dim, 2 * max_components * latent_dim)
+        with torch.no_grad():  # components start apart from each other, each as wide as the posterior's start
+            self.components_head.bias.copy_(torch.cat([torch.randn(max_components * latent_dim) * 0.5, torch.zeros(max_components * latent_dim)]))
+
+    def forward(self, hidden: Tensor, context: Tensor, sample: bool = True) -> Mixture:
+        """hidden [N, Dh] and context [N, Dc] of the frame before -> `Mixture`; `sample=False` takes mean sticks."""
+        features = self.trunk(torch.cat([hidden, context.to(hidden.dtype)], dim=-1))
+        sticks = self.sticks(features, sample=sample)
+        concentration, rate, alpha, log_alpha = self.alpha(hidden)
+        kl_sticks = kumaraswamy_beta_kl(sticks.log_a, sticks.log_b, alpha[..., None], log_alpha[..., None], method=self.kl_method)
+        means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
+        return Mixture(
+            sticks.log_pi, full_precision(means), bounded_logvar(logvars), kl_sticks.sum(-1) + self.alpha.kl(concentration, rate)
+        )

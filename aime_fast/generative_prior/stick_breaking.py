@@ -1,0 +1,73 @@
+"""Mixture weights by stick-breaking with Kumaraswamy sticks whose parameters a network predicts."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.kumaraswamy import kumaraswamy_log_mean, kumaraswamy_mean_sticks, kumaraswamy_sticks
+
+LOG_BOUND = 5.0  # log a and log b stay in [-5, 5]
+
+
+class StickBreakingOutput(NamedTuple):
+    """Mixture weights and the sticks they come from; float32 or float64."""
+
+    log_pi: Tensor  # [..., K]
+    pi: Tensor  # [..., K], sums to 1
+    log_a: Tensor  # [..., K-1]
+    log_b: Tensor  # [..., K-1]
+    log_v: Tensor  # [..., K-1], the sticks
+
+
+class AdaptiveStickBreaking(nn.Module):
+    """Features -> v_k ~ Kumaraswamy(a_k, b_k), k < K -> pi_k = v_k prod_{j<k} (1 - v_j), pi_K the remainder.
+
+    The last linear map starts small around a_k = 1, b_k = K - k. There E[v_k] = 1 / (K - k + 1), so every weight is 1/K in
+    expectation and no component starts out of use.
+
+    Args:
+        input_dim: width F of the features.
+        max_components: K, at least 2.
+    """
+
+    def __init__(self, input_dim: int, max_components: int):
+        super().__init__()
+        if max_components < 2:
+            raise ValueError(f"max_components={max_components}: a mixture by stick-breaking needs at least 2 components")
+        self.max_components = max_components
+        self.parameters_head = nn.Linear(input_dim, 2 * (max_components - 1))
+        left = torch.arange(max_components - 1, 0, -1, dtype=torch.float64)  # K - k
+        start = LOG_BOUND * torch.atanh(left.log() / LOG_BOUND).clamp_max(3.0)  # a bound far beyond K = 100
+        with torch.no_grad():
+            nn.init.normal_(self.parameters_head.weight, std=0.1 / math.sqrt(input_dim))
+            self.parameters_head.bias.copy_(torch.cat([torch.zeros_like(start), start]))
+
+    def forward(self, features: Tensor, u: Tensor | None = None, sample: bool = True) -> StickBreakingOutput:
+        """Mixture weights for features [..., F].
+
+        Args:
+            u: uniform randoms in (0, 1) [..., K-1]; drawn on the device when left out.
+            sample: False takes the mean of each stick instead of a sample.
+        """
+        raw = self.parameters_head(features)
+        raw = raw if raw.dtype == torch.float64 else raw.float()  # under autocast too: log space needs float32
+        log_a, log_b = (LOG_BOUND * torch.tanh(raw / LOG_BOUND)).chunk(2, -1)  # [..., K-1]
+        if not sample:
+            log_pi = kumaraswamy_mean_sticks(log_a, log_b)
+            return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, kumaraswamy_log_mean(log_a, log_b))
+        if u is None:
+            u = torch.rand(log_a.shape, dtype=log_a.dtype, device=log_a.device)
+        info = torch.finfo(log_a.dtype)
+        u = u.to(log_a.dtype).clamp(info.tiny, 1 - info.eps)  # torch.rand can return 0
+        log_v, log_pi, _ = kumaraswamy_sticks(log_a, log_b, u)
+        return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, log_v)
+
+
+def get_effective_components(pi: Tensor, threshold: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Components in use: pi [..., K] -> (number of weights above `threshold`, exp(entropy)), both [...] in the dtype of pi."""
+    count = (pi > threshold).sum(-1).to(pi.dtype)
+    return count, torch.special.entr(pi).sum(-1).exp()

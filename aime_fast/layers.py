@@ -1,0 +1,162 @@
+"""Layers that several pillars share: shifting in time, positions, transformer blocks, residual cells."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """bf16 and fp16 become fp32; fp32 and fp64 stay. Losses, log-densities and softmax maps leave autocast here."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def starts(is_init: Tensor | None, batch: int, frames: int, device: torch.device) -> Tensor:
+    """Where memory is empty: the first frame of the sequence and every frame marked by `is_init`. bool [B, T]."""
+    first = torch.arange(frames, device=device).eq(0).expand(batch, frames)
+    return first if is_init is None else first | is_init.reshape(batch, frames).bool()
+
+
+def previous(x: Tensor, start: Tensor, initial: Tensor | float = 0.0) -> Tensor:
+    """The value one frame earlier; `initial` where memory is empty.
+
+    Args:
+        x: [B, T, ...].
+        start: bool [B, T], see `starts`.
+        initial: broadcasts against [B, T, ...].
+    """
+    shifted = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+    mask = start.reshape(*start.shape, *(1,) * (x.dim() - 2))
+    return torch.where(mask, torch.as_tensor(initial, dtype=x.dtype, device=x.device), shifted)
+
+
+def episode_mask(start: Tensor, window: int) -> Tensor:
+    """Which frames may look at which: the past `window` frames of the same episode, itself included. bool [B, T, T]."""
+    episode = start.cumsum(1)
+    time = torch.arange(start.shape[1], device=start.device)
+    age = time[:, None] - time[None, :]
+    return (episode[:, :, None] == episode[:, None, :]) & (age >= 0) & (age < window)
+
+
+def grid_positions(height: int, width: int, dim: int) -> Tensor:
+    """Fixed 2D sine-cosine position code of a grid, float32 [height * width, dim]; `dim` is a multiple of 4."""
+    if dim % 4:
+        raise ValueError(f"grid_positions: dim is {dim}, expected a multiple of 4")
+    frequency = 100.0 ** -torch.linspace(0, 1, dim // 4)
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = torch.stack([row.flatten(), column.flatten()], 1)[..., None] * frequency  # [N, 2, dim/4]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def rotate_by_time(x: Tensor) -> Tensor:
+    """Rotary position embedding over the time axis of x [B, heads, T, head_dim] (Su et al., arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)[:, None] * frequency  # [T, half]
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], dim=-1)
+
+
+class MLP(nn.Sequential):
+    """Linear - SiLU - ... - Linear over the last axis; `widths` lists every width from input to output."""
+
+    def __init__(self, *widths: int):
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            layers += [nn.SiLU()] * (i > 0) + [nn.Linear(a, b)]
+        super().__init__(*layers)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or itself); `rotary` adds time positions."""
+
+    def __init__(self, dim: int, heads: int = 4, memory_dim: int | None = None, rotary: bool = False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"Attention: width {dim} is not a multiple of {heads} heads")
+        self.heads, self.rotary = heads, rotary
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(memory_dim or dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        split = "b n (h d) -> b h n d"
+        query = rearrange(self.query(x), split, h=self.heads)
+        key, value = (rearrange(t, split, h=self.heads) for t in self.key_value(x if memory is None else memory).chunk(2, -1))
+        if self.rotary:
+            query, key = rotate_by_time(query), rotate_by_time(key)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None])
+        return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP. With `memory_dim` the attention reads a memory instead of x itself."""
+
+    def __init__(self, dim: int, heads: int = 4, hidden_dim: int | None = None, memory_dim: int | None = None, rotary: bool = False):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(dim)
+        self.norm_memory = nn.LayerNorm(memory_dim) if memory_dim else None
+        self.attention = Attention(dim, heads, memory_dim, rotary)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim or 4 * dim), nn.GELU(), nn.Linear(hidden_dim or 4 * dim, dim))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if self.norm_memory is not None:
+            memory = self.norm_memory(memory)
+        x = x + self.attention(self.norm_attention(x), memory, mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with groups of at least 4 channels, 8 groups at most; statistics are of one frame, so time stays causal."""
+    groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and channels // g >= 4 or g == 1)
+    return nn.GroupNorm(groups, channels)
+
+
+class ResidualCell(nn.Module):
+    """NVAE's residual cell (Vahdat and Kautz, arXiv 2007.03898): (norm - swish - conv 3x3) twice, squeeze-excite, scaled sum.
+
+    GroupNorm stands for NVAE's batch norm, so that a frame's features depend on that frame alone.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.branch = nn.Sequential(
+            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+        )  # fmt: skip
+        squeezed = max(channels // 8, 4)
+        self.excite = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> the same
+        y = self.branch(x)
+        gate = self.excite(y.mean((2, 3)))[:, :, None, None]
+        return x + 0.5 * gate * y  # gate starts at 0.5; together with 0.5 the sum keeps its variance
+
+
+def downsample(inputs: int, outputs: int) -> nn.Conv2d:
+    """Halves a grid, rounding up: 84 -> 42 -> 21 -> 11."""
+    return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """Doubles a grid by sub-pixel convolution (Shi et al., arXiv 1609.05158), then crops to `size`: 11 -> 21 -> 42 -> 84."""
+
+    def __init__(self, inputs: int, outputs: int, size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)[..., : self.size, : self.size]
+
+
+def halvings(size: int, levels: int) -> list[int]:
+    """Grid sizes at each level, rounding up: halvings(84, 3) is [84, 42, 21, 11]."""
+    sizes = [size]
+    for _ in range(levels):
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes

@@ -1,0 +1,160 @@
+"""PerceiverTokenPredictor: tokens of the next frame from those of this frame, the context and the action."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from aime_fast.layers import MLP, Attention, full_precision, grid_positions
+
+
+class ConditionedBlock(nn.Module):
+    """Transformer block whose norms are scaled and shifted by a condition (adaLN-zero; Peebles and Xie, arXiv 2212.09748)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(dim, elementwise_affine=False)
+        self.norm_mlp = nn.LayerNorm(dim, elementwise_affine=False)
+        self.attention = Attention(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.modulation = nn.Linear(dim, 4 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # [N, M, D], [N, D] -> [N, M, D]
+        scale_a, shift_a, scale_m, shift_m = self.modulation(F.silu(condition))[:, None].chunk(4, dim=-1)
+        x = x + self.attention(self.norm_attention(x) * (1 + scale_a) + shift_a)
+        return x + self.mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
+
+
+class PerceiverTokenPredictor(nn.Module):
+    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t).
+
+    With `refinement_steps > 0` it is also given part of the answer while training, and decodes in that many rounds, the surest
+    tokens first (MaskGIT; Chang et al., arXiv 2202.04200). Otherwise all tokens of a frame are drawn at once.
+
+    Args:
+        grid: Ht = Wt.
+        corruption: share of input tokens replaced by random codes in training, against exposure bias.
+    """
+
+    def __init__(
+        self,
+        grid: int,
+        codebook_heads: int,
+        codebook_size: int,
+        context_dim: int,
+        action_dim: int,
+        dim: int = 256,
+        layers: int = 4,
+        corruption: float = 0.1,
+        refinement_steps: int = 0,
+    ):
+        super().__init__()
+        self.grid, self.heads, self.codes = grid, codebook_heads, codebook_size
+        self.corruption, self.refinement_steps = corruption, refinement_steps
+        self.mask_token = codebook_size
+        self.current = nn.Embedding(codebook_heads * codebook_size, dim)
+        self.partial = nn.Embedding(codebook_heads * (codebook_size + 1), dim) if refinement_steps else None
+        nn.init.normal_(self.current.weight, std=dim**-0.5)
+        self.positions = nn.Parameter(grid_positions(grid, grid, dim) * 0.5)
+        self.condition = MLP(context_dim + action_dim, dim, dim)
+        self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.logits = nn.Linear(dim, codebook_heads * codebook_size)
+
+    def forward(self, tokens: Tensor, context: Tensor, actions: Tensor, partial: Tensor | None = None) -> Tensor:
+        """Logits of the next frame's tokens.
+
+        Args:
+            tokens: int64 [B, T, Ht, Wt, Q], frame t.
+            context: [B, T, Dc], c_t.
+            actions: [B, T, A], a_t.
+            partial: int64 [B, T, Ht, Wt, Q], what is known of frame t+1; `mask_token` where nothing is.
+
+        Returns:
+            [B, T, Ht, Wt, Q, V] for frame t+1.
+        """
+        batch, frames = tokens.shape[:2]
+        x = self._embed(self.current, tokens, self.codes) + self.positions
+        if self.partial is not None:
+            known = torch.full_like(tokens, self.mask_token) if partial is None else partial
+            x = x + self._embed(self.partial, known, self.codes + 1)
+        condition = self.condition(torch.cat([context, actions.to(context.dtype)], dim=-1)).flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, condition)
+        logits = self.logits(self.norm(x))
+        shape = dict(b=batch, t=frames, h=self.grid, w=self.grid, q=self.heads)
+        return rearrange(logits, "(b t) (h w) (q v) -> b t h w q v", **shape)
+
+    def loss(self, tokens: Tensor, context: Tensor, actions: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher-forced cross-entropy (nats a token) and accuracy of frames 1..T-1; a frame after a cut is not predicted.
+
+        Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T].
+        """
+        given, target = tokens[:, :-1], tokens[:, 1:]
+        partial = None
+        weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
+        if self.training:
+            noise = torch.rand(given.shape, device=tokens.device)
+            given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
+            if self.partial is not None:
+                ratio = torch.cos(0.5 * math.pi * torch.rand(target.shape[:2], device=tokens.device))
+                hidden = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
+                partial = torch.where(hidden, self.mask_token, target)
+                weight = weight * hidden
+        logits = full_precision(self(given, context[:, :-1], actions[:, :-1], partial))
+        total = weight.sum().clamp_min(1.0)
+        nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
+        accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
+        return (nll * weight.flatten()).sum() / total, (accuracy * weight).sum() / total
+
+    def sample(
+        self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0
+    ) -> Tensor:
+        """Draws the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A].
+
+        `temperature=0` takes the likeliest code.
+        """
+        given = tokens[:, None], context[:, None], actions[:, None]
+        if self.partial is None:
+            return draw(self(*given)[:, 0], temperature, top_p)
+        partial = torch.full_like(given[0], self.mask_token)
+        for i in range(self.refinement_steps):
+            logits = self(*given, partial)
+            guess = torch.where(partial == self.mask_token, draw(logits, temperature, top_p), partial)
+            sure = full_precision(logits).log_softmax(-1).gather(-1, guess[..., None])[..., 0]
+            sure = torch.where(partial == self.mask_token, sure, torch.inf).flatten(1)
+            hidden = int(sure.shape[1] * math.cos(0.5 * math.pi * (i + 1) / self.refinement_steps))
+            rank = sure.argsort(1).argsort(1).view_as(guess)
+            partial = torch.where(rank < hidden, self.mask_token, guess)
+        return partial[:, 0]
+
+    def _embed(self, table: nn.Embedding, tokens: Tensor, size: int) -> Tensor:
+        """Sum over the heads of one embedding a head: int64 [B, T, Ht, Wt, Q] -> [B*T, Ht*Wt, D]."""
+        offset = torch.arange(self.heads, device=tokens.device) * size
+        return rearrange(table(tokens + offset).sum(-2), "b t h w d -> (b t) (h w) d")
+
+
+def draw(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Samples codes from logits [..., V] -> int64 [...]; nucleus sampling keeps the likeliest codes that hold `top_p`.
+
+    Raises ValueError for a negative temperature or a `top_p` outside (0, 1].
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"sampling: temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
+    logits = full_precision(logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_p < 1:
+        ordered, index = logits.sort(-1, descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+    gumbel = -torch.empty_like(logits).exponential_().log()
+    return (logits + gumbel).argmax(-1)

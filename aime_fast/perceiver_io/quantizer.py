@@ -1,0 +1,80 @@
+"""The vector quantiser: nearest code, straight-through gradient, codebook learnt by exponential moving average.
+
+Source: van den Oord et al., arXiv 1711.00937 (VQ-VAE, appendix A.1 for the moving average); Razavi et al., arXiv 1906.00446.
+The arithmetic is in `kernels.vq`; this module holds the state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels import vq
+
+
+class Quantized(NamedTuple):
+    vectors: Tensor  # [N, Q, d], straight-through gradient
+    codes: Tensor  # int64 [N, Q]
+    commitment: Tensor  # scalar, mean squared distance to the code
+    perplexity: Tensor  # scalar, exp of the entropy of code use in this batch, mean over heads
+    usage: Tensor  # scalar, share of codes in use in this batch
+
+
+class VectorQuantizer(nn.Module):
+    """Q heads with V codes of width d each, or one codebook that all heads share.
+
+    In training mode each call moves the codebook. The first call places every code on a vector of that batch.
+    """
+
+    def __init__(
+        self,
+        heads: int = 4,
+        codebook_size: int = 1024,
+        code_dim: int = 64,
+        share_codebook: bool = False,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        dead_threshold: float = 2.0,
+    ):
+        super().__init__()
+        self.heads, self.codebook_size, self.code_dim = heads, codebook_size, code_dim
+        self.decay, self.eps, self.dead_threshold = decay, eps, dead_threshold
+        books = 1 if share_codebook else heads
+        self.register_buffer("codebook", torch.randn(books, codebook_size, code_dim))
+        self.register_buffer("cluster_size", torch.full((books, codebook_size), dead_threshold))
+        self.register_buffer("embedding_sum", self.codebook * dead_threshold)
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Quantized:
+        """x [N, Q, d] -> `Quantized`."""
+        if self.training:
+            with torch.no_grad():
+                self._initialise(x.detach())
+        vectors, codes, commitment = vq.vector_quantize(x, self.codebook)
+        with torch.no_grad():
+            counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
+            perplexity, usage = vq.codebook_usage(counts)
+            if self.training:
+                self._learn(x.detach(), codes)
+        return Quantized(vectors, codes, commitment, perplexity, usage)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """codes int64 [..., Q] -> code vectors [..., Q, d], without gradient."""
+        head = torch.arange(self.heads, device=codes.device) % self.codebook.shape[0]
+        return self.codebook[head, codes]
+
+    def _initialise(self, x: Tensor) -> None:
+        u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
+        state = vq.initialise_codebook(x, self.codebook, self.cluster_size, self.embedding_sum, self.initialised, u, self.dead_threshold)
+        for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum, self.initialised), state):
+            buffer.copy_(value)
+
+    def _learn(self, x: Tensor, codes: Tensor) -> None:
+        u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
+        state = vq.codebook_update(
+            x, codes, self.codebook, self.cluster_size, self.embedding_sum, u, self.decay, self.eps, self.dead_threshold
+        )
+        for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum), state):
+            buffer.copy_(value)

@@ -1,0 +1,69 @@
+"""LSTMLayer: h_t = LSTM(h_{t-1}, [z_t, c_t, a_t]) with resets anywhere in a sequence.
+
+The input half of the gates is one GEMM over all frames; the loop holds the recurrent half alone. Source: Hochreiter and
+Schmidhuber 1997; forget bias 1 from Jozefowicz et al. 2015; orthogonal recurrent weights from Saxe et al., arXiv 1312.6120.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aime_fast.layers import full_precision
+
+
+class LSTMLayer(nn.Module):
+    """`num_layers` LSTM layers with layer norm on the output.
+
+    Args:
+        input_dim: Z + Dc + A.
+        hidden_dim: Dh.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, num_layers: int = 1):
+        super().__init__()
+        self.hidden_dim, self.num_layers = hidden_dim, num_layers
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1)
+        self.input_gates = nn.ModuleList(nn.Linear(width, 4 * hidden_dim) for width in widths)
+        self.recurrent = nn.ParameterList(torch.empty(4 * hidden_dim, hidden_dim) for _ in widths)
+        self.norm = nn.LayerNorm(hidden_dim)
+        for linear, weight in zip(self.input_gates, self.recurrent):
+            nn.init.zeros_(linear.bias)
+            with torch.no_grad():
+                linear.bias[hidden_dim : 2 * hidden_dim] = 1.0  # forget gate
+                for gate in weight.chunk(4):
+                    nn.init.orthogonal_(gate)
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Zeros [B, layers, 2, Dh]: hidden and cell of each layer."""
+        return torch.zeros(batch, self.num_layers, 2, self.hidden_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, start: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs a sequence.
+
+        Args:
+            x: [B, T, input_dim].
+            start: bool [B, T]; the state is zero before these frames.
+            state: [B, layers, 2, Dh] before the first frame; zeros by default.
+
+        Returns:
+            (output [B, T, Dh] after layer norm, state [B, layers, 2, Dh] after the last frame).
+        """
+        keep = (~start).to(x.dtype).unsqueeze(-1)  # [B, T, 1]
+        if state is None:
+            state = self.initial_state(x.shape[0], x.device, full_precision(x).dtype)
+        last = []
+        for layer, (linear, weight) in enumerate(zip(self.input_gates, self.recurrent)):
+            from_input = full_precision(linear(x))  # [B, T, 4 Dh]
+            hidden, cell = state[:, layer].unbind(1)
+            outputs = []
+            for t in range(x.shape[1]):
+                hidden, cell = hidden * keep[:, t], cell * keep[:, t]
+                gates = from_input[:, t] + full_precision(hidden @ weight.T)
+                enter, forget, candidate, leave = gates.chunk(4, dim=-1)
+                cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
+                hidden = leave.sigmoid() * cell.tanh()
+                outputs.append(hidden)
+            x = torch.stack(outputs, dim=1)
+            last.append(torch.stack([hidden, cell], dim=1))
+        return self.norm(x), torch.stack(last, dim=1)

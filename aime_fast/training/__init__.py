@@ -1,0 +1,16 @@
+"""Training: the update, the loop around it, checkpoints, schedules, logging and pictures."""
+
+from aime_fast.training.checkpoint import CheckpointError, latest_checkpoint, load_model
+from aime_fast.training.step import NonFiniteError, TrainingStep, check_tensor
+from aime_fast.training.trainer import DMCVBTrainer, TrainingInterrupted
+
+__all__ = [
+    "CheckpointError",
+    "DMCVBTrainer",
+    "NonFiniteError",
+    "TrainingInterrupted",
+    "TrainingStep",
+    "check_tensor",
+    "latest_checkpoint",
+    "load_model",
+]

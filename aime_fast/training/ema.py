@@ -1,0 +1,31 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A frozen copy of `model` in eval mode that follows its weights: theta_ema <- decay theta_ema + (1 - decay) theta.
+
+    Buffers (codebooks, their counts) are averages already and are copied. Make it before `model` is compiled, so that the copy stays plain.
+    The copy is `ema.model`: validation and evaluation read it, and the Gram term compares against its encoder.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"optim.ema_decay is {decay}; it must lie in [0, 1)")
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averages, self._sources = list(self.model.parameters()), list(model.parameters())
+        self._copies, self._buffers = list(self.model.buffers()), list(model.buffers())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step towards the model, in place, in a handful of launches."""
+        torch._foreach_lerp_(self._averages, self._sources, 1.0 - self.decay)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._buffers)

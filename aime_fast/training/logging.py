@@ -1,0 +1,196 @@
+"""What a run writes down: `metrics.jsonl` always, TensorBoard and wandb by flag, `run.json`, `config.yaml`, and lines on the console."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aime_fast.cli import ConfigError
+from aime_fast.config import Config, to_dict
+
+PACKAGES = (
+    "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "torchmetrics", "imageio-ffmpeg",
+)  # fmt: skip
+
+
+class Logger:
+    """Metrics of a run, to every place that was asked for.
+
+    Args:
+        run_dir: folder of the run; `metrics.jsonl` is appended to.
+        config: `run.logger` names the places besides `metrics.jsonl`: `tensorboard` (files under `run_dir/tensorboard`), `wandb`
+            (`WANDB_MODE=offline` works without a network).
+        resume_step: metrics after this step are dropped from `metrics.jsonl`, since the resumed run writes them again.
+
+    Raises:
+        ConfigError: a logger's package is not installed.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, resume_step: int = 0):
+        self.path = run_dir / "metrics.jsonl"
+        keep_until(self.path, resume_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+        self._tensorboard = self._wandb = None
+        if "tensorboard" in config.run.logger:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(f"--logger tensorboard: {error}; install it with: pip install tensorboard") from error
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        if "wandb" in config.run.logger:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError(f"--logger wandb: {error}; install it with: pip install wandb") from error
+            identity = run_dir / "wandb_id"  # the same wandb run goes on after a resume
+            if not identity.exists():
+                identity.write_text(wandb.util.generate_id())
+            self._wandb = wandb.init(
+                project="aime_fast", name=run_dir.name, id=identity.read_text(), resume="allow", dir=str(run_dir), config=to_dict(config)
+            )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line: `{"step": step, **metrics}`. Non-finite numbers become null, which every JSON reader accepts."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a PNG in the places that show pictures."""
+        if self._tensorboard is not None:
+            from matplotlib.image import imread
+
+            self._tensorboard.add_image(name, imread(path), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+class Console:
+    """Lines and a progress bar for a person; plain lines where the output is no terminal or `rich` is not installed."""
+
+    def __init__(self, total_steps: int, step: int = 0):
+        self._progress = None
+        if sys.stdout.isatty():
+            try:
+                from rich import progress
+            except ImportError:
+                return
+            self._progress = progress.Progress(
+                progress.TextColumn("training"), progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+            )
+            self._task = self._progress.add_task("training", total=total_steps, completed=step)
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop from a metrics file every line after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resumed: bool) -> None:
+    """`config.yaml` (every setting) and `run.json` (what the run really uses: versions, machine, commit, command line, `facts`).
+
+    A resumed run adds its facts to `resumed` in `run.json` and leaves those of the start as they are.
+    """
+    import yaml
+
+    path = run_dir / "run.json"
+    now = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
+        "seed": config.run.seed,
+        "compile": "regions" if config.run.compile else "eager",
+        "precision": config.run.precision,
+        "kernels": "reference",
+        "threads": torch.get_num_threads(),
+        **facts,
+        "git_commit": git_commit(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    }
+    if resumed and path.exists():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        now = first | {"resumed": [*first.get("resumed", []), now]}
+    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(_plain(to_dict(config)), sort_keys=False), encoding="utf-8")
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that this package runs from, with `-dirty` where files differ; None outside a git tree."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None if described.returncode == 0 else None
+
+
+def _plain(values: Any) -> Any:
+    """Tuples as lists, which YAML has."""
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items()}
+    return [_plain(value) for value in values] if isinstance(values, (tuple, list)) else values

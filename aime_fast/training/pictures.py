@@ -1,0 +1,100 @@
+"""Pictures a person looks at: sample sheets as PNG and the prediction as mp4. All frames are float [-1, 1] unless said otherwise."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GREEN, RED = (40, 170, 70), (210, 50, 50)  # border of frames the model saw, and of frames it made up
+GAP = 2  # pixels of white between the cells of a sheet
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """float [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3] on the CPU."""
+    return ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu()
+
+
+def error_picture(truth: Tensor, drawn: Tensor) -> Tensor:
+    """Absolute difference averaged over colour, [..., 3, H, W] in [-1, 1]: black where equal, white from half the range on."""
+    error = (truth.float() - drawn.float()).abs().mean(-3, keepdim=True).clamp(max=1.0)
+    return (2 * error - 1).expand_as(truth)
+
+
+def overlay(frames: Tensor, attention: Tensor) -> Tensor:
+    """Attention laid over frames in red, [N, 3, H, W]; each map is scaled to its own largest value.
+
+    Args:
+        frames: [N, 3, H, W]. attention: [N, Ha, Wa], non-negative.
+    """
+    strength = F.interpolate(attention.float()[:, None], frames.shape[-2:], mode="bilinear", align_corners=False)  # [N, 1, H, W]
+    strength = strength / strength.amax((-2, -1), keepdim=True).clamp_min(1e-12)
+    dark = 0.4 * (frames.float() + 1) - 1
+    red = torch.tensor([1.0, -0.6, -0.8], device=frames.device)[:, None, None]
+    return torch.lerp(dark, red.expand_as(dark), 0.8 * strength)
+
+
+def enlarge(frames: Tensor, smallest: int) -> Tensor:
+    """uint8 [..., H, W, 3] repeated by a whole factor until H >= `smallest`."""
+    factor = -(-smallest // frames.shape[-3])
+    return frames.repeat_interleave(factor, -3).repeat_interleave(factor, -2)
+
+
+def save_samples(path: Path, truth: Tensor, reconstruction: Tensor, attention: Tensor, smallest: int = 96) -> None:
+    """A sheet with one column a frame and rows truth | reconstruction | error | attention overlay.
+
+    Args:
+        path: PNG to write. truth, reconstruction: [N, 3, H, W]. attention: [N, Ha, Wa]. smallest: least height of a cell, pixels.
+    """
+    rows = torch.stack([truth, reconstruction, error_picture(truth, reconstruction), overlay(truth, attention)])  # [4, N, 3, H, W]
+    cells = F.pad(enlarge(to_uint8(rows), smallest), (0, 0, 0, GAP, 0, GAP), value=255)  # [4, N, H', W', 3]
+    write_png(path, cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1))
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write uint8 [H, W, 3] as a PNG (RFC 2083: 8-bit RGB, each line predicted from the one above)."""
+    height, width, _ = image.shape
+    lines = image.cpu().reshape(height, width * 3).contiguous()
+    differences = lines - torch.cat([torch.zeros_like(lines[:1]), lines[:-1]])  # uint8 wraps, as filter type 2 asks
+    raw = torch.cat([torch.full((height, 1), 2, dtype=torch.uint8), differences], dim=1).numpy().tobytes()
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b""))
+
+
+def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int = 192) -> Tensor:
+    """truth | drawn | error side by side, uint8 [T, H', W', 3]; a green border while the model sees the frame, red while it predicts.
+
+    Args:
+        truth, drawn: [T, 3, H, W]. context: number of frames the model saw. smallest: least height of a panel, pixels.
+    """
+    panels = enlarge(to_uint8(torch.stack([truth, drawn, error_picture(truth, drawn)])), smallest)  # [3, T, H', W', 3]
+    border = max(4, smallest // 32)
+    for start, stop, colour in ((0, context, GREEN), (context, truth.shape[0], RED)):
+        frame = torch.tensor(colour, dtype=torch.uint8).expand(3, stop - start, *panels.shape[2:3], border, 3)
+        panels[1, start:stop, :border] = panels[1, start:stop, -border:] = torch.tensor(colour, dtype=torch.uint8)
+        panels[1, start:stop, :, :border] = panels[1, start:stop, :, -border:] = frame[0]
+    return panels.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
+    """Write uint8 [T, H, W, 3] as H.264 mp4 with even sides, playable in a browser."""
+    import imageio_ffmpeg
+
+    frames = F.pad(frames, (0, 0, 0, frames.shape[2] % 2, 0, frames.shape[1] % 2))
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (frames.shape[2], frames.shape[1]), fps=frames_per_second, macro_block_size=2, quality=8, ffmpeg_log_level="error"
+    )
+    writer.send(None)
+    try:
+        for frame in frames.contiguous():
+            writer.send(frame.numpy().tobytes())
+    finally:
+        writer.close()

@@ -1,0 +1,60 @@
+"""Schedules as tiny objects: `Every` says when, `Warmup` and the learning rates say how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aime_fast.config import OptimConfig
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Every:
+    """True at steps n, 2n, 3n, ... and never where n is 0: `if should_log(step): ...`."""
+
+    n: int
+
+    def __call__(self, step: int) -> bool:
+        return self.n > 0 and step > 0 and step % self.n == 0
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Rises in a straight line from 0 at step 0 to `value` at step `steps`, and stays there."""
+
+    value: float
+    steps: float
+
+    def __call__(self, step: int) -> float:
+        return self.value if self.steps <= 0 else self.value * min(1.0, step / self.steps)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `value` at step 0 down to 0 at step `steps`. More steps on a resume stretch it."""
+
+    value: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return 0.5 * self.value * (1.0 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
+
+
+def learning_rate(optim: OptimConfig, total_steps: int) -> Schedule:
+    """The schedule of the generator's learning rate; the perceiver's is this times `optim.perceiver_lr_scale`."""
+    if optim.schedule == "cosine":
+        return Cosine(optim.learning_rate, total_steps)
+    return Constant(optim.learning_rate)

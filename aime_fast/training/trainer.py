@@ -1,0 +1,359 @@
+"""DMCVBTrainer: data, model, step, schedules, logging and checkpoints joined into a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+
+from aime_fast.cli import ConfigError
+from aime_fast.config import Config, preset, to_dict
+from aime_fast.data import collect, make_batches
+from aime_fast.training import checkpoint
+from aime_fast.training.logging import Console, Logger, write_run_files
+from aime_fast.training.schedules import Every, Warmup, learning_rate
+from aime_fast.training.step import NonFiniteError, TrainingStep
+from aime_fast.training.validation import draw_prediction, draw_samples, validate
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many, nothing will mend itself
+
+
+class TrainingInterrupted(Exception):
+    """A signal ended the run after its checkpoint was saved. `status` is the exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.status = 128 + signum
+
+
+class DMCVBTrainer:
+    """Trains AIME on a task.
+
+    Everything that can be wrong with the settings is found here, the cheap things first. Without `data.data` the data is collected
+    now, to `data/`, unless a file of the same settings is there already.
+
+    Args:
+        config: the whole run. `run.steps` or `run.epochs` says how long; where both are set, the one that differs from the tier's
+            preset counts.
+
+    Attributes:
+        config: with `data.data` and `run.run_dir` filled in.
+        model, ema: weights in training and their moving average.
+        step, total_steps: updates done, updates to do.
+        run_dir: where everything is written.
+
+    Raises:
+        ConfigError: settings that contradict each other or the machine.
+        DataError: unusable data.
+        CheckpointError: nothing to resume from, or a checkpoint of other settings.
+
+    Example:
+        >>> DMCVBTrainer(preset("debug")).train()
+    """
+
+    def __init__(self, config: Config):
+        run = config.run
+        length = how_long(config)
+        self.device = choose_device(run.device)
+        if run.threads is not None:
+            if run.threads < 1:
+                raise ConfigError(f"--threads {run.threads}: at least 1 is needed")
+            torch.set_num_threads(run.threads)
+        self.run_dir = Path(run.run_dir or default_run_dir(config))
+        resumed = self._find_resume(run.resume)
+        data = dataclasses.replace(config.data, data=config.data.data or str(self._collect(config)))
+        self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
+        if resumed is not None:
+            checkpoint.check_same_config(resumed["config"], config)
+
+        self.batches, self.validation = make_batches(config.data, run.seed, self.device)
+        self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
+        self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
+        torch.manual_seed(run.seed)
+        self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)
+        self.mean_frame = self.batches.mean_frame().to(self.device)
+        self.model.initialise_background(self.mean_frame)
+        self.training_step = TrainingStep(self.model, config)
+        self.ema = self.training_step.ema.model
+        if run.compile:
+            self.model.compile_regions()
+
+        self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
+        self.learning_rate = learning_rate(config.optim, self.total_steps)
+        self.trains_discriminator = Every(config.optim.n_critic)
+        self.step, self.seconds, self.skipped, self.skips_in_a_row = 0, 0.0, 0, 0
+        self.saved: Path | None = None
+        if resumed is not None:
+            self._load(resumed)
+
+    def train(self) -> dict:
+        """Run until `total_steps`, then validate, draw the prediction video and save.
+
+        Returns:
+            `run_dir`, `checkpoint`, `video` (paths), `step`, and `validation` (the last table).
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite. The weights are still those before that update.
+            TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+        """
+        run = self.config.run
+        should_log, should_validate, should_sample, should_save = map(
+            Every, (run.log_every, run.validate_every, run.sample_every, run.checkpoint_every)
+        )
+        self._open()
+        try:
+            with StopSignals() as stop:
+                while self.step < self.total_steps and stop.signum is None:
+                    metrics = self._update()
+                    if should_log(self.step) or self.step == self.total_steps:
+                        self._log(metrics)
+                    if should_validate(self.step) and self.step < self.total_steps:
+                        self._validate()
+                    if should_sample(self.step):
+                        self._sample()
+                    if should_save(self.step):
+                        self._save()
+            if stop.signum is not None:
+                self._save()
+                raise TrainingInterrupted(
+                    f"stopped by {stop.signum.name} after step {self.step}; saved {self.saved}; "
+                    "go on with the same command and --resume", stop.signum,
+                )  # fmt: skip
+            return self._finish()
+        finally:
+            self._close()
+
+    def _update(self) -> TensorDict:
+        """One update of the weights. Raises NonFiniteError where it cannot be made."""
+        began = time.perf_counter()
+        batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
+        metrics = self.training_step(
+            batches,
+            beta=torch.full((), self.beta(self.step), device=self.device),
+            learning_rate=torch.full((), self.learning_rate(self.step), device=self.device),
+            train_discriminator=self.trains_discriminator(self.step + 1),
+        )
+        finite = bool(metrics["finite"])  # the one wait for the device in an update
+        self.seconds += time.perf_counter() - began
+        if not finite:
+            self._non_finite()
+        else:
+            self.skips_in_a_row = 0
+        self.step += 1
+        self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches)
+        self.console.advance(self.step)
+        return metrics
+
+    def _non_finite(self) -> None:
+        """Stop, or count a skipped update."""
+        error = self.training_step.diagnose(self.step + 1)
+        self.skipped, self.skips_in_a_row = self.skipped + 1, self.skips_in_a_row + 1
+        last = f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
+        if self.config.run.on_nan == "stop":
+            raise NonFiniteError(
+                f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over such "
+                "updates; if it comes back, start anew with a lower --learning-rate or with --precision fp32"
+            )
+        self.console.line(f"skipped the update: {error}")
+        if self.skips_in_a_row >= MAX_SKIPS:
+            raise NonFiniteError(f"{error}; {self.skips_in_a_row} updates in a row were skipped, this will not mend itself; {last}")
+
+    def _log(self, metrics: TensorDict) -> None:
+        names = [name for name in metrics.keys() if name != "finite"]
+        values = torch.stack([metrics[name].float() for name in names]).tolist()
+        row = {**self._progress(), **dict(zip(names, values)), "skipped_updates": float(self.skipped)}
+        self.logger.log(self.step, row)
+        self.frames, self.frames_since = 0, self.seconds
+        shown = ", ".join(f"{name} {row['loss/' + name]:.4g}" for name in ("elbo", "perceiver", "predictive", "adversarial"))
+        self.console.line(f"step {self.step}/{self.total_steps}, {row['frames_per_second']:.0f} frames/s: {shown}")
+
+    def _progress(self) -> dict[str, float]:
+        since = max(self.seconds - self.frames_since, 1e-9)
+        speed = {"frames_per_second": self.frames / since} if self.frames else {}
+        return {"epoch": self.step / self.updates_per_epoch, "time": self.seconds, **speed}
+
+    def _validate(self) -> dict[str, float]:
+        """Measure the averaged weights; draws no random number that training would miss."""
+        config = self.config
+        with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
+            measured = validate(
+                self.ema, self.validation.one_pass(), self.training_step.losses, self.mean_frame, config.model.codebook_size,
+                config.run.validation_batches,
+            )  # fmt: skip
+        progress = {name: value for name, value in self._progress().items() if name != "frames_per_second"}
+        self.logger.log(self.step, progress | {f"validation/{name}": value for name, value in measured.items()})
+        self.console.line(
+            f"step {self.step} validation: PSNR {measured['psnr']:.2f} dB (mean frame {measured['psnr_mean_frame']:.2f}), "
+            f"codes in use {measured['code_usage']:.0%}, effective components {measured['effective_components']:.2f}"
+        )
+        return measured
+
+    def _sample(self) -> None:
+        path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
+        with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
+            draw_samples(self.ema, next(iter(self.validation.one_pass())), path)
+        self.logger.picture(self.step, "samples", path)
+
+    def _finish(self) -> dict:
+        if self.saved is None or self.saved.name != f"checkpoint_{self.step:08d}.pt":
+            self._save()
+        measured = self._validate()
+        video = self.run_dir / "prediction.mp4"
+        episodes = (self.validation.episode(i) for i in range(min(4, len(self.validation.episodes))))
+        with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
+            draw_prediction(self.ema, episodes, video, self.device)
+        return {"run_dir": self.run_dir, "checkpoint": self.saved, "video": video, "step": self.step, "validation": measured}
+
+    def _save(self) -> None:
+        state = {
+            "epoch": self.step / self.updates_per_epoch,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "skips_in_a_row": self.skips_in_a_row,
+            "action_dim": self.batches.action_dim,
+            "config": to_dict(self.config),
+            "batches": self.batches.state_dict(),
+            "rng": checkpoint.rng_state(),
+            **self.training_step.state_dict(),
+        }
+        self.saved = checkpoint.save_checkpoint(self.run_dir, self.step, state, self.config.run.keep_checkpoints)
+
+    def _load(self, state: dict) -> None:
+        if state["action_dim"] != self.batches.action_dim:
+            raise checkpoint.CheckpointError(
+                f"--resume: the checkpoint is for {state['action_dim']} actions, {self.config.data.data} has {self.batches.action_dim}"
+            )
+        self.training_step.load_state_dict(state)
+        self.batches.load_state_dict(state["batches"])
+        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.skips_in_a_row = state["skips_in_a_row"]
+        checkpoint.set_rng_state(state["rng"])
+
+    def _find_resume(self, resume: bool) -> dict | None:
+        """The newest readable checkpoint if the run is to go on; without --resume, make sure that there is nothing to overwrite."""
+        if resume:
+            self.saved, state = checkpoint.read_latest(self.run_dir)
+            return state
+        if found := checkpoint.list_checkpoints(self.run_dir):
+            raise ConfigError(
+                f"{self.run_dir} holds a run already (newest: {found[-1].name}); add --resume to go on with it, or name another "
+                "folder with --run-dir"
+            )
+        return None
+
+    def _collect(self, config: Config) -> Path:
+        """The file with the data of these settings, recorded now if it is not there."""
+        d, seed = config.data, config.run.seed
+        name = f"{d.domain}-{d.task}-{d.image_size}px-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"
+        path = Path("data") / name
+        if path.exists():
+            print(f"data: {path}", flush=True)
+        else:
+            print(f"collecting {d.episodes} episodes of {d.domain} {d.task} to {path}", flush=True)
+            collect(d, seed, path)
+        return path
+
+    def _open(self) -> None:
+        (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        facts = {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "data": self.config.data.data,
+            "render_quality": self.config.data.render_quality,
+            "renderer": getattr(self.batches, "attributes", {}).get("renderer"),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "from_step": self.step,
+        }
+        write_run_files(self.run_dir, self.config, facts, resumed=self.step > 0)
+        self.logger = Logger(self.run_dir, self.config, self.step)
+        self.console = Console(self.total_steps, self.step)
+        self.frames, self.frames_since = 0, self.seconds
+        self.console.line(
+            f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to {self.total_steps} "
+            f"({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
+        )
+
+    def _close(self) -> None:
+        self.console.close()
+        self.logger.close()
+        self.batches.close()
+        self.validation.close()
+
+    def _cuda(self) -> list[int]:
+        return [self.device.index or 0] if self.device.type == "cuda" else []
+
+
+class StopSignals:
+    """While entered, Ctrl-C and SIGTERM set `signum` instead of ending the program; a second one ends it at once.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self):
+        self.signum: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _stop(self, signum: int, _frame) -> None:
+        self.signum = signal.Signals(signum)
+        for s in self._previous:
+            signal.signal(s, signal.SIG_DFL)
+        # Written past Python's buffers: a handler may have interrupted a print.
+        os.write(2, f"\n{self.signum.name}: finishing this step and saving; once more ends at once, without saving\n".encode())
+
+
+def how_long(config: Config) -> dict[str, float | None]:
+    """`{"steps": N, "epochs": None}` or the reverse.
+
+    Where both are set, one of them comes from the tier's preset and the other overrides it. Raises ConfigError if both differ from the
+    preset, if neither is set, or if the one that counts is not positive.
+    """
+    steps, epochs, usual = config.run.steps, config.run.epochs, preset(config.tier).run
+    if steps is not None and epochs is not None:
+        if steps != usual.steps and epochs != usual.epochs:
+            raise ConfigError(f"--steps {steps} and --epochs {epochs:g} both say how long to train; give one of them")
+        steps, epochs = (steps, None) if steps != usual.steps else (None, epochs)
+    if steps is None and epochs is None:
+        raise ConfigError("how long to train is not said; give --steps or --epochs")
+    name, value = ("steps", steps) if steps is not None else ("epochs", epochs)
+    if value <= 0:
+        raise ConfigError(f"--{name} {value:g}: expected more than 0")
+    return {"steps": steps, "epochs": epochs}
+
+
+def default_run_dir(config: Config) -> Path:
+    """`runs/<domain>-<task>-tier<tier>-seed<seed>`."""
+    return Path("runs") / f"{config.data.domain}-{config.data.task}-tier{config.tier}-seed{config.run.seed}"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU. Raises ConfigError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: unknown; choose cpu, cuda, cuda:N or auto")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
+            raise ConfigError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu, or install a CUDA build of torch")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    return device

@@ -1,0 +1,473 @@
+"""DPGMMVariationalRecurrentAutoencoder: the five pillars joined.
+
+`forward_sequence` is the time-parallel path of training: everything but the LSTM runs over B*T frames at once. `step` is the
+one-frame definition, what imagination loops over. The two agree to rounding (tests/test_world_model.py).
+
+One frame, in order (docs/architecture.md draws it):
+
+    tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t)
+    p(z_t | h_{t-1}, c_{t-1});      h_t = LSTM(h_{t-1}, [z_t, c_t, a_t])
+    A_t ~ look(x_t, h_t, c_t);      expect(A_{t-1}, h_{t-1}, z_{t-1});  x_hat_t = decoder(z_t, A_t)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from aime_fast.attention_schema import AttentionSchema
+from aime_fast.attention_schema.posterior import AttentionMaps
+from aime_fast.attention_schema.prior import PredictedAttention
+from aime_fast.attention_schema.schema import attention_kl, diversity_loss
+from aime_fast.config import Config
+from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
+from aime_fast.encoder_decoder import discriminators as gan
+from aime_fast.encoder_decoder.encoder import Posterior
+from aime_fast.generative_prior import DPGMMPrior
+from aime_fast.generative_prior.dpgmm_prior import Mixture
+from aime_fast.layers import full_precision, previous, starts
+from aime_fast.multi_task_learning import losses
+from aime_fast.perceiver_io import CausalPerceiverIO
+from aime_fast.perceiver_io.tokenizer import Tokens
+from aime_fast.temporal_dynamics import LSTMLayer
+
+
+class Inference(NamedTuple):
+    """What is inferred about N = B*T frames, or about the B frames of one step."""
+
+    posterior: Posterior
+    latents: Tensor  # [N, Z]
+    prior: Mixture
+    context: Tensor  # [B, T, Dc]; [B, Dc] in a step
+    hidden: Tensor  # [B, T, Dh]; [B, Dh] in a step
+    lstm: Tensor  # [B, layers, 2, Dh], after the last frame
+    maps: AttentionMaps
+    attention_before: Tensor  # [N, Ha, Wa]
+    expected: PredictedAttention
+    drawn: Tensor  # [N, P, H, W], parameters of the likelihood
+
+
+class State(NamedTuple):
+    """What one frame leaves for the next."""
+
+    lstm: Tensor  # [B, layers, 2, Dh], hidden and cell
+    hidden: Tensor  # [B, Dh], h_t
+    latents: Tensor  # [B, Z], z_t
+    context: Tensor  # [B, Dc], c_t
+    attention: Tensor  # [B, Ha, Wa], A_t
+    frames: Tensor  # [B, t, 3, H, W], the frames so far: tokenizer and context look back
+    is_init: Tensor  # bool [B, t]
+
+
+class DPGMMVariationalRecurrentAutoencoder(nn.Module):
+    """AIME's world model.
+
+    Args:
+        max_components, latent_dim, hidden_dim, context_dim: K, Z, Dh, Dc.
+        image_size: H = W in pixels.
+        action_dim: A.
+        attention_dim, num_attention_slots: Ds, S.
+        sequence_length: T, the window of attention over time.
+        Further keywords are the fields of `aime_fast.config.ModelConfig`, explained there.
+
+    Frames are float [-1, 1] or uint8 `[B, T, 3, H, W]`; actions `[B, T, A]`; `is_init` bool `[B, T]` or `[B, T, 1]`.
+    """
+
+    def __init__(
+        self,
+        max_components: int = 15,
+        latent_dim: int = 36,
+        hidden_dim: int = 512,
+        context_dim: int = 256,
+        image_size: int = 64,
+        action_dim: int = 6,
+        attention_dim: int = 64,
+        num_attention_slots: int = 5,
+        sequence_length: int = 16,
+        *,
+        slot_iterations: int = 3,
+        attention_fusion: str = "weighted",
+        attention_prior_dim: int = 64,
+        lstm_layers: int = 1,
+        num_latents: int = 128,
+        num_latent_channels: int = 256,
+        context_layers: int = 2,
+        predictor_dim: int = 256,
+        predictor_layers: int = 4,
+        codebook_heads: int = 4,
+        codebook_size: int = 1024,
+        code_dim: int = 64,
+        share_codebook: bool = False,
+        codebook_decay: float = 0.99,
+        tokenizer_channels: tuple[int, ...] = (64, 128, 256),
+        encoder_channels: tuple[int, ...] = (64, 128, 256, 256),
+        blocks_per_level: int = 2,
+        discriminator_channels: tuple[int, ...] = (64, 128, 256),
+        discriminator_dim: int = 128,
+        likelihood: str = "gaussian",
+        likelihood_std: float = 0.1,
+        mol_components: int = 10,
+        prior_context: str = "previous",
+        kl: str = "exact",
+        token_corruption: float = 0.1,
+        refinement_steps: int = 0,
+    ):
+        super().__init__()
+        self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
+        self.prior_context, self.likelihood_std = prior_context, likelihood_std
+        self.perceiver_io = CausalPerceiverIO(
+            (sequence_length, 3, image_size, image_size), num_latents, num_latent_channels, 2 * num_latent_channels, context_dim,
+            action_dim, context_layers,
+            tokenizer=dict(
+                channels=tokenizer_channels, codebook_heads=codebook_heads, codebook_size=codebook_size, code_dim=code_dim,
+                share_codebook=share_codebook, codebook_decay=codebook_decay,
+            ),
+            predictor=dict(
+                dim=predictor_dim, layers=predictor_layers, corruption=token_corruption, refinement_steps=refinement_steps
+            ),
+        )  # fmt: skip
+        self.encoder = VAEEncoder(image_size, latent_dim, context_dim, encoder_channels, blocks_per_level)
+        self.decoder = VAEDecoder(
+            image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components
+        )
+        self.prior = DPGMMPrior(hidden_dim, context_dim, latent_dim, max_components, kl)
+        self.dynamics = LSTMLayer(latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
+        self.attention = AttentionSchema(
+            image_size, hidden_dim, context_dim, latent_dim, attention_dim, num_attention_slots, slot_iterations, attention_fusion,
+            attention_prior_dim,
+        )  # fmt: skip
+        self.image_discriminator = ImageDiscriminator(discriminator_channels)
+        self.temporal_discriminator = TemporalDiscriminator(image_size, latent_dim, discriminator_dim, max_frames=sequence_length)
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_config(cls, config: Config, action_dim: int) -> DPGMMVariationalRecurrentAutoencoder:
+        """The model of a whole `Config`, for a task with `action_dim` actions."""
+        data = config.data
+        return cls(
+            image_size=data.image_size, action_dim=action_dim, sequence_length=data.sequence_length, **dataclasses.asdict(config.model)
+        )
+
+
+    def discriminator_parameters(self) -> list[nn.Parameter]:
+        """Parameters of both discriminators."""
+        return [*self.image_discriminator.parameters(), *self.temporal_discriminator.parameters()]
+
+    def generator_parameters(self) -> list[nn.Parameter]:
+        """All other parameters: those the four tasks share."""
+        discriminators = {id(p) for p in self.discriminator_parameters()}
+        return [p for p in self.parameters() if id(p) not in discriminators]
+
+    def get_share_params(self) -> Iterator[nn.Parameter]:
+        """The parameters RGB works on, under LibMTL's name."""
+        return iter(self.generator_parameters())
+
+    def initialise_background(self, mean_frame: Tensor) -> None:
+        """Starts the decoder's background at the mean training frame, float [3, H, W] in [-1, 1]."""
+        with torch.no_grad():
+            self.decoder.background.copy_(mean_frame)
+
+    def compile_regions(self) -> None:
+        """`torch.compile`, in place, of the regions that gain from it: slot attention, attention prior, mixture prior, recurrence.
+
+        Convolutions stay with cuDNN and oneDNN. Several backward passes go through one compiled forward, so donated buffers are off.
+        """
+        torch._functorch.config.donated_buffer = False
+        for region in (self.attention.posterior.slot_attention, self.attention.prior, self.prior, self.dynamics):
+            region.compile(dynamic=False)
+
+
+    def forward_sequence(
+        self, observations: Tensor, actions: Tensor, is_init: Tensor | None = None, ema: DPGMMVariationalRecurrentAutoencoder | None = None
+    ) -> TensorDict:
+        """Infers, reconstructs and scores a batch of sequences, in parallel over time.
+
+        Args:
+            observations: [B, T, 3, H, W], uint8 or float in [-1, 1].
+            actions: [B, T, A]; a_t is taken after seeing x_t.
+            is_init: bool [B, T] or [B, T, 1]; memory is empty before these frames and before frame 0.
+            ema: the EMA copy of this model, whose encoder anchors the Gram term; without it the term is 0.
+
+        Returns:
+            TensorDict without batch size: reconstructions [B, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z],
+            mixture_weights [B, T, K], component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc],
+            slot_maps [B, T, S, Ha, Wa], attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa],
+            tokens [B, T, Ht, Wt, Q], and scalars: every name of `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame),
+            perplexity, code_usage, token_accuracy.
+
+        Raises:
+            ValueError: a shape does not fit the model.
+        """
+        video = self._frames(observations)
+        self._check_actions(actions, *video.shape[:2])
+        start = starts(is_init, *video.shape[:2], video.device)
+        tokens, seen = self._infer(video, actions, start)
+        q, p = seen.posterior, seen.prior
+        predictor_loss, token_accuracy = self.perceiver_io.predictor.loss(tokens.codes, seen.context, actions, start)
+        terms = dict(
+            commitment=tokens.commitment,
+            token_reconstruction=self._nats_a_dimension(self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start), video),
+            next_token=predictor_loss,
+            recon=self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean(),
+            kl_z=losses.kl_monte_carlo(seen.latents, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean(),
+            kl_hierarchical=p.kl_hierarchical.mean(),
+            kl_attention=attention_kl(seen.maps.attention, seen.expected.log_attention).mean(),
+            mixture_entropy=losses.categorical_entropy(p.log_weights).mean(),
+            gram=self._gram(q.features, video, ema),
+            attention_dynamics=self.attention.dynamics_loss(
+                *(m.unflatten(0, start.shape) for m in (seen.maps.attention, seen.attention_before, seen.expected.movement)), start
+            ),
+            diversity=diversity_loss(seen.maps.slot_maps),
+            perplexity=tokens.perplexity,
+            code_usage=tokens.usage,
+            token_accuracy=token_accuracy,
+        )
+        out = self._describe(tokens.codes, seen, start.shape)
+        return TensorDict(out | terms | self._adversarial(out["reconstructions"], video, out["latents"]), batch_size=[])
+
+    forward = forward_sequence
+
+    def _infer(self, video: Tensor, actions: Tensor, start: Tensor) -> tuple[Tokens, Inference]:
+        """Everything but the losses; only the line with `dynamics` is sequential."""
+        shape, flat = start.shape, video.flatten(0, 1)
+        tokens = self.perceiver_io.tokenizer.tokenize(video, start)
+        context = self.perceiver_io.context(tokens.codes, start)
+        posterior = self.encoder(flat, context.flatten(0, 1))
+        latents = self._draw(posterior)
+        z = latents.unflatten(0, shape)
+        hidden, lstm = self.dynamics(self._inputs(z, context, actions), start)
+
+        hidden_before = previous(hidden, start).flatten(0, 1)
+        context_before = context if self.prior_context == "current" else previous(context, start)
+        prior = self.prior(hidden_before, context_before.flatten(0, 1), sample=self.training)
+
+        maps = self.attention.look(flat, hidden.flatten(0, 1), context.flatten(0, 1))
+        attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
+        expected = self.attention.expect(attention_before, hidden_before, previous(z, start).flatten(0, 1))
+        drawn = self.decoder(latents, maps.attention)
+        return tokens, Inference(posterior, latents, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
+
+    def _describe(self, codes: Tensor, seen: Inference, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The per-frame outputs by name, with leading axes `shape`: [B, T], or [B] for one frame."""
+        flat = dict(
+            reconstructions=self.decoder.likelihood.mean(seen.drawn), latents=seen.latents, posterior_mean=seen.posterior.mean,
+            posterior_logvar=seen.posterior.logvar, mixture_weights=seen.prior.log_weights.exp(), component_means=seen.prior.means,
+            component_logvars=seen.prior.logvars, slot_maps=seen.maps.slot_maps, attention=seen.maps.attention,
+            attention_prior=seen.expected.log_attention.exp(), movement=seen.expected.movement,
+        )  # fmt: skip
+        out = {name: value.unflatten(0, shape) for name, value in flat.items()}
+        return out | dict(hidden=seen.hidden, context=seen.context, tokens=codes)
+
+    def _draw(self, posterior: Posterior) -> Tensor:
+        """z [N, Z]: a reparameterised sample in training, the mean otherwise."""
+        if not self.training:
+            return posterior.mean
+        return posterior.mean + torch.randn_like(posterior.mean) * (0.5 * posterior.logvar).exp()
+
+    @staticmethod
+    def _inputs(z: Tensor, context: Tensor, actions: Tensor) -> Tensor:
+        """What the recurrence reads: [..., Z + Dc + A]."""
+        return torch.cat([z, context.to(z.dtype), actions.to(z.dtype)], dim=-1)
+
+    def discriminator_loss(self, outputs: TensorDict, observations: Tensor, gradient_penalty: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of both discriminators on the frames and reconstructions of a batch, which get no gradient.
+
+        Args: outputs of `forward_sequence`; observations as given to it; gradient_penalty weighs the R1 penalty on real frames.
+
+        Returns: (scalar, scalars by name).
+        """
+        real, fake, z = self._frames(observations), outputs["reconstructions"].detach(), outputs["latents"].detach()
+        real_frames = real.flatten(0, 1).requires_grad_(gradient_penalty > 0)
+        image_real, _ = self.image_discriminator(real_frames)
+        image_fake, _ = self.image_discriminator(fake.flatten(0, 1))
+        temporal_real, _ = self.temporal_discriminator(real, z)
+        temporal_fake, _ = self.temporal_discriminator(fake, z)
+        image = gan.discriminator_loss(image_real, image_fake)
+        temporal = gan.discriminator_loss(temporal_real, temporal_fake)
+        total = image + temporal
+        if gradient_penalty > 0:
+            total = total + gradient_penalty * gan.gradient_penalty(image_real, real_frames)
+        return total, dict(discriminator_image=image, discriminator_temporal=temporal)
+
+    def _adversarial(self, fake: Tensor, real: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The generator's side of the game; the latent only tells the discriminator what to expect and gets no gradient."""
+        z = latents.detach()
+        image_fake, image_features = self.image_discriminator(fake.flatten(0, 1))
+        temporal_fake, temporal_features = self.temporal_discriminator(fake, z)
+        with torch.no_grad():
+            _, image_anchor = self.image_discriminator(real.flatten(0, 1))
+            _, temporal_anchor = self.temporal_discriminator(real, z)
+        matching = gan.feature_matching(image_anchor, image_features) + gan.feature_matching(temporal_anchor, temporal_features)
+        return dict(generator=gan.generator_loss(image_fake) + gan.generator_loss(temporal_fake), feature_matching=matching)
+
+    def _gram(self, features: Tensor, video: Tensor, ema: DPGMMVariationalRecurrentAutoencoder | None) -> Tensor:
+        if ema is None:
+            return features.new_zeros((), dtype=full_precision(features).dtype)
+        with torch.no_grad():
+            anchor = ema.encoder.features(video.flatten(0, 1))
+        return losses.gram_distance(features, anchor)
+
+    def _nats_a_dimension(self, drawn: Tensor, video: Tensor) -> Tensor:
+        """Squared error in units of the Gaussian likelihood: nats a dimension, up to a constant."""
+        return F.mse_loss(full_precision(drawn), video) / (2 * self.likelihood_std**2)
+
+
+    def initial_state(self, batch: int) -> State:
+        """The empty memory before a first frame."""
+        like = self.decoder.background
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=like.device, dtype=like.dtype)
+
+        return State(
+            lstm=self.dynamics.initial_state(batch, like.device, like.dtype),
+            hidden=zeros(self.dynamics.hidden_dim),
+            latents=zeros(self.latent_dim),
+            context=zeros(self.perceiver_io.out[-1].out_features),
+            attention=self.attention.uniform(batch).to(like.dtype),
+            frames=zeros(0, 3, self.image_size, self.image_size),
+            is_init=torch.zeros(batch, 0, dtype=torch.bool, device=like.device),
+        )
+
+    def step(self, observation: Tensor, action: Tensor, state: State, is_init: Tensor | None = None) -> tuple[TensorDict, State]:
+        """One frame, with the posterior: the definition of the model.
+
+        Args: observation [B, 3, H, W]; action [B, A], taken after it; state of the frame before; is_init bool [B].
+
+        Returns: (TensorDict with the per-frame keys of `forward_sequence` without the T axis, the next state).
+        """
+        frame = self._frames(observation.unsqueeze(1))
+        batch = frame.shape[0]
+        self._check_actions(action.unsqueeze(1), batch, 1)
+        init = torch.zeros(batch, dtype=torch.bool, device=frame.device) if is_init is None else is_init.reshape(batch).bool()
+        state = self._restart(state, init)
+        frames, marks = torch.cat([state.frames, frame], 1), torch.cat([state.is_init, init[:, None]], 1)
+
+        codes = self.perceiver_io.tokenizer.tokenize(frames, marks).codes
+        context = self.perceiver_io.context(codes, marks)[:, -1]
+        posterior = self.encoder(frame[:, 0], context)
+        z = self._draw(posterior)
+        hidden, lstm = self._recur(z, context, action, state.lstm)
+        prior = self.prior(state.hidden, context if self.prior_context == "current" else state.context, sample=self.training)
+        maps = self.attention.look(frame[:, 0], hidden, context)
+        expected = self.attention.expect(state.attention, state.hidden, state.latents)
+        drawn = self.decoder(z, maps.attention)
+        seen = Inference(posterior, z, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
+        out = TensorDict(self._describe(codes[:, -1], seen, (batch,)), batch_size=[batch])
+        return out, State(lstm, hidden, z, context, maps.attention, frames, marks)
+
+    def imagine(self, action: Tensor, state: State, sample: bool = False) -> tuple[TensorDict, State]:
+        """One frame without seeing it: latent and attention from their priors, the frame drawn, the context read from the drawing.
+
+        Args: action [B, A], taken after the imagined frame; state of the frame before.
+
+        Returns: (TensorDict: reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa]; next state).
+        """
+        p = self.prior(state.hidden, state.context, sample=sample)
+        z = p.sample(sample)
+        attention = self.attention.expect(state.attention, state.hidden, state.latents).log_attention.exp()
+        frame = self.decoder.likelihood.mean(self.decoder(z, attention))
+        reach = self.perceiver_io.window * len(self.perceiver_io.time)  # frames that context can depend on
+        seen = torch.cat([state.frames, frame.clamp(-1, 1).unsqueeze(1)], 1)[:, -reach:]
+        marks = F.pad(state.is_init, (0, 1))[:, -reach:]
+        context = self.perceiver_io.extract_context(seen, marks)[:, -1]
+        hidden, lstm = self._recur(z, context, action, state.lstm)
+        out = dict(reconstructions=frame, latents=z, mixture_weights=p.log_weights.exp(), attention=attention)
+        return TensorDict(out, batch_size=[frame.shape[0]]), State(lstm, hidden, z, context, attention, seen, marks)
+
+    def _recur(self, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._inputs(z, context, action).unsqueeze(1)
+        going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
+        hidden, lstm = self.dynamics(x, going_on, lstm)
+        return hidden[:, 0], lstm
+
+    def _restart(self, state: State, init: Tensor) -> State:
+        """Empties the memory of the batch rows where an episode begins. `frames` stay: masks keep episodes apart."""
+        empty = self.initial_state(init.shape[0])
+        fresh = {
+            name: torch.where(init.reshape(-1, *(1,) * (old.dim() - 1)), getattr(empty, name), old)
+            for name, old in state._asdict().items()
+            if name not in ("frames", "is_init")
+        }
+        return state._replace(**fresh)
+
+
+    @torch.no_grad()
+    def reconstruct(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """[B, T, 3, H, W] and [B, T, A] -> reconstructions [B, T, 3, H, W]."""
+        video = self._frames(observations)
+        self._check_actions(actions, *video.shape[:2])
+        start = starts(None, *video.shape[:2], video.device)
+        return self.decoder.likelihood.mean(self._infer(video, actions, start)[1].drawn).unflatten(0, start.shape)
+
+    @torch.no_grad()
+    def encode(self, observations: Tensor) -> TensorDict:
+        """Posterior of each frame: posterior_mean, posterior_logvar [B, T, Z], context [B, T, Dc], tokens [B, T, Ht, Wt, Q]."""
+        video = self._frames(observations)
+        tokens = self.perceiver_io.tokenizer.tokenize(video).codes
+        context = self.perceiver_io.context(tokens)
+        q = self.encoder(video.flatten(0, 1), context.flatten(0, 1))
+        shape = video.shape[:2]
+        return TensorDict(
+            dict(posterior_mean=q.mean.unflatten(0, shape), posterior_logvar=q.logvar.unflatten(0, shape), context=context, tokens=tokens),
+            batch_size=shape,
+        )
+
+    @torch.no_grad()
+    def extract_context(self, observations: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> c [B, T, Dc]."""
+        return self.perceiver_io.extract_context(self._frames(observations))
+
+    @torch.no_grad()
+    def predict_future(self, observations: Tensor, actions: Tensor, future_actions: Tensor, sample: bool = False) -> TensorDict:
+        """Open-loop prediction.
+
+        Args:
+            observations: [B, Tc, 3, H, W], the frames that are shown.
+            actions: [B, Tc, A], taken after each of them.
+            future_actions: [B, F, A]; future_actions[:, i] is taken after predicted frame i, so frame i depends on those before i.
+            sample: draw from the priors; otherwise the likeliest component's mean.
+
+        Returns:
+            TensorDict [B, F]: reconstructions [B, F, 3, H, W], latents [B, F, Z], mixture_weights [B, F, K], attention [B, F, Ha, Wa].
+
+        Raises:
+            ValueError: a shape does not fit, or there is no frame to start from.
+        """
+        video = self._frames(observations)
+        batch, shown = video.shape[:2]
+        if shown == 0:
+            raise ValueError("predict_future: observations hold no frame, expected at least one frame of context")
+        self._check_actions(actions, batch, shown)
+        self._check_actions(future_actions, batch, future_actions.shape[1])
+        start = starts(None, batch, shown, video.device)
+        _, seen = self._infer(video, actions, start)
+        state = State(
+            lstm=seen.lstm, hidden=seen.hidden[:, -1], latents=seen.latents.unflatten(0, start.shape)[:, -1], context=seen.context[:, -1],
+            attention=seen.maps.attention.unflatten(0, start.shape)[:, -1], frames=video, is_init=start,
+        )  # fmt: skip
+        imagined = []
+        for action in future_actions.unbind(1):
+            out, state = self.imagine(action, state, sample)
+            imagined.append(out)
+        return torch.stack(imagined, dim=1)
+
+
+    def _frames(self, observations: Tensor) -> Tensor:
+        """uint8 or float frames -> float in [-1, 1], of the model's precision."""
+        expected = (3, self.image_size, self.image_size)
+        if observations.dim() != 5 or tuple(observations.shape[2:]) != expected:
+            raise ValueError(f"observations have shape {tuple(observations.shape)}, expected [B, T, {', '.join(map(str, expected))}]")
+        dtype = self.decoder.background.dtype
+        return observations.to(dtype) / 127.5 - 1.0 if observations.dtype == torch.uint8 else observations.to(dtype)
+
+    def _check_actions(self, actions: Tensor, batch: int, frames: int) -> None:
+        expected = (batch, frames, self.action_dim)
+        if tuple(actions.shape) != expected:
+            raise ValueError(f"actions have shape {tuple(actions.shape)}, expected {expected}: [B, T, A], one action for each frame")

@@ -1,0 +1,30 @@
+"""Numerical cores of AIME: vector quantisation, Kumaraswamy stick-breaking, rotation-based gradient balancing.
+
+Each file holds one operation, and its plain PyTorch reference is the specification: it runs in float64 on a CPU, compiles with
+`fullgraph=True`, and never waits for the device. This package imports nothing of `aime_fast`.
+"""
+
+from kernels.kumaraswamy import (
+    kumaraswamy_beta_kl,
+    kumaraswamy_log_mean,
+    kumaraswamy_mean_sticks,
+    kumaraswamy_sticks,
+)
+from kernels.rgb import gram_matrix, rgb_direct, rgb_rotate, rotation_coefficients
+from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, vector_quantize
+
+__all__ = [
+    "code_histogram",
+    "codebook_update",
+    "codebook_usage",
+    "gram_matrix",
+    "initialise_codebook",
+    "kumaraswamy_beta_kl",
+    "kumaraswamy_log_mean",
+    "kumaraswamy_mean_sticks",
+    "kumaraswamy_sticks",
+    "rgb_direct",
+    "rgb_rotate",
+    "rotation_coefficients",
+    "vector_quantize",
+]

@@ -1,0 +1,222 @@
+"""Vector quantisation: nearest code, straight-through gradient, codebook learnt by exponential moving averages.
+
+For one head, with rows x and codes c, the nearest code in Euclidean distance is
+
+    argmin_v |x - c_v|^2  =  argmax_v  x.c_v - |c_v|^2 / 2,
+
+because |x|^2 is the same for every code and need not be formed. Ties go to the lowest index. Rows are taken in blocks, so the
+N x V scores of a large batch never exist at once.
+
+Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", arXiv 1711.00937 (straight-through
+gradient; appendix A.1, moving averages); Razavi, van den Oord and Vinyals, arXiv 1906.00446 (Laplace smoothing of the counts).
+
+Shapes: N rows, Q heads, d code width, V codes; a shared codebook has a leading axis of 1 in place of Q.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Scores held at once. On a CPU a block should stay in the cache; on a GPU only memory limits it.
+_BLOCK_SCORES_CPU = 1 << 19
+_BLOCK_SCORES = 1 << 26
+_MAX_BLOCKS = 64  # torch.compile unrolls the loop over blocks
+
+
+def _check(x: Tensor, codebook: Tensor) -> None:
+    if x.ndim != 3 or codebook.ndim != 3 or x.shape[2] != codebook.shape[2] or codebook.shape[0] not in (1, x.shape[1]):
+        raise ValueError(
+            f"vector quantisation: x is {list(x.shape)} and the codebook {list(codebook.shape)}; "
+            "expected x [N, Q, d] and a codebook [Q, V, d], or [1, V, d] when the heads share one"
+        )
+
+
+def _block_rows(rows: int, scores_per_row: int, device: torch.device) -> int:
+    limit = _BLOCK_SCORES_CPU if device.type == "cpu" else _BLOCK_SCORES
+    return max(1, limit // scores_per_row, -(-rows // _MAX_BLOCKS))
+
+
+def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code for each row and head; x [N, Q, d], codebook [Q|1, V, d] -> int64 [N, Q]."""
+    _check(x, codebook)
+    rows, heads, width = x.shape
+    shared, size = codebook.shape[0] == 1, codebook.shape[1]
+    codebook = codebook.detach()
+    x = x.detach().to(codebook.dtype)
+    x = x.reshape(1, rows * heads, width) if shared else x.transpose(0, 1)  # [G, R, d], one group for each codebook
+    # A half-precision score would choose other codes, so autocast stays out.
+    with torch.autocast(x.device.type, enabled=False):
+        half_norm = codebook.square().sum(2).mul(0.5).unsqueeze(1)  # [G, 1, V]
+        block = _block_rows(x.shape[1], codebook.shape[0] * size, x.device)
+        codes = [torch.baddbmm(half_norm, part, codebook.mT, beta=-1).argmax(2) for part in x.split(block, 1)]
+    codes = torch.cat(codes, 1)  # [G, R]
+    return codes.view(rows, heads) if shared else codes.t().contiguous()
+
+
+def _gather(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Codes [N, Q] -> their vectors [N, Q, d]."""
+    groups, size, width = codebook.shape
+    offset = torch.arange(groups, device=codes.device) * size  # [Q|1]
+    return functional.embedding(codes + offset, codebook.reshape(groups * size, width))
+
+
+def vector_quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace each row by its nearest code.
+
+    Args:
+        x: encoder outputs [N, Q, d], any float dtype.
+        codebook: codes [Q, V, d], or [1, V, d] when all heads share one. It receives no gradient.
+
+    Returns:
+        quantized: [N, Q, d] in the dtype of x. Its value is the code; its gradient passes to x unchanged (straight-through).
+        codes: int64 [N, Q]. Ties go to the lowest index.
+        commitment: scalar, mean (x - sg(code))^2, whose gradient goes to x only.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+
+    Example:
+        >>> quantized, codes, commitment = vector_quantize(torch.randn(100, 4, 64), torch.randn(4, 256, 64))
+    """
+    codes = nearest_codes(x, codebook)
+    chosen = _gather(codebook.detach(), codes).to(x.dtype)  # [N, Q, d]
+    # x - x.detach() is exactly 0, so the value is the code itself and not x + (code - x), which rounds.
+    return chosen + (x - x.detach()), codes, functional.mse_loss(x, chosen)
+
+
+def code_histogram(codes: Tensor, size: int, shared: bool) -> Tensor:
+    """How often each code was chosen: codes int64 [N, Q] -> counts int64 [Q, V], or [1, V] with `shared`."""
+    heads = 1 if shared else codes.shape[1]
+    offset = torch.arange(heads, device=codes.device) * size
+    flat = (codes + offset).reshape(-1)
+    # Integer addition is associative, so this is deterministic on a GPU as well.
+    counts = torch.zeros(heads * size, dtype=torch.int64, device=codes.device)
+    return counts.scatter_add(0, flat, torch.ones_like(flat)).view(heads, size)
+
+
+def codebook_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Perplexity exp(entropy) of the code distribution, mean over heads, and the share of codes that were chosen at all.
+
+    Args:
+        counts: [Q|1, V], integer or float, for instance from `code_histogram`.
+    """
+    counts = counts if counts.is_floating_point() else counts.float()
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    perplexity = torch.special.entr(share).sum(1).exp().mean()
+    return perplexity, (counts > 0).to(counts.dtype).mean()
+
+
+def _candidate_rows(x: Tensor, candidates_u: Tensor) -> Tensor:
+    """Rows of the batch picked by uniform randoms [Q|1, V] -> [Q|1, V, d]."""
+    rows, heads, width = x.shape
+    pool = x.reshape(1, rows * heads, width) if candidates_u.shape[0] == 1 else x.transpose(0, 1)  # [G, R, d]
+    index = (candidates_u * pool.shape[1]).long().clamp_max(pool.shape[1] - 1)  # [G, V]
+    return pool.gather(1, index.unsqueeze(2).expand(-1, -1, width))
+
+
+def _code_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
+    """Sum of the rows assigned to each code: [Q|1, V, d]."""
+    width = x.shape[2]
+    if x.device.type == "cpu":
+        offset = torch.arange(groups, device=codes.device) * size
+        flat = (codes + offset).reshape(-1)
+        return x.new_zeros(groups * size, width).index_add(0, flat, x.reshape(-1, width)).view(groups, size, width)
+    # index_add is a race of atomics on a GPU; a one-hot product adds in a fixed order.
+    codes = codes.reshape(1, -1) if groups == 1 else codes.t()  # [G, R]
+    rows = x.reshape(1, -1, width) if groups == 1 else x.transpose(0, 1)  # [G, R, d]
+    label = torch.arange(size, device=x.device).view(1, size, 1)
+    block = _block_rows(rows.shape[1], groups * size, x.device)
+    total = x.new_zeros(groups, size, width)
+    with torch.autocast(x.device.type, enabled=False):
+        for part, code in zip(rows.split(block, 1), codes.split(block, 1)):
+            total = torch.baddbmm(total, (code.unsqueeze(1) == label).to(x.dtype), part)
+    return total
+
+
+@torch.no_grad()
+def codebook_update(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embedding_sum: Tensor,
+    candidates_u: Tensor,
+    decay: float = 0.99,
+    eps: float = 1e-5,
+    dead_threshold: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One moving-average step of the codebook; returns new tensors and changes none.
+
+    The averages are of rows *a batch*: `cluster_size` tends to the mean number of rows that a code wins in a batch. A code whose
+    average is below `dead_threshold` is replaced by a row of this batch, and starts again with a `cluster_size` of exactly the
+    threshold: it has the next batches to prove itself, and is moved again if it wins less than that.
+    The result is deterministic: rows are added in order on a CPU, by a one-hot product elsewhere.
+
+    Args:
+        x: encoder outputs [N, Q, d].
+        codes: their codes, int64 [N, Q].
+        codebook: [Q|1, V, d].
+        cluster_size: moving average of the counts [Q|1, V].
+        embedding_sum: moving average of the sums of rows [Q|1, V, d].
+        candidates_u: uniform randoms in [0, 1) [Q|1, V]; entry (q, v) picks the row that replaces code v of head q if it is dead.
+        decay: weight of the old averages.
+        eps: Laplace smoothing of the counts.
+        dead_threshold: smallest average count of a living code; 0 replaces none.
+
+    Returns:
+        codebook, cluster_size, embedding_sum: the same shapes and dtypes.
+    """
+    _check(x, codebook)
+    groups, size, _ = codebook.shape
+    x = x.to(codebook.dtype)
+    counts = code_histogram(codes, size, groups == 1).to(codebook.dtype)
+    cluster_size = torch.lerp(counts, cluster_size, decay)
+    embedding_sum = torch.lerp(_code_sums(x, codes, groups, size), embedding_sum, decay)
+
+    total = cluster_size.sum(1, keepdim=True)  # [Q|1, 1]
+    smoothed = (cluster_size + eps) / (total + size * eps) * total  # never 0 while the head is in use, and keeps the total
+    codebook = embedding_sum / smoothed.unsqueeze(2)
+
+    dead = cluster_size < dead_threshold  # [Q|1, V]
+    fresh = _candidate_rows(x, candidates_u)
+    return (
+        torch.where(dead.unsqueeze(2), fresh, codebook),
+        torch.where(dead, dead_threshold, cluster_size),
+        torch.where(dead.unsqueeze(2), fresh * dead_threshold, embedding_sum),
+    )
+
+
+@torch.no_grad()
+def initialise_codebook(
+    x: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embedding_sum: Tensor,
+    initialised: Tensor,
+    candidates_u: Tensor,
+    initial_size: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill the codebook with random rows of the first batch; later calls return their inputs.
+
+    The moving averages are k-means spread over time, so random rows are start enough, and cheap enough to leave in every step:
+    the choice is a `where` on a flag that lives on the device. `initial_size` is small on purpose: the first batches move the
+    codes fast, and a row drawn twice (still backgrounds repeat) loses every tie, falls below the threshold and is drawn anew.
+
+    Args:
+        x, codebook, cluster_size, embedding_sum, candidates_u: as in `codebook_update`.
+        initialised: bool scalar on the device.
+        initial_size: average count given to every code; use the dead threshold.
+
+    Returns:
+        codebook, cluster_size, embedding_sum, initialised.
+    """
+    _check(x, codebook)
+    fresh = _candidate_rows(x.to(codebook.dtype), candidates_u)
+    return (
+        torch.where(initialised, codebook, fresh),
+        torch.where(initialised, cluster_size, initial_size),
+        torch.where(initialised, embedding_sum, fresh * initial_size),
+        torch.ones_like(initialised),
+    )
