@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -61,9 +62,10 @@ def fail(message: object) -> None:
 def run_command(main: Callable[[], object], user_errors: tuple[type[Exception], ...] = ()) -> None:
     """Call `main()`; turn errors the user can mend into one line on stderr and exit status 2, Ctrl-C into status 130.
 
-    Those errors are `ConfigError`, `DataError`, `FileNotFoundError` and `user_errors`. Anything else is a fault of the
+    SIGTERM, which batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own. The errors are `ConfigError`, `DataError`, `FileNotFoundError` and `user_errors`. Anything else is a fault of the
     program and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except KeyboardInterrupt as interrupt:
@@ -75,3 +77,7 @@ def run_command(main: Callable[[], object], user_errors: tuple[type[Exception], 
         if isinstance(error, (ConfigError, DataError, FileNotFoundError, *user_errors)):
             fail(error)
         raise
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,20 @@
+"""Recorded experience: collected from dm_control, kept in HDF5, served as batches on the device."""
+
+from aime_fast.data.augment import augment, normalise
+from aime_fast.data.batches import SequenceBatches, make_batches
+from aime_fast.data.collectors import collect
+from aime_fast.data.dataset import DMCVBDataset
+from aime_fast.data.episodes import DataError, EpisodeWriter
+from aime_fast.data.synthetic import SyntheticEpisodes
+
+__all__ = [
+    "DMCVBDataset",
+    "DataError",
+    "EpisodeWriter",
+    "SequenceBatches",
+    "SyntheticEpisodes",
+    "augment",
+    "collect",
+    "make_batches",
+    "normalise",
+]

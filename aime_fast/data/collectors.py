@@ -86,7 +86,10 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     backend = probe_renderer()
     action_dim, longest = task_shape(config)
     attributes = {
-        **{key: getattr(config, key) for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")},
+        **{
+            key: getattr(config, key)
+            for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")
+        },
         "action_dim": action_dim,
         "seed": seed,
         "render_backend": backend,
@@ -129,7 +132,13 @@ def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray]]
 
 def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
     """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount belong to the action before them."""
-    keys = {"pixels": "pixels", "action": "action", "reward": ("next", "reward"), "discount": ("next", "discount"), "is_init": "is_init"}
+    keys = {
+        "pixels": "pixels",
+        "action": "action",
+        "reward": ("next", "reward"),
+        "discount": ("next", "discount"),
+        "is_init": "is_init",
+    }
     episode = {name: torch.cat([part[key] for part in parts]).numpy() for name, key in keys.items()}
     return {name: value[:, 0] if name in ("reward", "discount", "is_init") else value for name, value in episode.items()}
 
@@ -172,7 +181,13 @@ def _progress_bar(episodes: int, show: bool) -> Iterator[Callable[[int], None]]:
     """A function to call with the frames of each episode written; draws a bar with frames per second."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("collecting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("episodes"),
+        TextColumn("{task.fields[rate]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
         task = bar.add_task("collecting", total=episodes, rate="")
         began = time.perf_counter()

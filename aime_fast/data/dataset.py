@@ -71,8 +71,8 @@ class DMCVBDataset(Dataset):
             for key in SHARED:
                 if attributes[key] != self.attributes[key]:
                     raise DataError(
-                        f"{shard}: attribute '{key}' is {attributes[key]}, expected {self.attributes[key]} as in {self.paths[0]}; "
-                        f"shards of different recordings cannot be mixed, give them one at a time"
+                        f"{shard}: attribute '{key}' is {attributes[key]}, expected {self.attributes[key]} as in "
+                        f"{self.paths[0]}; shards of different recordings cannot be mixed, give them one at a time"
                     )
             self._episodes += [(shard, name) for name in lengths]
             self.lengths += lengths.values()
@@ -132,7 +132,9 @@ def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
         return [path]
     shards = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
     if not shards:
-        raise DataError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`")
+        raise DataError(
+            f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`"
+        )
     return shards
 
 

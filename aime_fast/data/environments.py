@@ -97,7 +97,7 @@ class RenderedTask:
 
     def __init__(self, config: DataConfig, seed: int):
         select_renderer()
-        # Triton and Mesa's llvmpipe each bring their own LLVM: loaded after the first OpenGL context, Triton's crashes the process.
+        # Triton and Mesa's llvmpipe each bring an LLVM: Triton imported after the first OpenGL context crashes the process.
         with contextlib.suppress(ImportError):
             import triton._C.libtriton  # noqa: F401
         from dm_control import suite

@@ -53,15 +53,22 @@ class EpisodeWriter:
     Args:
         path: final name; its folder is created.
         attributes: file attributes; every key of `SHARED` must be among them.
+    Raises:
+        DataError: the attributes are incomplete, or the file cannot be written.
     """
 
     def __init__(self, path: str | Path, attributes: Mapping[str, Any]):
         if missing := sorted(set(SHARED) - set(attributes)):
             raise DataError(f"{path}: attributes {', '.join(missing)} are not given; an episode file must name them")
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir():
+            raise DataError(f"{path}: this is a folder, expected the name of a file to write")
         self._part = self.path.with_name(f".{self.path.name}.part-{os.getpid()}")
-        self._file = h5py.File(self._part, "w")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = h5py.File(self._part, "w")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error}); name a file in a folder of your own") from error
         self._file.attrs.update({**attributes, "format_version": FORMAT_VERSION, "complete": False})
         self.episodes = 0
 
@@ -109,7 +116,9 @@ def open_shard(path: str | Path) -> h5py.File:
         file = h5py.File(path, "r")
     except OSError as error:
         if not h5py.is_hdf5(path):
-            raise DataError(f"{path}: this is not an HDF5 file; give a file written by aime_fast.collect, or {RECOLLECT}") from error
+            raise DataError(
+                f"{path}: this is not an HDF5 file; give a file written by aime_fast.collect, or {RECOLLECT}"
+            ) from error
         raise DataError(f"{path}: the file is truncated or damaged ({error}); copy it again or {RECOLLECT}") from error
     try:
         version = file.attrs.get("format_version")
@@ -146,7 +155,9 @@ def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any], 
         found, wanted = file.attrs[key], expected.get(key)
         if wanted is not None and found != wanted:
             remedy = f"pass {flag} {found}" if flag else "use the settings of the task it was recorded with"
-            raise DataError(f"{path}: attribute '{key}' is {found}, expected {wanted}; {remedy}, or give another file with --data")
+            raise DataError(
+                f"{path}: attribute '{key}' is {found}, expected {wanted}; {remedy}, or give another file with --data"
+            )
     names = sorted(name for name in file if name.startswith("episode_"))
     if not names:
         raise DataError(f"{path}: there is no group 'episode_00000', expected at least one episode; {RECOLLECT}")
@@ -201,5 +212,7 @@ def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int 
             )
     starts = np.flatnonzero(episode["is_init"]) + start
     if starts.tolist() != [0] * (start == 0):
-        raise DataError(f"{path}: dataset '{name}/is_init' is true at frames {starts.tolist()}, expected at frame 0 only; {RECOLLECT}")
+        raise DataError(
+            f"{path}: dataset '{name}/is_init' is true at frames {starts.tolist()}, expected at frame 0 only; {RECOLLECT}"
+        )
     return episode

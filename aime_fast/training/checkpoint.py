@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries, so `torch.load(weights_only=True)` reads it and
 nothing in it can run code. It is written to a temporary name, flushed to the disk and renamed: a kill at any moment leaves the
-previous checkpoints untouched. Python's and NumPy's global generators are not in it, since nothing in a training step draws from them.
+previous checkpoints untouched. Python's and NumPy's global generators are not in it: nothing in a training step draws from them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
-        "steps", "epochs", "device", "precision", "compile", "threads", "run_dir", "resume", "logger", "log_every", "validate_every",
-        "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
+        "steps", "epochs", "device", "precision", "compile", "threads", "run_dir", "resume", "logger", "log_every",
+        "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
     )
 ) | {"data.data", "data.workers", "data.prefetch"}  # fmt: skip
 
@@ -42,7 +42,9 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 def latest_checkpoint(run_dir: str | Path) -> Path:
     """The newest checkpoint of a run. Raises CheckpointError where there is none."""
     if not (checkpoints := list_checkpoints(run_dir)):
-        raise CheckpointError(f"{run_dir}: no checkpoint here; name another run with --run-dir, or start this one without --resume")
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint here; name another run with --run-dir, or start this one without --resume"
+        )
     return checkpoints[-1]
 
 
@@ -112,7 +114,7 @@ def check_same_config(saved: dict[str, Any], config: Config) -> None:
         allowed = ", ".join(sorted(name.split(".")[1] for name in MAY_CHANGE))
         raise CheckpointError(
             "--resume: these settings differ from the run that wrote the checkpoint: " + "; ".join(differing)
-            + f". Give the same flags again (config.yaml and run.json in the run's folder have them); only these may change: {allowed}"
+            + f". Give the same flags again (run.json in the run's folder has the command); only these may change: {allowed}"
         )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from torch import nn
 class EMA:
     """A frozen copy of `model` in eval mode that follows its weights: theta_ema <- decay theta_ema + (1 - decay) theta.
 
-    Buffers (codebooks, their counts) are averages already and are copied. Make it before `model` is compiled, so that the copy stays plain.
-    The copy is `ema.model`: validation and evaluation read it, and the Gram term compares against its encoder.
+    Buffers (codebooks, their counts) are averages already and are copied. Make it before `model` is compiled, so that the copy
+    stays plain. The copy is `ema.model`: validation and evaluation read it, and the Gram term compares against its encoder.
     """
 
     def __init__(self, model: nn.Module, decay: float):

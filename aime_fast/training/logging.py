@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl` always, TensorBoard and wandb by flag, `run.json`, `config.yaml`, and lines on the console."""
+"""What a run writes down: `metrics.jsonl`, TensorBoard and wandb by flag, `run.json`, `config.yaml`, lines on the console."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from aime_fast.cli import ConfigError
 from aime_fast.config import Config, to_dict
 
 PACKAGES = (
-    "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "torchmetrics", "imageio-ffmpeg",
+    "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "torchmetrics",
+    "imageio-ffmpeg",
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Logger:
     def __init__(self, run_dir: Path, config: Config, resume_step: int = 0):
         self.path = run_dir / "metrics.jsonl"
         keep_until(self.path, resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = self._wandb = None
         if "tensorboard" in config.run.logger:
             try:
@@ -57,7 +58,12 @@ class Logger:
             if not identity.exists():
                 identity.write_text(wandb.util.generate_id())
             self._wandb = wandb.init(
-                project="aime_fast", name=run_dir.name, id=identity.read_text(), resume="allow", dir=str(run_dir), config=to_dict(config)
+                project="aime_fast",
+                name=run_dir.name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=to_dict(config),
             )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -102,7 +108,10 @@ class Console:
             except ImportError:
                 return
             self._progress = progress.Progress(
-                progress.TextColumn("training"), progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+                progress.TextColumn("training"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
             )
             self._task = self._progress.add_task("training", total=total_steps, completed=step)
             self._progress.start()
@@ -182,7 +191,11 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""Pictures a person looks at: sample sheets as PNG and the prediction as mp4. All frames are float [-1, 1] unless said otherwise."""
+"""Pictures a person looks at: sample sheets as PNG, the prediction as mp4. Frames are float [-1, 1] unless said otherwise."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def save_samples(path: Path, truth: Tensor, reconstruction: Tensor, attention: T
     Args:
         path: PNG to write. truth, reconstruction: [N, 3, H, W]. attention: [N, Ha, Wa]. smallest: least height of a cell, pixels.
     """
-    rows = torch.stack([truth, reconstruction, error_picture(truth, reconstruction), overlay(truth, attention)])  # [4, N, 3, H, W]
+    rows = torch.stack(
+        [truth, reconstruction, error_picture(truth, reconstruction), overlay(truth, attention)]
+    )  # [4, N, 3, H, W]
     cells = F.pad(enlarge(to_uint8(rows), smallest), (0, 0, 0, GAP, 0, GAP), value=255)  # [4, N, H', W', 3]
     write_png(path, cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1))
 
@@ -70,7 +72,7 @@ def write_png(path: Path, image: Tensor) -> None:
 
 
 def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int = 192) -> Tensor:
-    """truth | drawn | error side by side, uint8 [T, H', W', 3]; a green border while the model sees the frame, red while it predicts.
+    """truth | drawn | error side by side, uint8 [T, H', W', 3]; the border is green while the model sees the frame, then red.
 
     Args:
         truth, drawn: [T, 3, H, W]. context: number of frames the model saw. smallest: least height of a panel, pixels.
@@ -90,7 +92,12 @@ def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
 
     frames = F.pad(frames, (0, 0, 0, frames.shape[2] % 2, 0, frames.shape[1] % 2))
     writer = imageio_ffmpeg.write_frames(
-        str(path), (frames.shape[2], frames.shape[1]), fps=frames_per_second, macro_block_size=2, quality=8, ffmpeg_log_level="error"
+        str(path),
+        (frames.shape[2], frames.shape[1]),
+        fps=frames_per_second,
+        macro_block_size=2,
+        quality=8,
+        ffmpeg_log_level="error",
     )
     writer.send(None)
     try:

@@ -3,9 +3,10 @@
     pixels -> augment -> forward_sequence -> LossAggregator -> four task gradients -> RGB -> clip -> Adam -> EMA
                                         └-> discriminator loss -> Adam      (every n_critic updates)
 
-Schedules come in as tensors and metrics go out as tensors on the device, so that the whole can be compiled and captured as one graph.
-An update whose losses or gradients are not finite changes nothing: the optimizers skip it by their `found_inf` flag, and buffers that the
-forward pass learns (codebooks) are put back; RGB guards its own state. The caller reads `metrics["finite"]` and asks `diagnose` what went wrong.
+Schedules come in as tensors and metrics go out as tensors on the device, so that the whole can be compiled and captured as one
+graph. An update whose losses or gradients are not finite changes nothing: the optimizers skip it by their `found_inf` flag, buffers
+that the forward pass learns (codebooks) are put back, and RGB guards its own state. The caller reads `metrics["finite"]` and asks
+`diagnose` what went wrong.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def check_tensor(name: str, tensor: Tensor, step: int | None = None) -> Tensor:
 class GradientRows:
     """Gradients of several losses over the same parameters: `flat` [rows, P], one row a loss.
 
-    `views[row][i]` is the part of parameter i in that parameter's own memory layout: the fused optimizers read gradients as raw memory
-    and would mix up the elements of a channels-last weight otherwise.
+    `views[row][i]` is the part of parameter i in that parameter's own memory layout: the fused optimizers read gradients as raw
+    memory and would mix up the elements of a channels-last weight otherwise.
     """
 
     def __init__(self, parameters: list[nn.Parameter], rows: int):
@@ -126,11 +127,13 @@ class TrainingStep:
             [{"params": parameters, "lr": torch.tensor(lr, device=self.device)} for lr, parameters in groups], fused=True
         )
 
-    def __call__(self, batches: Sequence[TensorDict], beta: Tensor, learning_rate: Tensor, train_discriminator: bool) -> TensorDict:
+    def __call__(
+        self, batches: Sequence[TensorDict], beta: Tensor, learning_rate: Tensor, train_discriminator: bool
+    ) -> TensorDict:
         """One update from `optim.accumulate` batches.
 
         Args:
-            batches: each with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `is_init` bool [B, T, 1], on the device.
+            batches: on the device, each with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `is_init` bool [B, T, 1].
             beta: weight of the KL terms, a scalar tensor.
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
@@ -169,13 +172,11 @@ class TrainingStep:
 
     def _gradients(self, batch: TensorDict, beta: Tensor, scale: float, train_discriminator: bool) -> dict[str, Tensor]:
         """Forward one batch and add its gradients, times `scale`, to the rows. Returns its metrics, times `scale`."""
-        if missing := [key for key in BATCH_KEYS if key not in batch.keys()]:
-            raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(map(str, batch.keys()))}")
-        data = self.config.data
-        if data.augment:
-            observations = augment(batch["pixels"], data.max_shift, data.max_zoom)  # [B, T, 3, H, W] in [-1, 1]
-        else:
-            observations = normalise(batch["pixels"])
+        present = set(batch.keys())
+        if missing := [key for key in BATCH_KEYS if key not in present]:
+            raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
+        data, pixels = self.config.data, batch["pixels"]
+        observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
         with self.autocast():
             outputs = self.model.forward_sequence(observations, batch["action"], batch["is_init"], ema=self.ema.model)
         losses, task_losses = self.losses.compute_losses(outputs, beta=beta)
@@ -194,7 +195,12 @@ class TrainingStep:
         return {name: value * scale for name, value in metrics.items()}
 
     def _update(
-        self, optimizer: torch.optim.Adam, rows: GradientRows, gradient: Tensor, finite: Tensor, learning_rates: tuple[Tensor, ...] = ()
+        self,
+        optimizer: torch.optim.Adam,
+        rows: GradientRows,
+        gradient: Tensor,
+        finite: Tensor,
+        learning_rates: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """Clip `gradient` [P] to the global norm and step, unless not `finite`. Returns the norm before clipping."""
         norm = torch.linalg.vector_norm(gradient)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 
@@ -13,11 +10,13 @@ import torch
 from tensordict import TensorDict
 
 from aime_fast.cli import ConfigError
-from aime_fast.config import Config, preset, to_dict
-from aime_fast.data import collect, make_batches
+from aime_fast.config import Config, to_dict
+from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
+from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, write_run_files
 from aime_fast.training.schedules import Every, Warmup, learning_rate
+from aime_fast.training.settings import choose_device, data_file, default_run_dir, how_long
 from aime_fast.training.step import NonFiniteError, TrainingStep
 from aime_fast.training.validation import draw_prediction, draw_samples, validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
@@ -25,19 +24,11 @@ from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many, nothing will mend itself
 
 
-class TrainingInterrupted(Exception):
-    """A signal ended the run after its checkpoint was saved. `status` is the exit status: 130 for Ctrl-C, 143 for SIGTERM."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.status = 128 + signum
-
-
 class DMCVBTrainer:
     """Trains AIME on a task.
 
-    Everything that can be wrong with the settings is found here, the cheap things first. Without `data.data` the data is collected
-    now, to `data/`, unless a file of the same settings is there already.
+    Everything that can be wrong with the settings is found here, the cheap things first. Without `data.data` the data are
+    collected now, to `data/`, unless a file of the same settings is there already.
 
     Args:
         config: the whole run. `run.steps` or `run.epochs` says how long; where both are set, the one that differs from the tier's
@@ -158,17 +149,19 @@ class DMCVBTrainer:
         last = f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
         if self.config.run.on_nan == "stop":
             raise NonFiniteError(
-                f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over such "
-                "updates; if it comes back, start anew with a lower --learning-rate or with --precision fp32"
+                f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over "
+                "such updates; if it comes back, start anew with a lower --learning-rate or with --precision fp32"
             )
         self.console.line(f"skipped the update: {error}")
         if self.skips_in_a_row >= MAX_SKIPS:
-            raise NonFiniteError(f"{error}; {self.skips_in_a_row} updates in a row were skipped, this will not mend itself; {last}")
+            raise NonFiniteError(
+                f"{error}; {self.skips_in_a_row} updates in a row were skipped, this will not mend itself; {last}"
+            )
 
     def _log(self, metrics: TensorDict) -> None:
-        names = [name for name in metrics.keys() if name != "finite"]
-        values = torch.stack([metrics[name].float() for name in names]).tolist()
-        row = {**self._progress(), **dict(zip(names, values)), "skipped_updates": float(self.skipped)}
+        values = metrics.exclude("finite").to_dict()
+        numbers = torch.stack([value.float() for value in values.values()]).tolist()
+        row = {**self._progress(), **dict(zip(values, numbers)), "skipped_updates": self.skipped}
         self.logger.log(self.step, row)
         self.frames, self.frames_since = 0, self.seconds
         shown = ", ".join(f"{name} {row['loss/' + name]:.4g}" for name in ("elbo", "perceiver", "predictive", "adversarial"))
@@ -228,7 +221,8 @@ class DMCVBTrainer:
     def _load(self, state: dict) -> None:
         if state["action_dim"] != self.batches.action_dim:
             raise checkpoint.CheckpointError(
-                f"--resume: the checkpoint is for {state['action_dim']} actions, {self.config.data.data} has {self.batches.action_dim}"
+                f"--resume: the checkpoint is for {state['action_dim']} actions, "
+                f"{self.config.data.data} has {self.batches.action_dim}"
             )
         self.training_step.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
@@ -237,7 +231,7 @@ class DMCVBTrainer:
         checkpoint.set_rng_state(state["rng"])
 
     def _find_resume(self, resume: bool) -> dict | None:
-        """The newest readable checkpoint if the run is to go on; without --resume, make sure that there is nothing to overwrite."""
+        """The newest readable checkpoint if the run is to go on; otherwise make sure that there is nothing to overwrite."""
         if resume:
             self.saved, state = checkpoint.read_latest(self.run_dir)
             return state
@@ -250,14 +244,12 @@ class DMCVBTrainer:
 
     def _collect(self, config: Config) -> Path:
         """The file with the data of these settings, recorded now if it is not there."""
-        d, seed = config.data, config.run.seed
-        name = f"{d.domain}-{d.task}-{d.image_size}px-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"
-        path = Path("data") / name
+        path = data_file(config)
         if path.exists():
             print(f"data: {path}", flush=True)
         else:
-            print(f"collecting {d.episodes} episodes of {d.domain} {d.task} to {path}", flush=True)
-            collect(d, seed, path)
+            print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)
+            collect(config.data, config.run.seed, path)
         return path
 
     def _open(self) -> None:
@@ -266,7 +258,7 @@ class DMCVBTrainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "data": self.config.data.data,
             "render_quality": self.config.data.render_quality,
-            "renderer": getattr(self.batches, "attributes", {}).get("renderer"),
+            "renderer": self._renderer(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "from_step": self.step,
         }
@@ -275,8 +267,15 @@ class DMCVBTrainer:
         self.console = Console(self.total_steps, self.step)
         self.frames, self.frames_since = 0, self.seconds
         self.console.line(
-            f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to {self.total_steps} "
-            f"({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
+            f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to "
+            f"{self.total_steps} ({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
+        )
+
+    def _renderer(self) -> str | None:
+        """What drew the frames, by the attributes of the data set."""
+        data = self.config.data
+        return (
+            None if data.data == "synthetic" else DMCVBDataset(data.data, data.sequence_length).attributes.get("render_backend")
         )
 
     def _close(self) -> None:
@@ -287,73 +286,3 @@ class DMCVBTrainer:
 
     def _cuda(self) -> list[int]:
         return [self.device.index or 0] if self.device.type == "cuda" else []
-
-
-class StopSignals:
-    """While entered, Ctrl-C and SIGTERM set `signum` instead of ending the program; a second one ends it at once.
-
-    Outside the main thread, where Python allows no handlers, it does nothing.
-    """
-
-    def __init__(self):
-        self.signum: signal.Signals | None = None
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _stop(self, signum: int, _frame) -> None:
-        self.signum = signal.Signals(signum)
-        for s in self._previous:
-            signal.signal(s, signal.SIG_DFL)
-        # Written past Python's buffers: a handler may have interrupted a print.
-        os.write(2, f"\n{self.signum.name}: finishing this step and saving; once more ends at once, without saving\n".encode())
-
-
-def how_long(config: Config) -> dict[str, float | None]:
-    """`{"steps": N, "epochs": None}` or the reverse.
-
-    Where both are set, one of them comes from the tier's preset and the other overrides it. Raises ConfigError if both differ from the
-    preset, if neither is set, or if the one that counts is not positive.
-    """
-    steps, epochs, usual = config.run.steps, config.run.epochs, preset(config.tier).run
-    if steps is not None and epochs is not None:
-        if steps != usual.steps and epochs != usual.epochs:
-            raise ConfigError(f"--steps {steps} and --epochs {epochs:g} both say how long to train; give one of them")
-        steps, epochs = (steps, None) if steps != usual.steps else (None, epochs)
-    if steps is None and epochs is None:
-        raise ConfigError("how long to train is not said; give --steps or --epochs")
-    name, value = ("steps", steps) if steps is not None else ("epochs", epochs)
-    if value <= 0:
-        raise ConfigError(f"--{name} {value:g}: expected more than 0")
-    return {"steps": steps, "epochs": epochs}
-
-
-def default_run_dir(config: Config) -> Path:
-    """`runs/<domain>-<task>-tier<tier>-seed<seed>`."""
-    return Path("runs") / f"{config.data.domain}-{config.data.task}-tier{config.tier}-seed{config.run.seed}"
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU. Raises ConfigError for a device that this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: unknown; choose cpu, cuda, cuda:N or auto")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
-            raise ConfigError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu, or install a CUDA build of torch")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
-    return device

@@ -36,8 +36,8 @@ def validate(
         limit: number of batches.
 
     Returns:
-        `psnr`, `psnr_mean_frame` (dB, from the mean squared error of all frames), `code_usage` (share of the V codes of a head that
-        occur, averaged over heads), `effective_components` (exp of the entropy of the mixture weights, averaged over frames),
+        `psnr`, `psnr_mean_frame` (dB, from the mean squared error of all frames), `code_usage` (share of the V codes of a head
+        that occur, averaged over heads), `effective_components` (exp of the entropy of the mixture weights, averaged over frames),
         `components_used` (components that are the most likely one somewhere), and every loss as `loss/<name>`.
     """
     totals: dict[str, Tensor | float] = {}
@@ -63,7 +63,9 @@ def validate(
         used_codes.scatter_(1, by_head, 1.0)
         used_components[weights.argmax(-1).flatten()] = 1.0
     if not count:
-        raise ValueError("validation: the held-out episodes give no batch; raise --validation-fraction or lower --sequence-length")
+        raise ValueError(
+            "validation: the held-out episodes give no batch; raise --validation-fraction or lower --sequence-length"
+        )
 
     mean = {name: float(total) / count for name, total in totals.items()}
     return {
@@ -92,7 +94,7 @@ def draw_prediction(
 
     Args:
         model: in eval mode.
-        episodes: each with `pixels` uint8 [T, 3, H, W] and `action` [T, A]; one shorter than `context + horizon` gets less of both.
+        episodes: each with `pixels` uint8 [T, 3, H, W], `action` [T, A]; one shorter than `context + horizon` gets less of both.
         path: mp4 to write.
         device: where the model is.
         context: frames the model sees; horizon: frames it predicts from the actions alone.

@@ -1,0 +1,59 @@
+"""Record episodes of a dm_control task: `python -m aime_fast.collect --tier 1`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aime_fast.cli import parse_arguments, run_command, tier_from
+from aime_fast.config import DataConfig, preset
+
+PROG = "python -m aime_fast.collect"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What is recorded. Defaults are those of the tier."""
+
+    tier: str  # preset that the other values start from: 1, 2, 3 or debug
+    domain: str  # dm_control domain
+    task: str  # dm_control task
+    episodes: int  # episodes to collect
+    frame_skip: int  # simulator steps for one agent step; one frame is rendered for each agent step
+    image_size: int  # H = W, pixels
+    render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
+    policy: Literal["random", "ou"]  # uniform noise or an Ornstein-Uhlenbeck process
+    workers: int  # collector processes
+    seed: int = 0  # seed of initial states and actions
+    out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
+    overwrite: bool = False  # replace a file that exists
+    progress: bool = True  # show a progress bar
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Collect what `argv` (None: `sys.argv`) asks for and print what was written; returns the file."""
+    tier = tier_from(argv, "1")
+    data = preset(tier).data
+    shared = {field.name: getattr(data, field.name) for field in dataclasses.fields(Collection) if hasattr(data, field.name)}
+    description = "Record episodes of a dm_control task into one HDF5 file."
+    options = parse_arguments(Collection, PROG, description, argv, default=Collection(tier=tier, **shared))
+    config: DataConfig = dataclasses.replace(data, **{name: getattr(options, name) for name in shared})
+    out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
+
+    from aime_fast.data import DataError, DMCVBDataset, collect
+
+    if out.is_file() and not options.overwrite:
+        raise DataError(f"--out {out}: the file exists; pass --overwrite to replace it, or another --out")
+    collect(config, options.seed, out, progress=options.progress)
+    recorded = DMCVBDataset(out, sequence_length=1)
+    frames, seconds = sum(recorded.lengths), recorded.attributes["collection_seconds"]
+    size = out.stat().st_size / 2**20
+    print(f"{out}: {recorded.num_episodes} episodes, {frames} frames, {frames / seconds:.0f} frames/s, {size:.1f} MiB")
+    return out
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,41 @@
+"""From stored bytes to model input: `normalise`, and `augment`, which also zooms and shifts. Both run where the pixels lie."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 of any shape to float32 in [-1, 1]: 0 becomes -1, 255 becomes 1, both exactly."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def augment(pixels: Tensor, max_shift: float, max_zoom: float, generator: torch.Generator | None = None) -> Tensor:
+    """Normalise, then zoom and shift each sequence at random, all its frames alike, so that motion stays what it was.
+
+    The zoom factor is uniform in [1 - max_zoom, 1 + max_zoom], each shift uniform within max_shift of the image's side; what
+    comes in from outside repeats the border. Nothing is read back to the host.
+
+    Args:
+        pixels: uint8 [B, T, C, H, W].
+        max_shift: largest shift, as a share of the image; 0 turns it off.
+        max_zoom: largest zoom, as a share of the image; 0 turns it off.
+        generator: of the pixels' device; None draws from that device's default one.
+    Returns:
+        float32 [B, T, C, H, W] in [-1, 1].
+    """
+    b, t, c, h, w = pixels.shape
+    frames = normalise(pixels)
+    if not (max_shift or max_zoom):
+        return frames
+    noise = torch.rand(b, 3, device=pixels.device, generator=generator) * 2 - 1  # [B, 3] in [-1, 1)
+    scale = 1 + max_zoom * noise[:, 0]  # of the sampling grid: above 1 shows more than the image, that is, zooms out
+    shift = 2 * max_shift * noise[:, 1:]  # [B, 2], in grid units: the image is 2 wide
+    zeros = torch.zeros_like(scale)
+    theta = torch.stack([scale, zeros, shift[:, 0], zeros, scale, shift[:, 1]], dim=1).view(b, 2, 3)
+    # Time goes into the channels: one grid, and one set of interpolation weights, serves all frames of a sequence.
+    stacked = frames.reshape(b, t * c, h, w)
+    grid = F.affine_grid(theta, [b, t * c, h, w], align_corners=False)
+    return F.grid_sample(stacked, grid, mode="bilinear", padding_mode="border", align_corners=False).view(b, t, c, h, w)

@@ -1,0 +1,47 @@
+"""Train AIME on a task: `python -m aime_fast.train [--tier N] [--data PATH] [--domain D --task T --seed S] ...`.
+
+Exit status: 0 done; 2 wrong settings or data; 3 a loss or gradient is not finite; 130 after Ctrl-C, 143 after SIGTERM, which save first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from aime_fast.cli import parse_config, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse a config, train, say where everything is."""
+    config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
+    from aime_fast.training import DMCVBTrainer, NonFiniteError, TrainingInterrupted
+
+    try:
+        result = DMCVBTrainer(config).train()
+    except TrainingInterrupted as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(interrupt.status)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+    print_result(result)
+
+
+def print_result(result: dict) -> None:
+    """The last validation as a table, and the paths of a finished run."""
+    width = max(map(len, result["validation"]))
+    print(f"\nheld-out episodes after step {result['step']}, averaged weights:")
+    for name, value in result["validation"].items():
+        print(f"  {name:<{width}}  {value:10.4f}")
+    print(f"\nrun         {result['run_dir']}\ncheckpoint  {result['checkpoint']}\nvideo       {result['video']}")
+
+
+def command() -> None:
+    """`main` with errors that the user can mend as one line and exit status 2."""
+    from aime_fast.training.checkpoint import CheckpointError
+
+    run_command(main, user_errors=(CheckpointError,))
+
+
+if __name__ == "__main__":
+    command()
