@@ -1,6 +1,6 @@
 """Train AIME on a task: `python -m aime_fast.train [--tier N] [--data PATH] [--domain D --task T --seed S] ...`.
 
-Exit status: 0 done; 2 wrong settings or data; 3 a loss or gradient is not finite; 130 after Ctrl-C, 143 after SIGTERM, which save first.
+Exit status: 0 done; 2 wrong settings or data; 3 a loss or gradient is not finite; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations

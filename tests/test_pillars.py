@@ -147,6 +147,7 @@ def test_mixture_of_logistics_is_a_distribution_over_colours():
     likelihood = MixtureOfLogistics(2)
     parameters = torch.randn(1, 20, 1, 1)
     parameters[:, 2:8] *= 0.05  # means
+    parameters[:, 14:] *= 0.1  # coefficients
     parameters[:, 8:14] = -3.0  # log-scales: 6 levels wide
     levels = torch.linspace(-1, 1, 256)[64:192]
     colours = torch.cartesian_prod(levels, levels, levels)[..., None, None]  # [128^3, 3, 1, 1]

@@ -6,6 +6,7 @@ import atexit
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,19 +98,26 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     }
     frames = min(FRAMES_PER_MESSAGE, longest)
     written = 0
-    try:
-        with EpisodeWriter(out, attributes) as writer, _collector(config, seed, action_dim, frames) as collector:
-            began = time.perf_counter()  # the workers are up
-            with _progress_bar(config.episodes, progress) as advance:
-                for episode in _whole_episodes(collector):
-                    writer.write(episode)
-                    written += 1
-                    advance(len(episode["action"]))
-                    if written == config.episodes:
-                        break
-            writer.annotate(collection_seconds=time.perf_counter() - began)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"collection stopped after {written} of {config.episodes} episodes; nothing was kept") from None
+    with _deferred_interrupts() as interrupted:
+        try:
+            with EpisodeWriter(out, attributes) as writer, _collector(config, seed, action_dim, frames) as collector:
+                began = time.perf_counter()  # the workers are up
+                with _progress_bar(config.episodes, progress) as advance:
+                    for episode in _whole_episodes(collector):
+                        if interrupted.is_set():
+                            raise KeyboardInterrupt
+                        writer.write(episode)
+                        written += 1
+                        advance(len(episode["action"]))
+                        if written == config.episodes:
+                            break
+                writer.annotate(collection_seconds=time.perf_counter() - began)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not interrupted.is_set():
+                raise  # otherwise the signal reached the workers too, and their end is what TorchRL complains about
+            raise KeyboardInterrupt(
+                f"collection stopped after {written} of {config.episodes} episodes; nothing was kept"
+            ) from None
     return out
 
 
@@ -170,6 +178,30 @@ def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> I
     finally:
         atexit.unregister(collector.shutdown)
         collector.shutdown()
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[threading.Event]:
+    """Turns the first SIGINT or SIGTERM into an event, the second into KeyboardInterrupt.
+
+    An exception raised by a signal handler is lost when it falls into a weak reference's callback, and TensorDict runs many.
+    """
+    interrupted = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
+        yield interrupted
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _leave_interrupts_to_the_parent() -> None:

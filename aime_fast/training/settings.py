@@ -13,8 +13,8 @@ from aime_fast.config import Config, preset
 def how_long(config: Config) -> dict[str, float | None]:
     """`{"steps": N, "epochs": None}` or the reverse.
 
-    Where both are set, one of them comes from the tier's preset and the other overrides it. Raises ConfigError if both differ from
-    the preset, if neither is set, or if the one that counts is not positive.
+    Where both are set, one of them comes from the tier's preset and the other overrides it. Raises ConfigError if both differ
+    from the preset, if neither is set, or if the one that counts is not positive.
     """
     steps, epochs, usual = config.run.steps, config.run.epochs, preset(config.tier).run
     if steps is not None and epochs is not None:

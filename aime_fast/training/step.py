@@ -4,9 +4,9 @@
                                         └-> discriminator loss -> Adam      (every n_critic updates)
 
 Schedules come in as tensors and metrics go out as tensors on the device, so that the whole can be compiled and captured as one
-graph. An update whose losses or gradients are not finite changes nothing: the optimizers skip it by their `found_inf` flag, buffers
-that the forward pass learns (codebooks) are put back, and RGB guards its own state. The caller reads `metrics["finite"]` and asks
-`diagnose` what went wrong.
+graph. An update whose losses or gradients are not finite changes nothing: the optimizers skip it by their `found_inf` flag,
+buffers that the forward pass learns (codebooks) are put back, and RGB guards its own state. The caller reads
+`metrics["finite"]` and asks `diagnose` what went wrong.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class TrainingStep:
         """One update from `optim.accumulate` batches.
 
         Args:
-            batches: on the device, each with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `is_init` bool [B, T, 1].
+            batches: on the device, with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `is_init` bool [B, T, 1].
             beta: weight of the KL terms, a scalar tensor.
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.

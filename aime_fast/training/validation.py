@@ -37,8 +37,8 @@ def validate(
 
     Returns:
         `psnr`, `psnr_mean_frame` (dB, from the mean squared error of all frames), `code_usage` (share of the V codes of a head
-        that occur, averaged over heads), `effective_components` (exp of the entropy of the mixture weights, averaged over frames),
-        `components_used` (components that are the most likely one somewhere), and every loss as `loss/<name>`.
+        that occur, averaged over heads), `effective_components` (exp of the entropy of the mixture weights, averaged over
+        frames), `components_used` (components that are the most likely one somewhere), and every loss as `loss/<name>`.
     """
     totals: dict[str, Tensor | float] = {}
     used_codes = used_components = None
