@@ -62,8 +62,9 @@ def fail(message: object) -> None:
 def run_command(main: Callable[[], object], user_errors: tuple[type[Exception], ...] = ()) -> None:
     """Call `main()`; turn errors the user can mend into one line on stderr and exit status 2, Ctrl-C into status 130.
 
-    SIGTERM, which batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own. The errors are `ConfigError`, `DataError`, `FileNotFoundError` and `user_errors`. Anything else is a fault of the
-    program and keeps its traceback.
+    SIGTERM, which batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own. The errors are
+    `ConfigError`, `DataError`, `FileNotFoundError` and `user_errors`. Anything else is a fault of the program and keeps its
+    traceback.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -10,9 +10,15 @@ For large t, z = -e^-t underflows although log(1 - v) = log(-z / a) is an ordina
 log(1 - v) = -la - t + e^-t / 2 - s / 2 with s = e^(-la - t). Over la, lb in [-5, 5] and every float u in (0, 1) all values and
 gradients are then finite; (1 - u^(1/b))^(1/a) taken literally in float32 is exactly 0 or 1 on a quarter of such draws.
 
-The KL needs L = E log(1 - v). The control variate E log(1 - v^a) = -1/b makes the integrand bounded by |la|:
+The KL needs L = E log(1 - v). In terms of t, whose density is b e^(-bt), the control variate E t = 1/b makes the integrand
+bounded by |la|, and its limit -la at large t comes out as well, so that what is left falls as e^-t:
 
-    L = -1/b + S,    S = integral_0^1 [log(1 - v(u)) - log(u) / b] du      by 24 tanh-sinh nodes
+    L = -1/b + S,    S = -la + E[C(t)],    C(t) = log(1 - v(t)) + t + la
+
+With a small a, C is a step near t = log(1/a), and for b < 1 nodes laid for the density b e^(-bt) would stride over it; so they are
+laid for e^(-beta t), beta = max(b, 1), with the weight (b / beta) e^((beta - b) t), which C outweighs. 24 tanh-sinh nodes then give S
+within 3e-6 over the whole range (nodes laid for b alone: 5e-3).
+
     KL(Kuma(a, b) || Beta(1, alpha)) = la + lb - (1 - 1/a) H - 1 + 1/b - log alpha - (alpha - 1) L,   H = digamma(b + 1) + gamma.
 
 The ten-term series of L in common use is badly biased: for (a, b, alpha) = (1, 1, 3) it gives a KL of 0.720 where 0.901 is right,
@@ -45,7 +51,7 @@ def _tanh_sinh(nodes: int, reach: float) -> tuple[list[float], list[float]]:
     return minus_log_u, [w / math.fsum(weights) for w in weights]  # normalised: a constant is integrated exactly
 
 
-_MINUS_LOG_U, _WEIGHTS = _tanh_sinh(24, 2.9)
+_MINUS_LOG_U, _WEIGHTS = _tanh_sinh(24, 2.3)
 
 
 def l1me(t: Tensor) -> Tensor:
@@ -115,12 +121,16 @@ def kumaraswamy_mean_sticks(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _log_rest_integral(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """S = E[log(1 - v)] + 1/b by quadrature, [...] -> [...]."""
+    """S = E[log(1 - v)] + 1/b by quadrature, [...] -> [...]; the module's docstring derives it."""
     nodes = torch.tensor(_MINUS_LOG_U, dtype=log_a.dtype, device=log_a.device)
     weights = torch.tensor(_WEIGHTS, dtype=log_a.dtype, device=log_a.device)
-    t = nodes * torch.exp(-log_b).unsqueeze(-1)  # [..., 24]
-    _, log_rest = _log_sticks(log_a.unsqueeze(-1), t)
-    return ((log_rest + t) * weights).sum(-1)
+    b = torch.exp(log_b).unsqueeze(-1)
+    beta = b.clamp_min(1.0)
+    t = nodes / beta  # [..., 24]
+    log_a = log_a.unsqueeze(-1)
+    _, log_rest = _log_sticks(log_a, t)
+    remainder = log_rest + t + log_a
+    return (remainder * (b / beta) * torch.exp((beta - b) * t) * weights).sum(-1) - log_a.squeeze(-1)
 
 
 def _log_rest_series(log_a: Tensor, log_b: Tensor, terms: int = 10) -> Tensor:

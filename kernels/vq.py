@@ -123,7 +123,12 @@ def _code_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
         offset = torch.arange(groups, device=codes.device) * size
         flat = (codes + offset).reshape(-1)
         return x.new_zeros(groups * size, width).index_add(0, flat, x.reshape(-1, width)).view(groups, size, width)
-    # index_add is a race of atomics on a GPU; a one-hot product adds in a fixed order.
+    return _one_hot_sums(x, codes, groups, size)  # index_add is a race of atomics on a GPU
+
+
+def _one_hot_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
+    """`_code_sums` as a product with one-hot rows, which adds in a fixed order."""
+    width = x.shape[2]
     codes = codes.reshape(1, -1) if groups == 1 else codes.t()  # [G, R]
     rows = x.reshape(1, -1, width) if groups == 1 else x.transpose(0, 1)  # [G, R, d]
     label = torch.arange(size, device=x.device).view(1, size, 1)

@@ -138,6 +138,11 @@ def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray]]
                 parts.append(stream[begin:].clone())  # the collector writes its next message into the same memory
 
 
+def worker_seeds(seed: int, workers: int) -> list[tuple[int, int]]:
+    """The seeds of each worker's environment and policy."""
+    return [tuple(pair) for pair in np.random.SeedSequence(seed).generate_state(2 * workers).reshape(workers, 2).tolist()]
+
+
 def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
     """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount belong to the action before them."""
     keys = {
@@ -157,9 +162,9 @@ def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> I
     from torchrl.collectors import Collector, MultiSyncCollector
 
     workers = min(config.workers, config.episodes)
-    seeds = np.random.SeedSequence(seed).generate_state(2 * workers).tolist()
-    environments = [partial(make_environment, config, s) for s in seeds[:workers]]
-    policies = [partial(NoisePolicy, config.policy, action_dim, s) for s in seeds[workers:]]
+    seeds = worker_seeds(seed, workers)
+    environments = [partial(make_environment, config, environment) for environment, _ in seeds]
+    policies = [partial(NoisePolicy, config.policy, action_dim, policy) for _, policy in seeds]
     common = {"total_frames": -1, "trust_policy": True, "auto_register_policy_transforms": False}
     if workers == 1:
         collector = Collector(environments[0], policy_factory=policies[0], frames_per_batch=frames, **common)

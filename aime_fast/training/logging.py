@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,13 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def check_loggers(names: Iterable[str]) -> None:
+    """Raise ConfigError if the package of one of `--logger`'s names is not installed."""
+    for name in names:
+        if name != "jsonl" and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--logger {name}: the package is not installed; install it with: pip install {name}")
+
+
 class Logger:
     """Metrics of a run, to every place that was asked for.
 
@@ -35,7 +45,7 @@ class Logger:
         resume_step: metrics after this step are dropped from `metrics.jsonl`, since the resumed run writes them again.
 
     Raises:
-        ConfigError: a logger's package is not installed.
+        ConfigError: wandb cannot start.
     """
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int = 0):
@@ -44,27 +54,30 @@ class Logger:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = self._wandb = None
         if "tensorboard" in config.run.logger:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ConfigError(f"--logger tensorboard: {error}; install it with: pip install tensorboard") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         if "wandb" in config.run.logger:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ConfigError(f"--logger wandb: {error}; install it with: pip install wandb") from error
-            identity = run_dir / "wandb_id"  # the same wandb run goes on after a resume
-            if not identity.exists():
-                identity.write_text(wandb.util.generate_id())
-            self._wandb = wandb.init(
+            self._wandb = self._start_wandb(run_dir, config)
+
+    @staticmethod
+    def _start_wandb(run_dir: Path, config: Config):
+        import wandb
+
+        identity = run_dir / "wandb_id"  # the same wandb run goes on after a resume
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:8])
+        try:
+            return wandb.init(
                 project="aime_fast",
                 name=run_dir.name,
                 id=identity.read_text(),
                 resume="allow",
-                dir=str(run_dir),
+                dir=run_dir,
                 config=to_dict(config),
             )
+        except wandb.Error as error:
+            raise ConfigError(f"--logger wandb: {error}; log in with: wandb login, or set WANDB_MODE=offline") from error
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line: `{"step": step, **metrics}`. Non-finite numbers become null, which every JSON reader accepts."""
@@ -94,7 +107,7 @@ class Logger:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 class Console:
@@ -160,7 +173,7 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
     path = run_dir / "run.json"
     now = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
+        "command": command_line(),
         "seed": config.run.seed,
         "compile": "regions" if config.run.compile else "eager",
         "precision": config.run.precision,
@@ -176,6 +189,13 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
         now = first | {"resumed": [*first.get("resumed", []), now]}
     path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(_plain(to_dict(config)), sort_keys=False), encoding="utf-8")
+
+
+def command_line() -> str:
+    """What was typed to start this process."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", module.name] if module is not None else ["python", sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:

@@ -26,14 +26,16 @@ def error_picture(truth: Tensor, drawn: Tensor) -> Tensor:
 
 
 def overlay(frames: Tensor, attention: Tensor) -> Tensor:
-    """Attention laid over frames in red, [N, 3, H, W]; each map is scaled to its own largest value.
+    """Attention laid over frames in red, [N, 3, H, W]: what a map has above its mean; an even map shows nothing.
 
     Args:
         frames: [N, 3, H, W]. attention: [N, Ha, Wa], non-negative.
     """
-    strength = F.interpolate(attention.float()[:, None], frames.shape[-2:], mode="bilinear", align_corners=False)  # [N, 1, H, W]
-    strength = strength / strength.amax((-2, -1), keepdim=True).clamp_min(1e-12)
-    dark = 0.4 * (frames.float() + 1) - 1
+    even = attention.float().mean((-2, -1), keepdim=True)
+    attention = (attention.float() - even).clamp_min(0)
+    attention = attention / torch.maximum(attention.amax((-2, -1), keepdim=True), even).clamp_min(1e-12)
+    strength = F.interpolate(attention[:, None], frames.shape[-2:], mode="bilinear", align_corners=False)  # [N, 1, H, W]
+    dark = 0.6 * (frames.float() + 1) - 1
     red = torch.tensor([1.0, -0.6, -0.8], device=frames.device)[:, None, None]
     return torch.lerp(dark, red.expand_as(dark), 0.8 * strength)
 

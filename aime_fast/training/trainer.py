@@ -14,7 +14,7 @@ from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
-from aime_fast.training.logging import Console, Logger, write_run_files
+from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.schedules import Every, Warmup, learning_rate
 from aime_fast.training.settings import choose_device, data_file, default_run_dir, how_long
 from aime_fast.training.step import NonFiniteError, TrainingStep
@@ -53,6 +53,7 @@ class DMCVBTrainer:
         run = config.run
         length = how_long(config)
         self.device = choose_device(run.device)
+        check_loggers(run.logger)
         if run.threads is not None:
             if run.threads < 1:
                 raise ConfigError(f"--threads {run.threads}: at least 1 is needed")

@@ -1,0 +1,130 @@
+"""Collection from the real simulator, by the command a user types."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recordings import ATTRIBUTES
+from tensordict import TensorDict
+
+from aime_fast.config import DataConfig
+from aime_fast.data import DataError, DMCVBDataset, EpisodeWriter, collect
+from aime_fast.data.collectors import NoisePolicy, worker_seeds
+from aime_fast.data.environments import RenderedTask, probe_renderer
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "aime_fast.collect", "--tier", "debug", *arguments]
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_one_worker_records_what_a_replay_of_its_actions_shows(tmp_path):
+    done = run(tmp_path, "--episodes", "2", "--seed", "3", "--frame-skip", "40", "--out", "sub/a.h5")
+    assert done.returncode == 0, done.stderr
+    assert "sub/a.h5: 2 episodes, 50 frames" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["a.h5"]
+
+    data = DMCVBDataset(
+        tmp_path / "sub/a.h5", 5, domain="cartpole", task="swingup", image_size=32, frame_skip=40, render_quality="fast"
+    )
+    assert {key: data.attributes[key] for key in ("seed", "policy", "action_dim")} == {"seed": 3, "policy": "ou", "action_dim": 1}
+    assert {"dm_control", "mujoco", "torchrl"} <= set(data.attributes["versions"])
+
+    config = DataConfig(frame_skip=40, image_size=32)
+    task = RenderedTask(config, worker_seeds(3, 1)[0][0])
+    for index in range(2):
+        episode = data.read_episode(index)
+        pixels = task.reset()
+        for t in range(25):
+            seen = episode["pixels"][t].permute(1, 2, 0).numpy().astype(int)
+            assert np.abs(seen - pixels).mean() < 0.5, f"episode {index}, frame {t} is not what was seen before action {t}"
+            pixels, reward, discount, last = task.step(episode["action"][t].numpy())
+            assert episode["reward"][t].item() == pytest.approx(reward, abs=1e-5)
+            assert (episode["discount"][t].item(), last) == (discount, t == 24)
+    assert np.abs(np.diff(data.read_episode(0)["pixels"].numpy().astype(int), axis=0)).mean() > 0.1, "nothing moves"
+    task.close()
+
+    before = (tmp_path / "sub/a.h5").read_bytes()
+    refused = run(tmp_path, "--out", "sub/a.h5")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --out sub/a.h5: the file exists; pass --overwrite")
+    assert (tmp_path / "sub/a.h5").read_bytes() == before
+
+
+def test_two_workers_play_different_episodes(tmp_path):
+    settings = ("--policy", "random", "--frame-skip", "20")
+    done = run(tmp_path, "--domain", "reacher", "--task", "easy", "--workers", "2", "--episodes", "3", *settings)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "data/reacher-easy-seed0.h5"
+    data = DMCVBDataset(path, 5, domain="reacher", task="easy", render_quality="fast")
+    assert (data.num_episodes, data.action_dim, data.lengths) == (3, 2, [50, 50, 50])
+    assert (data.attributes["policy"], data.attributes["render_backend"]) == ("random", os.environ.get("MUJOCO_GL") or "egl")
+    actions = [data.read_episode(i)["action"] for i in range(3)]
+    assert all(not torch.equal(actions[i], actions[j]) for i in range(3) for j in range(i))
+    assert torch.cat(actions).std().item() == pytest.approx(3**-0.5, abs=0.07)  # of a uniform number in [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--domain", "walker", "--task", "swim"),
+            "error: --task swim: domain walker has no such task; choose one of stand, walk, run",
+        ),
+        (("--tier", "7"), "error: --tier 7: there is no such tier; choose one of 1, 2, 3, debug"),
+        (("--policy", "expert"), "--policy"),
+    ],
+)
+def test_bad_arguments_give_one_message_and_status_2(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.rglob("*.h5*")) == []
+
+
+def test_unusable_settings(tmp_path):
+    with pytest.raises(DataError, match="--domain unicycle: dm_control has no such domain; choose one of acrobot, "):
+        RenderedTask(DataConfig(domain="unicycle"), 0)
+    with pytest.raises(DataError, match="--domain lqr --task lqr_2_1: its actions have no bounds"):
+        RenderedTask(DataConfig(domain="lqr", task="lqr_2_1"), 0)
+    with pytest.raises(DataError, match="--workers 0: expected at least 1"):
+        collect(DataConfig(workers=0), 0, tmp_path / "x.h5")
+    with pytest.raises(DataError, match="this is a folder"):
+        EpisodeWriter(tmp_path, ATTRIBUTES)
+
+
+def test_the_probe_names_the_packages_to_install(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "crayon")
+    with pytest.raises(DataError, match=r"crayon: RuntimeError.*unset MUJOCO_GL.*libegl1 libgl1"):
+        probe_renderer()
+    monkeypatch.delenv("MUJOCO_GL")
+    with pytest.raises(DataError, match=r"egl: no frame within 0.01 s; osmesa: no frame within 0.01 s.*libegl1 libgl1"):
+        probe_renderer(timeout=0.01)
+
+
+@pytest.mark.parametrize(("domain", "task", "quality"), [("cartpole", "swingup", "full"), ("humanoid", "walk", "fast")])
+def test_render_qualities_show_the_same_scene(domain, task, quality):
+    config = DataConfig(domain=domain, task=task, image_size=48, render_quality=quality)
+    other = DataConfig(domain=domain, task=task, image_size=48, render_quality="fast" if quality == "full" else "full")
+    pictures = [RenderedTask(c, 0).reset().astype(int) for c in (config, other)]
+    assert pictures[0].shape == (48, 48, 3)
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20
+
+
+def test_the_walk_of_the_ou_policy_restarts_with_the_episode():
+    policy = NoisePolicy("ou", 2, seed=0)
+    step = lambda first: policy(TensorDict({"is_init": torch.tensor([first])}))["action"]  # noqa: E731
+    walk = torch.stack([step(False) for _ in range(4000)])
+    fresh = torch.stack([step(True) for _ in range(4000)])
+    assert walk.abs().max() <= 1
+    lagged = lambda x: torch.corrcoef(torch.stack([x[1:, 0], x[:-1, 0]]))[0, 1].item()  # noqa: E731
+    assert lagged(walk) == pytest.approx(np.exp(-policy.rate), abs=0.05)
+    assert lagged(fresh) == pytest.approx(0, abs=0.05)

@@ -1,0 +1,75 @@
+"""Checkpoints are whole or absent, the newest are kept, damaged ones are passed over."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from aime_fast.config import preset, to_dict
+from aime_fast.training import checkpoint as ck
+from aime_fast.training.checkpoint import CheckpointError
+
+
+def test_newest_are_kept_and_found_in_order_of_their_steps(tmp_path):
+    for step in (5, 99_999_999, 100_000_000, 20):  # nine digits sort before eight as text
+        ck.save_checkpoint(tmp_path, step, {"x": torch.tensor(step)}, keep=3)
+    assert [path.name for path in ck.list_checkpoints(tmp_path)] == [
+        "checkpoint_00000020.pt",
+        "checkpoint_99999999.pt",
+        "checkpoint_100000000.pt",
+    ]
+    path, state = ck.read_latest(tmp_path)
+    assert path == ck.latest_checkpoint(tmp_path)
+    assert state["step"] == int(state["x"]) == 100_000_000
+
+
+def test_kill_before_the_rename_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    ck.save_checkpoint(tmp_path, 1, {"x": 1}, keep=3)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ck.save_checkpoint(tmp_path, 2, {"x": 2}, keep=1)
+    monkeypatch.undo()
+    assert ck.read_latest(tmp_path)[1]["x"] == 1
+    ck.save_checkpoint(tmp_path, 3, {"x": 3}, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000001.pt", "checkpoint_00000003.pt"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated_newest_falls_back_to_the_one_before(tmp_path, share):
+    ck.save_checkpoint(tmp_path, 1, {"x": torch.arange(1000)}, keep=3)
+    newest = ck.save_checkpoint(tmp_path, 2, {"x": torch.arange(1000)}, keep=3)
+    os.truncate(newest, int(newest.stat().st_size * share))
+    said = []
+    path, state = ck.read_latest(tmp_path, report=said.append)
+    assert (path.name, state["step"]) == ("checkpoint_00000001.pt", 1)
+    assert "checkpoint_00000002.pt" in said[0]
+    os.truncate(path, 10)
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        ck.read_latest(tmp_path, report=said.append)
+
+
+def test_nothing_to_resume_and_nothing_that_runs_code(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        ck.latest_checkpoint(tmp_path / "absent")
+    torch.save({"format": ck.FORMAT, "object": Exception}, tmp_path / "checkpoint_00000001.pt")
+    with pytest.raises(CheckpointError, match="checkpoint_00000001"):
+        ck.read_checkpoint(tmp_path / "checkpoint_00000001.pt")
+
+
+def test_resume_names_the_fields_that_differ_and_allows_the_rest():
+    config = preset("debug")
+    run = dataclasses.replace(config.run, steps=99, device="cpu", logger=("jsonl", "wandb"))
+    ck.check_same_config(to_dict(config), dataclasses.replace(config, run=run))
+    changed = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, latent_dim=7), run=dataclasses.replace(run, seed=5)
+    )
+    with pytest.raises(CheckpointError, match=r"model\.latent_dim was 6, is now 7; run\.seed was 0, is now 5") as error:
+        ck.check_same_config(to_dict(config), changed)
+    assert "steps" in str(error.value).split("only these may change")[1]

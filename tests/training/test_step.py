@@ -1,0 +1,157 @@
+"""One update: it is the loop of the specification, and it is all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aime_fast.config import Config, preset, to_dict
+from aime_fast.data import make_batches, normalise
+from aime_fast.multi_task_learning import RGB, LossAggregator
+from aime_fast.training import NonFiniteError, TrainingStep, check_tensor
+from aime_fast.training.step import GradientRows
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+
+def config_of(**optim) -> Config:
+    config = preset("debug")
+    data = dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0)
+    return dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, **optim))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    train, validation = make_batches(config_of().data, 0, "cpu")
+    yield [next(train) for _ in range(4)]
+    train.close()
+    validation.close()
+
+
+def make_model(config: Config) -> DPGMMVariationalRecurrentAutoencoder:
+    torch.manual_seed(0)
+    return DPGMMVariationalRecurrentAutoencoder.from_config(config, 2)
+
+
+def update(step: TrainingStep, batches, train_discriminator=True, beta=0.5, rate=1e-3):
+    return step(batches, torch.tensor(beta), torch.tensor(rate), train_discriminator)
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def weights(step: TrainingStep) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in step.model.state_dict().items()}
+
+
+def test_step_is_the_loop_of_the_specification(batches):
+    config = config_of()
+    step = TrainingStep(make_model(config), config)
+    model = copy.deepcopy(step.model)
+    optim, rgb = config.optim, RGB()
+    rgb.get_share_params = model.get_share_params
+    slow = set(model.perceiver_io.parameters())
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [p for p in model.generator_parameters() if p not in slow], "lr": 1e-3},
+            {"params": [p for p in model.generator_parameters() if p in slow], "lr": 1e-3 * optim.perceiver_lr_scale},
+        ]
+    )
+    start = flat(model.generator_parameters())
+    for seed, batch in enumerate(batches[:2]):
+        anchor = copy.deepcopy(step.ema.model)
+        torch.manual_seed(seed)
+        update(step, [batch], train_discriminator=False)
+
+        torch.manual_seed(seed)
+        outputs = model.forward_sequence(normalise(batch["pixels"]), batch["action"], batch["is_init"], ema=anchor)
+        _, task_losses = LossAggregator(**to_dict(config.loss)).compute_losses(outputs, beta=0.5)
+        optimizer.zero_grad()
+        rgb.backward(task_losses)
+        torch.nn.utils.clip_grad_norm_(model.generator_parameters(), optim.grad_clip)
+        optimizer.step()
+        ours, theirs = (flat(p.grad for p in m.generator_parameters()) for m in (step.model, model))
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    # Adam turns a rounding error in a gradient near zero into a whole step, so single weights may differ, their movement may not.
+    ours, theirs = flat(step.model.generator_parameters()), flat(model.generator_parameters())
+    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+def test_discriminators_learn_only_when_told_and_the_generator_never_moves_them(batches):
+    config = config_of()
+    step = TrainingStep(make_model(config), config)
+    before = weights(step)
+    update(step, batches[:1], train_discriminator=False)
+    middle = weights(step)
+    assert all(torch.equal(before[name], middle[name]) for name in before if "discriminator" in name)
+    metrics = update(step, batches[:1], train_discriminator=True)
+    after = weights(step)
+    assert not any(torch.equal(middle[name], after[name]) for name in before if "discriminator" in name and "weight" in name)
+    assert bool(metrics["finite"])
+    assert metrics.batch_size == torch.Size([])
+
+
+@settings(deadline=None, max_examples=10)
+@given(size=st.integers(1, 4), channels=st.integers(1, 5), seed=st.integers(0, 100))
+def test_gradient_rows_keep_each_parameter_in_its_own_memory_layout(size, channels, seed):
+    torch.manual_seed(seed)
+    plain = torch.nn.Conv2d(channels, 3, size)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x = torch.randn(2, channels, 5, 5)
+    rows = GradientRows(list(last.parameters()), 2)
+    rows.add(1, last(x).square().sum(), 0.5, retain_graph=False)
+    rows.attach(1)
+    (0.5 * plain(x).square().sum()).backward()
+    for ours, theirs in ((last, torch.optim.Adam(last.parameters(), fused=True)), (plain, torch.optim.Adam(plain.parameters()))):
+        theirs.step()
+        assert not ours.weight.isnan().any()
+    torch.testing.assert_close(last.weight, plain.weight)
+    assert not rows.flat[0].any()
+
+
+def test_accumulated_gradient_is_the_mean_over_the_batches(batches):
+    config = config_of()
+    rows = []
+    for group in (batches[:1], batches[1:2], batches[:2]):
+        step = TrainingStep(make_model(config).eval(), config)  # in eval mode nothing is drawn and the codebook stays
+        update(step, group, train_discriminator=False)
+        rows.append(step.tasks.flat.clone())
+    torch.testing.assert_close(rows[2], (rows[0] + rows[1]) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["action", "loss"])
+def test_a_bad_update_changes_nothing_and_is_named(batches, where, monkeypatch):
+    config = config_of()
+    step = TrainingStep(make_model(config), config)
+    update(step, batches[:1])
+    bad = batches[1].clone()
+    if where == "action":
+        bad["action"][1, 2, 0] = float("nan")
+    else:  # finite outputs, one infinite loss
+        monkeypatch.setattr(step.losses, "lambda_recon", float("inf"))
+    before, moments = weights(step), copy.deepcopy(step.optimizer.state_dict()["state"])
+    metrics = update(step, [bad])
+    assert not bool(metrics["finite"])
+    assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())
+    for old, new in zip(moments.values(), step.optimizer.state_dict()["state"].values()):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    first = r"batch 'action' at step 7: 1 of 20 .*\(1, 2, 0\)" if where == "action" else "loss/elbo at step 7"
+    with pytest.raises(NonFiniteError, match=first):
+        raise step.diagnose(7)
+    monkeypatch.undo()
+    assert bool(update(step, batches[:1])["finite"])
+    assert all(value.isfinite().all() for value in step.ema.model.state_dict().values())
+
+
+def test_check_tensor_names_place_and_count():
+    x = torch.zeros(2, 3)
+    assert check_tensor("x", x) is x
+    assert check_tensor("tokens", torch.arange(3)).dtype == torch.int64
+    x[0, 2], x[1, 1] = float("nan"), float("-inf")
+    with pytest.raises(FloatingPointError, match=r"x at step 3: 2 of 6 .* \(1 nan, 1 infinite\), the first at index \(0, 2\)"):
+        check_tensor("x", x, 3)
