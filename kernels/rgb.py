@@ -88,16 +88,14 @@ def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """left [m, k] @ right [k, p] with full float32 products: a GPU's matmul may be set to round its inputs to TF32."""
     if left.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return left @ right
+        return left @ right
     return (left.unsqueeze(2) * right.unsqueeze(0)).sum(1)
 
 
 def _inner_products(rows: Tensor) -> Tensor:
     """rows [m, p] -> [m, m], full precision as in `_matmul`."""
     if rows.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return rows @ rows.t()
+        return rows @ rows.t()
     return (rows.unsqueeze(1) * rows.unsqueeze(0)).sum(2)
 
 
@@ -117,10 +115,11 @@ def gram_matrix(gradients: TaskGradients, direction: Tensor) -> Tensor:
     """
     columns = _columns(gradients)
     partial: dict[tuple[int, ...], Tensor] = {}  # parameters reached by the same tasks share one small matrix
-    for present, rows, _ in _blocks(columns, direction):
-        product = _inner_products(rows).double()
-        key = tuple(present)
-        partial[key] = partial[key] + product if key in partial else product
+    with torch.autocast(direction.device.type, enabled=False):
+        for present, rows, _ in _blocks(columns, direction):
+            product = _inner_products(rows).double()
+            key = tuple(present)
+            partial[key] = partial[key] + product if key in partial else product
     n = len(columns[0])
     gram = torch.zeros(n + 1, n + 1, dtype=torch.float64, device=direction.device)
     for present, product in partial.items():
@@ -262,9 +261,10 @@ def combine(gradients: TaskGradients, direction: Tensor, c: Tensor, e: Tensor) -
     columns = _columns(gradients)
     weights = torch.stack([c, e]).to(direction.dtype)  # [2, n+1]
     combined = torch.empty(2, direction.numel(), dtype=direction.dtype, device=direction.device)
-    for present, rows, start in _blocks(columns, direction):
-        chosen = weights if len(present) == weights.shape[1] else torch.stack([weights[:, i] for i in present], 1)
-        combined[:, start : start + rows.shape[1]] = _matmul(chosen, rows)
+    with torch.autocast(direction.device.type, enabled=False):
+        for present, rows, start in _blocks(columns, direction):
+            chosen = weights if len(present) == weights.shape[1] else torch.stack([weights[:, i] for i in present], 1)
+            combined[:, start : start + rows.shape[1]] = _matmul(chosen, rows)
     if isinstance(gradients, Tensor):
         return combined[0].to(gradients.dtype), combined[1]
     like = [_like(column) for column in columns]

@@ -31,7 +31,7 @@ def test_backward_equals_the_direct_algorithm_and_accumulates():
     for _ in range(3):
         flat = torch.zeros(4, size).double()
         for i, loss in enumerate(losses()[:3]):
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             flat[i] = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, grads)])
         expected, d, angles, norm = rgb_direct(flat, *state)
         state = (d, angles, True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from aime_fast.config import Config, to_dict
 from aime_fast.data import augment, normalise
@@ -159,15 +160,18 @@ class TrainingStep:
         finite = torch.isfinite(torch.stack([v.float() for name, v in metrics.items() if not name.startswith("model/")])).all()
 
         # RGB sees all parameters as one flat vector for each task: two passes over memory, and no list of views.
-        (balanced,), rotation = self.rgb.rotate([[row] for row in self.tasks.flat.unbind()])  # [P]
+        with record_function("step: RGB"):
+            (balanced,), rotation = self.rgb.rotate([[row] for row in self.tasks.flat.unbind()])  # [P]
         metrics |= {f"rgb/angle_{task}": angle for task, angle in zip(TASKS, rotation["angles"].unbind())}
         rates = (learning_rate, learning_rate * self.config.optim.perceiver_lr_scale)
-        metrics["gradient_norm/total"] = self._update(self.optimizer, self.total, balanced, finite, rates)
-        if train_discriminator:
-            self._update(self.discriminator_optimizer, self.discriminator, self.discriminator.flat[0], finite)
+        with record_function("step: clip and Adam"):
+            metrics["gradient_norm/total"] = self._update(self.optimizer, self.total, balanced, finite, rates)
+            if train_discriminator:
+                self._update(self.discriminator_optimizer, self.discriminator, self.discriminator.flat[0], finite)
         for buffer, old in zip(guarded, before):
             buffer.copy_(torch.where(finite, buffer, old))
-        self.ema.update()
+        with record_function("step: EMA"):
+            self.ema.update()
         return TensorDict({**metrics, "beta": beta, "learning_rate": learning_rate, "finite": finite}, batch_size=[])
 
     def _gradients(self, batch: TensorDict, beta: Tensor, scale: float, train_discriminator: bool) -> dict[str, Tensor]:
@@ -176,20 +180,23 @@ class TrainingStep:
         if missing := [key for key in BATCH_KEYS if key not in present]:
             raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
         data, pixels = self.config.data, batch["pixels"]
-        observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
-        with self.autocast():
+        with record_function("step: augment"):
+            observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
+        with record_function("step: forward"), self.autocast():
             outputs = self.model.forward_sequence(observations, batch["action"], batch["is_init"], ema=self.ema.model)
         losses, task_losses = self.losses.compute_losses(outputs, beta=beta)
-        for row, loss in enumerate(task_losses):
-            self.tasks.add(row, loss, scale, retain_graph=row < len(task_losses) - 1)
+        for row, (task, loss) in enumerate(zip(TASKS, task_losses)):
+            with record_function(f"step: backward {task}"):
+                self.tasks.add(row, loss, scale, retain_graph=row < len(task_losses) - 1)
 
         outputs = outputs.detach()
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
         if train_discriminator:
-            with self.autocast():
-                loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-            self.discriminator.add(0, loss, scale, retain_graph=False)
+            with record_function("step: discriminator"):
+                with self.autocast():
+                    loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
+                self.discriminator.add(0, loss, scale, retain_graph=False)
             metrics |= {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
         self._seen.append((batch, outputs, metrics))
         return {name: value * scale for name, value in metrics.items()}

@@ -16,7 +16,7 @@ from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.schedules import Every, Warmup, learning_rate
-from aime_fast.training.settings import choose_device, data_file, default_run_dir, how_long
+from aime_fast.training.settings import choose_device, data_file, default_run_dir, how_long, keep_freed_memory
 from aime_fast.training.step import NonFiniteError, TrainingStep
 from aime_fast.training.validation import draw_prediction, draw_samples, validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
@@ -53,6 +53,8 @@ class DMCVBTrainer:
         run = config.run
         length = how_long(config)
         self.device = choose_device(run.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         check_loggers(run.logger)
         if run.threads is not None:
             if run.threads < 1:

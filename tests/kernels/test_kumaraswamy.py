@@ -153,5 +153,9 @@ def test_compiles_whole():
     def both(log_a, log_b, u):
         return *kumaraswamy_sticks(log_a, log_b, u), kumaraswamy_beta_kl(log_a, log_b, torch.tensor(2.0))
 
-    for compiled, eager in zip(torch.compile(both, fullgraph=True)(log_a, log_b, u), both(log_a, log_b, u)):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    inputs = (log_a.requires_grad_(), log_b.requires_grad_())
+    compiled, eager = torch.compile(both, fullgraph=True)(log_a, log_b, u), both(log_a, log_b, u)
+    for ours, theirs in zip(compiled, eager):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(sum(x.sum() for x in outputs), inputs) for outputs in (compiled, eager))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

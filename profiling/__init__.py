@@ -1,0 +1,1 @@
+"""Profiles and benchmarks; nothing in `aime_fast` or `kernels` imports this package."""
