@@ -1,0 +1,98 @@
+"""The commands as a user runs them, on real cartpole pixels, and the README's training loop as it is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """`python -m aime_fast.NAME ARGUMENTS` in `cwd`."""
+    return subprocess.run([sys.executable, "-m", f"aime_fast.{name}", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A folder with data/ and runs/ as `train` leaves them: it collected its own data."""
+    folder = tmp_path_factory.mktemp("user")
+    done = command("train", "--tier", "debug", "--steps", "6", "--run-dir", "runs/one", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "video       runs/one/prediction.mp4" in done.stdout
+    return folder
+
+
+def test_train_collects_trains_and_leaves_everything(finished_run):
+    run = finished_run / "runs/one"
+    assert list((finished_run / "data").glob("cartpole-swingup-32px-skip8-fast-*.h5"))
+    record = json.loads((run / "run.json").read_text())
+    assert record["versions"]["torch"]
+    assert record["renderer"] in ("egl", "osmesa")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss/elbo" in row] == [1, 2, 3, 4, 5, 6]
+    assert {"loss/kl_z", "rgb/angle_elbo", "frames_per_second"} <= set(rows[0])
+    for name in ("config.yaml", "prediction.mp4", "checkpoint_00000006.pt", "samples/step_00000006.png"):
+        assert (run / name).stat().st_size > 100, name
+    assert (run / "prediction.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_evaluate_writes_tables_picture_and_video(finished_run):
+    done = command("evaluate", "runs/one", "--context", "4", "--horizon", "6", "--clips", "2", cwd=finished_run)
+    assert done.returncode == 0, done.stderr
+    assert "repeat-last-frame" in done.stdout
+    folder = finished_run / "runs/one/evaluation"
+    result = json.loads((folder / "evaluation.json").read_text())
+    loop = result["open_loop"]
+    assert len(loop["model"]["psnr"]) == len(loop["repeat_last_frame"]["ssim"]) == loop["horizon"] == 6
+    assert loop["action_shuffle_ratio"] > 0
+    measured = result["reconstruction"]
+    assert 0 < measured["code_usage"] <= 1
+    assert 1 <= measured["effective_components"] <= 4
+    assert measured["psnr"] > 5
+    assert (folder / "prediction.png").stat().st_size > 1000
+    assert (folder / "prediction.mp4").stat().st_size > 1000
+
+
+def test_another_task_trains_by_name(tmp_path):
+    arguments = ("--tier", "debug", "--domain", "reacher", "--task", "easy", "--seed", "1", "--episodes", "2", "--steps", "1")
+    done = command("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/reacher-easy-tierdebug-seed1/prediction.mp4").exists()
+
+
+def test_compiled_regions_train_on_a_cpu(tmp_path):
+    done = command("train", "--tier", "debug", "--data", "synthetic", "--steps", "2", "--compile", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = next((tmp_path / "runs").iterdir())
+    assert json.loads((run / "run.json").read_text())["compile"] == "regions"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing",), "missing: neither a run's folder nor a checkpoint file"),
+        (("runs/one", "--horizon", "4000"), "--horizon 4000: the longest held-out episode has"),
+        (("runs/one", "--context", "0"), "--context 0"),
+        (("runs/one", "--data", "nowhere.h5"), "nowhere.h5"),
+        (("runs/one", "--horizont", "3"), "--horizont"),
+    ],
+)
+def test_wrong_arguments_of_evaluate_are_named(finished_run, arguments, message):
+    done = command("evaluate", *arguments, cwd=finished_run)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_training_loop_of_the_readme_runs_as_printed(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 1
+    done = subprocess.run([sys.executable, "-c", blocks[0]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"elbo -?\d+\.\d+", done.stdout)
