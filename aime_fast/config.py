@@ -101,6 +101,8 @@ class OptimConfig:
     perceiver_lr_scale: float = 1.5  # the perceiver learns at learning_rate times this
     discriminator_lr: float = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
+    adam_beta1: float = 0.5  # Adam's momentum; RGB's consensus direction is a momentum (rgb_mu) already, and two of them overshoot
+    adversarial_start_epochs: float = 2.0  # until then the discriminators learn alone: RGB would give a noisy critic an equal vote
     grad_clip: float = 5.0  # global norm
     beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
     ema_decay: float = 0.995  # EMA of the weights, every step
@@ -152,7 +154,7 @@ class Config:
 # Tier 1 keeps the specification's Z, Dh, K, T and B and shrinks every width it leaves open, so that two CPU cores suffice.
 TIER_1 = Config(
     tier="1",
-    data=DataConfig(),
+    data=DataConfig(augment=False),  # a thousand updates are too few to learn invariance to a moving background
     model=ModelConfig(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
         num_latents=16, num_latent_channels=128, context_layers=2, predictor_dim=128, predictor_layers=2, codebook_size=256,

@@ -59,9 +59,7 @@ def evaluate(options: EvaluateConfig) -> dict:
             "device": str(device),
             "torch": version("torch"),
             "commit": git_commit(),
-            "reconstruction": evaluation.evaluate_reconstruction(
-                model, validation.one_pass(), mean_frame, config.model.codebook_size
-            ),
+            "reconstruction": evaluation.evaluate_reconstruction(model, validation.one_pass(), mean_frame, config.model.codebook_size),
             "open_loop": evaluation.evaluate_prediction(model, clips),
         }
         out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"

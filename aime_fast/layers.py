@@ -112,7 +112,7 @@ class TransformerBlock(nn.Module):
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with groups of at least 4 channels, 8 groups at most; statistics are of one frame, so time stays causal."""
-    groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and channels // g >= 4 or g == 1)
+    groups = next(g for g in (8, 4, 2, 1) if (channels % g == 0 and channels // g >= 4) or g == 1)
     return nn.GroupNorm(groups, channels)
 
 

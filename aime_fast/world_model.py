@@ -120,7 +120,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     ):
         super().__init__()
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
-        self.prior_context, self.likelihood_std = prior_context, likelihood_std
+        self.prior_context = prior_context
         self.perceiver_io = CausalPerceiverIO(
             (sequence_length, 3, image_size, image_size), num_latents, num_latent_channels, 2 * num_latent_channels, context_dim,
             action_dim, context_layers,
@@ -133,9 +133,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             ),
         )  # fmt: skip
         self.encoder = VAEEncoder(image_size, latent_dim, context_dim, encoder_channels, blocks_per_level)
-        self.decoder = VAEDecoder(
-            image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components
-        )
+        self.decoder = VAEDecoder(image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components)
         self.prior = DPGMMPrior(hidden_dim, context_dim, latent_dim, max_components, kl)
         self.dynamics = LSTMLayer(latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
         self.attention = AttentionSchema(
@@ -153,7 +151,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return cls(
             image_size=data.image_size, action_dim=action_dim, sequence_length=data.sequence_length, **dataclasses.asdict(config.model)
         )
-
 
     def discriminator_parameters(self) -> list[nn.Parameter]:
         """Parameters of both discriminators."""
@@ -181,7 +178,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         torch._functorch.config.donated_buffer = False
         for region in (self.attention.posterior.slot_attention, self.attention.prior, self.prior, self.dynamics):
             region.compile(dynamic=False)
-
 
     def forward_sequence(
         self, observations: Tensor, actions: Tensor, is_init: Tensor | None = None, ema: DPGMMVariationalRecurrentAutoencoder | None = None
@@ -212,7 +208,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         predictor_loss, token_accuracy = self.perceiver_io.predictor.loss(tokens.codes, seen.context, actions, start)
         terms = dict(
             commitment=tokens.commitment,
-            token_reconstruction=self._nats_a_dimension(self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start), video),
+            token_reconstruction=F.mse_loss(full_precision(self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)), video),
             next_token=predictor_loss,
             recon=self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean(),
             kl_z=losses.kl_monte_carlo(seen.latents, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean(),
@@ -275,7 +271,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         """What the recurrence reads: [..., Z + Dc + A]."""
         return torch.cat([z, context.to(z.dtype), actions.to(z.dtype)], dim=-1)
 
-    def discriminator_loss(self, outputs: TensorDict, observations: Tensor, gradient_penalty: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(
+        self, outputs: TensorDict, observations: Tensor, gradient_penalty: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of both discriminators on the frames and reconstructions of a batch, which get no gradient.
 
         Args: outputs of `forward_sequence`; observations as given to it; gradient_penalty weighs the R1 penalty on real frames.
@@ -312,11 +310,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with torch.no_grad():
             anchor = ema.encoder.features(video.flatten(0, 1))
         return losses.gram_distance(features, anchor)
-
-    def _nats_a_dimension(self, drawn: Tensor, video: Tensor) -> Tensor:
-        """Squared error in units of the Gaussian likelihood: nats a dimension, up to a constant."""
-        return F.mse_loss(full_precision(drawn), video) / (2 * self.likelihood_std**2)
-
 
     def initial_state(self, batch: int) -> State:
         """The empty memory before a first frame."""
@@ -397,7 +390,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         }
         return state._replace(**fresh)
 
-
     @torch.no_grad()
     def reconstruct(self, observations: Tensor, actions: Tensor) -> Tensor:
         """[B, T, 3, H, W] and [B, T, A] -> reconstructions [B, T, 3, H, W]."""
@@ -457,7 +449,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             out, state = self.imagine(action, state, sample)
             imagined.append(out)
         return torch.stack(imagined, dim=1)
-
 
     def _frames(self, observations: Tensor) -> Tensor:
         """uint8 or float frames -> float in [-1, 1], of the model's precision."""

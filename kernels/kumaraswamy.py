@@ -146,9 +146,7 @@ def _log_rest_series(log_a: Tensor, log_b: Tensor, terms: int = 10) -> Tensor:
     return -(b * torch.exp(log_beta) / (m + a * b)).sum(-1)
 
 
-def kumaraswamy_beta_kl(
-    log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: Tensor | None = None, method: str = "exact"
-) -> Tensor:
+def kumaraswamy_beta_kl(log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: Tensor | None = None, method: str = "exact") -> Tensor:
     """KL(Kumaraswamy(a, b) || Beta(1, alpha)), elementwise.
 
     It is linear in (alpha, log alpha). With `alpha` = E[alpha] and `log_alpha` = E[log alpha] the result is therefore *exactly*

@@ -48,9 +48,7 @@ def _columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
     """One entry for each parameter tensor: the gradient of every task, or None."""
     if isinstance(gradients, Tensor):
         if gradients.ndim != 2:
-            raise ValueError(
-                f"RGB: task gradients are {list(gradients.shape)}; expected [n, P], or for each task a list of tensors"
-            )
+            raise ValueError(f"RGB: task gradients are {list(gradients.shape)}; expected [n, P], or for each task a list of tensors")
         return [list(gradients)]
     if len({len(task) for task in gradients}) != 1:
         raise ValueError(
@@ -80,8 +78,7 @@ def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
         start += size
     if start != direction.numel():
         raise ValueError(
-            f"RGB: the task gradients hold {start} numbers and the direction {direction.numel()}; "
-            "the set of shared parameters has changed"
+            f"RGB: the task gradients hold {start} numbers and the direction {direction.numel()}; the set of shared parameters has changed"
         )
 
 

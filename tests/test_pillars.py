@@ -161,7 +161,9 @@ def test_mixture_log_prob_is_torch_distributions():
     means, logvars = torch.randn(5, 4, 3), torch.randn(5, 4, 3)
     d = torch.distributions
     normal = d.Independent(d.Normal(means, (0.5 * logvars).exp()), 1)
-    torch.testing.assert_close(mixture_log_prob(z, weights, means, logvars), d.MixtureSameFamily(d.Categorical(logits=weights), normal).log_prob(z))
+    torch.testing.assert_close(
+        mixture_log_prob(z, weights, means, logvars), d.MixtureSameFamily(d.Categorical(logits=weights), normal).log_prob(z)
+    )
     torch.testing.assert_close(
         gaussian_log_prob(z, means[:, 0], logvars[:, 0]), d.Independent(d.Normal(means[:, 0], (0.5 * logvars[:, 0]).exp()), 1).log_prob(z)
     )

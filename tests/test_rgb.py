@@ -68,9 +68,7 @@ def test_state_goes_through_a_checkpoint(tmp_path):
         results.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
     assert torch.equal(*results)
     assert torch.equal(rgb.direction, fresh.direction)
-    nn.ModuleDict({"rgb": RGB()}).load_state_dict(
-        {f"rgb.{k}": v for k, v in rgb.state_dict().items()}
-    )  # as a part of something too
+    nn.ModuleDict({"rgb": RGB()}).load_state_dict({f"rgb.{k}": v for k, v in rgb.state_dict().items()})  # as a part of something too
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -68,9 +68,7 @@ def test_gamma_kl_and_moments(log_concentration, log_rate):
     head = GammaPosterior(1).double()
     with torch.no_grad():
         head.parameters_head.weight.zero_()
-        head.parameters_head.bias.copy_(
-            3 * torch.atanh(torch.tensor([log_concentration, log_rate]).double().clamp(-2.99, 2.99) / 3)
-        )
+        head.parameters_head.bias.copy_(3 * torch.atanh(torch.tensor([log_concentration, log_rate]).double().clamp(-2.99, 2.99) / 3))
     out = head(torch.zeros(1, dtype=torch.float64))
     q = torch.distributions.Gamma(out.concentration, out.rate)
     log_density = out.concentration * out.rate.log() + (out.concentration - 1) * out.mean_log - out.rate * out.mean

@@ -38,6 +38,9 @@ class FeaturePyramid(nn.Module):
 class AttentionPosterior(nn.Module):
     """Slots, seeded from [h_t, c_t], share out the feature pyramid of x_t; their maps are fused into one.
 
+    The schema reads memory and does not shape it: no gradient flows into h_t and c_t. Otherwise slot diversity, whose gradient on the
+    encoder outweighs that of a young ELBO fifty times, decides what the latent becomes.
+
     Args:
         image_size: H.
         hidden_dim, context_dim: Dh, Dc.
@@ -46,7 +49,14 @@ class AttentionPosterior(nn.Module):
     """
 
     def __init__(
-        self, image_size: int, hidden_dim: int, context_dim: int, dim: int = 64, slots: int = 5, iterations: int = 3, fusion: str = "weighted"
+        self,
+        image_size: int,
+        hidden_dim: int,
+        context_dim: int,
+        dim: int = 64,
+        slots: int = 5,
+        iterations: int = 3,
+        fusion: str = "weighted",
     ):
         super().__init__()
         if fusion not in ("weighted", "max", "gated"):
@@ -63,7 +73,8 @@ class AttentionPosterior(nn.Module):
     def forward(self, frames: Tensor, hidden: Tensor, context: Tensor) -> AttentionMaps:
         """frames [N, 3, H, W], hidden [N, Dh], context [N, Dc] -> `AttentionMaps`."""
         inputs = self.pyramid(frames) + self.positions
-        seed = self.seed(torch.cat([hidden, context.to(hidden.dtype)], dim=-1)).unflatten(1, (self.slots, self.dim))
+        memory = torch.cat([hidden, context.to(hidden.dtype)], dim=-1).detach()
+        seed = self.seed(memory).unflatten(1, (self.slots, self.dim))
         slots, maps = self.slot_attention(inputs, seed + self.slot_identity)
         attention = self._fuse(maps, full_precision(self.score(slots)))
         grid = (self.grid, self.grid)

@@ -22,7 +22,7 @@ class AttentionPrior(nn.Module):
     """p(A_t | A_{t-1}, h_{t-1}, z_{t-1}) and a movement field.
 
     Convolutions with large kernels see how the map may move; self-attention over the grid (at half its resolution) and
-    cross-attention to [h, z] decide; the result re-weights the map that was.
+    cross-attention to [h, z] decide; the result re-weights the map that was. Like the posterior it reads h and z without shaping them.
 
     Args:
         grid: Ha = Wa.
@@ -47,7 +47,7 @@ class AttentionPrior(nn.Module):
         """attention [N, Ha, Wa], hidden [N, Dh], latents [N, Z], all of frame t-1 -> `PredictedAttention` of frame t."""
         before = torch.log(attention * attention[0].numel() + 1e-3)  # 0 where uniform
         x = self.motion(before.unsqueeze(1)).permute(0, 2, 3, 1).flatten(1, 2) + self.positions
-        memory = torch.stack([self.hidden_token(hidden), self.latent_token(latents)], dim=1)
+        memory = torch.stack([self.hidden_token(hidden.detach()), self.latent_token(latents.detach())], dim=1)
         x = self.to_memory(self.over_grid(x), memory)
         x = x.transpose(1, 2).unflatten(2, (self.coarse, self.coarse))
         out = full_precision(F.pixel_shuffle(self.head(x), 2))[..., : self.grid, : self.grid]

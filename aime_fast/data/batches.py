@@ -48,9 +48,7 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
     try:
         n = source.num_episodes
         if n < 2:
-            raise DataError(
-                f"--data {config.data}: it holds {n} episode, expected at least 2, one to train on and one to validate on"
-            )
+            raise DataError(f"--data {config.data}: it holds {n} episode, expected at least 2, one to train on and one to validate on")
         held_out = min(max(1, round(config.validation_fraction * n)), n - 1)
         order = np.random.default_rng(seed).permutation(n)
         split = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
@@ -76,9 +74,7 @@ def _open_source(config: DataConfig, seed: int) -> EpisodeSource:
     if config.data == "synthetic":
         source = SyntheticEpisodes(config.episodes, config.image_size, seed)
         if config.sequence_length > min(source.lengths):
-            raise DataError(
-                f"--sequence-length {config.sequence_length}: synthetic episodes have {min(source.lengths)} frames, pass fewer"
-            )
+            raise DataError(f"--sequence-length {config.sequence_length}: synthetic episodes have {min(source.lengths)} frames, pass fewer")
         return source
     return DMCVBDataset(
         config.data,

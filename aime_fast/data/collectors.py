@@ -87,10 +87,7 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     backend = probe_renderer()
     action_dim, longest = task_shape(config)
     attributes = {
-        **{
-            key: getattr(config, key)
-            for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")
-        },
+        **{key: getattr(config, key) for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")},
         "action_dim": action_dim,
         "seed": seed,
         "render_backend": backend,
@@ -115,9 +112,7 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
         except (KeyboardInterrupt, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not interrupted.is_set():
                 raise  # otherwise the signal reached the workers too, and their end is what TorchRL complains about
-            raise KeyboardInterrupt(
-                f"collection stopped after {written} of {config.episodes} episodes; nothing was kept"
-            ) from None
+            raise KeyboardInterrupt(f"collection stopped after {written} of {config.episodes} episodes; nothing was kept") from None
     return out
 
 

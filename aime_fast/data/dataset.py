@@ -132,9 +132,7 @@ def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
         return [path]
     shards = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
     if not shards:
-        raise DataError(
-            f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`"
-        )
+        raise DataError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`")
     return shards
 
 

@@ -116,9 +116,7 @@ def open_shard(path: str | Path) -> h5py.File:
         file = h5py.File(path, "r")
     except OSError as error:
         if not h5py.is_hdf5(path):
-            raise DataError(
-                f"{path}: this is not an HDF5 file; give a file written by aime_fast.collect, or {RECOLLECT}"
-            ) from error
+            raise DataError(f"{path}: this is not an HDF5 file; give a file written by aime_fast.collect, or {RECOLLECT}") from error
         raise DataError(f"{path}: the file is truncated or damaged ({error}); copy it again or {RECOLLECT}") from error
     try:
         version = file.attrs.get("format_version")
@@ -155,9 +153,7 @@ def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any], 
         found, wanted = file.attrs[key], expected.get(key)
         if wanted is not None and found != wanted:
             remedy = f"pass {flag} {found}" if flag else "use the settings of the task it was recorded with"
-            raise DataError(
-                f"{path}: attribute '{key}' is {found}, expected {wanted}; {remedy}, or give another file with --data"
-            )
+            raise DataError(f"{path}: attribute '{key}' is {found}, expected {wanted}; {remedy}, or give another file with --data")
     names = sorted(name for name in file if name.startswith("episode_"))
     if not names:
         raise DataError(f"{path}: there is no group 'episode_00000', expected at least one episode; {RECOLLECT}")
@@ -212,7 +208,5 @@ def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int 
             )
     starts = np.flatnonzero(episode["is_init"]) + start
     if starts.tolist() != [0] * (start == 0):
-        raise DataError(
-            f"{path}: dataset '{name}/is_init' is true at frames {starts.tolist()}, expected at frame 0 only; {RECOLLECT}"
-        )
+        raise DataError(f"{path}: dataset '{name}/is_init' is true at frames {starts.tolist()}, expected at frame 0 only; {RECOLLECT}")
     return episode

@@ -88,9 +88,7 @@ def _draw(disc: np.ndarray, square: np.ndarray, size: int) -> np.ndarray:
     sx, sy = centre(square)
     in_disc = cover(np.hypot(x - dx, y - dy) - 0.2)  # [T, H, W, 1]
     in_square = cover(np.maximum(np.abs(x - sx), np.abs(y - sy)) - 0.14)
-    gradient = np.broadcast_to(
-        np.stack([0.3 + 0.1 * x + 0 * y, 0.35 + 0 * x + 0.1 * y, 0.5 + 0 * x + 0 * y], axis=-1), (1, size, size, 3)
-    )
+    gradient = np.broadcast_to(np.stack([0.3 + 0.1 * x + 0 * y, 0.35 + 0 * x + 0.1 * y, 0.5 + 0 * x + 0 * y], axis=-1), (1, size, size, 3))
     frame = gradient * (1 - in_square) + np.array([0.1, 0.25, 0.15], dtype=np.float32) * in_square
     frame = frame * (1 - in_disc) + np.array([0.95, 0.75, 0.2], dtype=np.float32) * in_disc
     return np.round(frame * 255).astype(np.uint8)

@@ -64,7 +64,8 @@ class VAEDecoder(nn.Module):
         self.to_half = nn.Sequential(group_norm(c4), nn.SiLU(), Upsample(c4, c2, half))
         self.head = Upsample(c2, self.likelihood.channels, full)
         with torch.no_grad():
-            self.head.conv.weight *= 0.1  # the first frames are the background
+            self.head.conv.weight *= 0.3  # near the background, and not so near that no gradient reaches the encoder
+            self.head.conv.bias.zero_()
 
     def forward(self, latents: Tensor, attention: Tensor) -> Tensor:
         """latents [N, Z], attention [N, Ha, Wa] (sums to 1) -> parameters of p(x | z, A) [N, P, H, W], P = 3 for the Gaussian."""

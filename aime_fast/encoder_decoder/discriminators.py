@@ -44,7 +44,10 @@ class TemporalDiscriminator(nn.Module):
         super().__init__()
         patch = 8
         self.frame = nn.Sequential(
-            nn.Conv2d(3, dim // 2, patch, stride=patch), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(dim // 2 * (image_size // patch) ** 2, dim)
+            nn.Conv2d(3, dim // 2, patch, stride=patch),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(dim // 2 * (image_size // patch) ** 2, dim),
         )
         self.latent = nn.Linear(latent_dim, dim)
         self.time = nn.Parameter(torch.randn(max_frames, dim) * 0.02)

@@ -44,8 +44,15 @@ class VAEEncoder(nn.Module):
             nn.Sequential(downsample(a, b), *(ResidualCell(b) for _ in range(blocks))) for a, b in zip(channels, channels[1:])
         )
         grid, width = halvings(image_size, 4)[-1], channels[-1]
-        self.pool = nn.Sequential(group_norm(width), nn.SiLU(), nn.Flatten(), nn.Linear(width * grid * grid, 4 * width))
+        self.pool = nn.Sequential(
+            group_norm(width), nn.SiLU(), nn.Flatten(), nn.Linear(width * grid * grid, 4 * width), nn.LayerNorm(4 * width)
+        )
         self.posterior = MLP(4 * width + context_dim, 4 * width, 2 * latent_dim)
+        # A latent that starts as noise is ignored by the decoder, and then nothing teaches the encoder. So frames start apart
+        # (means a few tenths from each other) and posteriors narrow.
+        with torch.no_grad():
+            self.posterior[-1].weight[:latent_dim] *= 8.0
+            self.posterior[-1].bias[latent_dim:] = -4.0
 
     def forward(self, frames: Tensor, context: Tensor) -> Posterior:
         """frames [N, 3, H, W] in [-1, 1], context [N, Dc] -> `Posterior`."""
@@ -54,7 +61,7 @@ class VAEEncoder(nn.Module):
         features = self.levels[1](x)
         x = self.levels[2](features)
         mean, logvar = self.posterior(torch.cat([self.pool(x), context], dim=-1)).chunk(2, dim=-1)
-        return Posterior(full_precision(mean), bounded_logvar(logvar - 2.0), features)
+        return Posterior(full_precision(mean), bounded_logvar(logvar), features)
 
     def features(self, frames: Tensor) -> Tensor:
         """Feature maps at H/8 alone: frames [N, 3, H, W] -> [N, C, H/8, W/8]."""

@@ -56,7 +56,9 @@ class DPGMMPrior(nn.Module):
         self.alpha = GammaPosterior(hidden_dim)
         self.components_head = nn.Linear(hidden_dim, 2 * max_components * latent_dim)
         with torch.no_grad():  # components start apart from each other, each as wide as the posterior's start
-            self.components_head.bias.copy_(torch.cat([torch.randn(max_components * latent_dim) * 0.5, torch.zeros(max_components * latent_dim)]))
+            self.components_head.bias.copy_(
+                torch.cat([torch.randn(max_components * latent_dim) * 0.5, torch.zeros(max_components * latent_dim)])
+            )
 
     def forward(self, hidden: Tensor, context: Tensor, sample: bool = True) -> Mixture:
         """hidden [N, Dh] and context [N, Dc] of the frame before -> `Mixture`; `sample=False` takes mean sticks."""

@@ -45,12 +45,15 @@ class LossAggregator:
         self.lambda_gan, self.lambda_fm = lambda_gan, lambda_fm
         self.enforce_diversity = enforce_diversity
 
-    def compute_losses(self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def compute_losses(
+        self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0, adversarial: float | Tensor = 1.0
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Combines the terms of `forward_sequence`.
 
         Args:
             outputs: what `forward_sequence` returned.
             beta: warm-up factor, 0 to 1; multiplies the configured beta.
+            adversarial: 0 while the generator does not play against the discriminators yet, then 1.
 
         Returns:
             (every term and task loss by name, [elbo, perceiver, predictive, adversarial]).
@@ -73,6 +76,6 @@ class LossAggregator:
             "elbo": elbo / outputs["reconstructions"].shape[-3:].numel(),
             "perceiver": self.lambda_commitment * term["commitment"] + term["token_reconstruction"] + term["next_token"],
             "predictive": self.lambda_att_dyn * term["attention_dynamics"] + self.enforce_diversity * term["diversity"],
-            "adversarial": self.lambda_gan * term["generator"] + self.lambda_fm * term["feature_matching"],
+            "adversarial": adversarial * (self.lambda_gan * term["generator"] + self.lambda_fm * term["feature_matching"]),
         }
         return term | task, [task[name] for name in TASKS]

@@ -154,9 +154,7 @@ class RGB(nn.Module):
             NotImplementedError: `rep_grad` is True.
         """
         if self.rep_grad:
-            raise NotImplementedError(
-                "RGB: rep_grad=True (gradients of a representation) is not supported; set rgb.rep_grad = False"
-            )
+            raise NotImplementedError("RGB: rep_grad=True (gradients of a representation) is not supported; set rgb.rep_grad = False")
         if self.get_share_params is None:
             raise RuntimeError("RGB: get_share_params is not set; assign it first: rgb.get_share_params = model.get_share_params")
         parameters = [p for p in self.get_share_params() if p.requires_grad]

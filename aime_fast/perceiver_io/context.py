@@ -77,9 +77,7 @@ class CausalPerceiverIO(nn.Module):
     forward = extract_context
 
     @torch.no_grad()
-    def generate_tokens(
-        self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0
-    ) -> Tensor:
+    def generate_tokens(self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
         """Rolls the predictor out on its own tokens: int64 [B, Tc, Ht, Wt, Q] -> [B, num_frames, Ht, Wt, Q].
 
         `actions` [B, >= Tc + num_frames - 1, A] holds the actions of the given frames and of all generated frames but the last.

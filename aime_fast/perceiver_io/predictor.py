@@ -113,9 +113,7 @@ class PerceiverTokenPredictor(nn.Module):
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
         return (nll * weight.flatten()).sum() / total, (accuracy * weight).sum() / total
 
-    def sample(
-        self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0
-    ) -> Tensor:
+    def sample(self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
         """Draws the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A].
 
         `temperature=0` takes the likeliest code.

@@ -42,9 +42,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 def latest_checkpoint(run_dir: str | Path) -> Path:
     """The newest checkpoint of a run. Raises CheckpointError where there is none."""
     if not (checkpoints := list_checkpoints(run_dir)):
-        raise CheckpointError(
-            f"{run_dir}: no checkpoint here; name another run with --run-dir, or start this one without --resume"
-        )
+        raise CheckpointError(f"{run_dir}: no checkpoint here; name another run with --run-dir, or start this one without --resume")
     return checkpoints[-1]
 
 

@@ -55,9 +55,7 @@ def cut_clips(episodes: list[TensorDict], context: int, horizon: int, per_episod
             actions.append(episode["action"][first : first + frames])
     if not video:
         longest = max(episode.shape[0] for episode in episodes)
-        raise ValueError(
-            f"--context {context} --horizon {horizon}: the longest held-out episode has {longest} frames, ask for fewer"
-        )
+        raise ValueError(f"--context {context} --horizon {horizon}: the longest held-out episode has {longest} frames, ask for fewer")
     return Clips(torch.stack(video), torch.stack(actions), context)
 
 

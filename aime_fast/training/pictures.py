@@ -52,9 +52,7 @@ def save_samples(path: Path, truth: Tensor, reconstruction: Tensor, attention: T
     Args:
         path: PNG to write. truth, reconstruction: [N, 3, H, W]. attention: [N, Ha, Wa]. smallest: least height of a cell, pixels.
     """
-    rows = torch.stack(
-        [truth, reconstruction, error_picture(truth, reconstruction), overlay(truth, attention)]
-    )  # [4, N, 3, H, W]
+    rows = torch.stack([truth, reconstruction, error_picture(truth, reconstruction), overlay(truth, attention)])  # [4, N, 3, H, W]
     cells = F.pad(enlarge(to_uint8(rows), smallest), (0, 0, 0, GAP, 0, GAP), value=255)  # [4, N, H', W', 3]
     write_png(path, cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1))
 

@@ -33,6 +33,16 @@ class Warmup:
 
 
 @dataclass(frozen=True)
+class Start:
+    """0 before step `steps`, 1 from there on."""
+
+    steps: float
+
+    def __call__(self, step: int) -> float:
+        return float(step >= self.steps)
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same value at every step."""
 

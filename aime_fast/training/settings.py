@@ -56,9 +56,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
-            raise ConfigError(
-                f"--device cuda: {why} (torch {torch.__version__}); use --device cpu, or install a CUDA build of torch"
-            )
+            raise ConfigError(f"--device cuda: {why} (torch {torch.__version__}); use --device cpu, or install a CUDA build of torch")
         if (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     return device

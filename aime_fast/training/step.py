@@ -106,10 +106,11 @@ class TrainingStep:
         shared = list(model.get_share_params())
         perceiver = {id(p) for p in model.perceiver_io.parameters()}
         self.optimizer = self._adam(
+            optim.adam_beta1,
             (optim.learning_rate, [p for p in shared if id(p) not in perceiver]),
             (optim.learning_rate * optim.perceiver_lr_scale, [p for p in shared if id(p) in perceiver]),
         )
-        self.discriminator_optimizer = self._adam((optim.discriminator_lr, list(model.discriminator_parameters())))
+        self.discriminator_optimizer = self._adam(0.9, (optim.discriminator_lr, list(model.discriminator_parameters())))
         self.tasks = GradientRows(shared, len(TASKS))
         self.total = GradientRows(shared, 1)
         self.discriminator = GradientRows(list(model.discriminator_parameters()), 1)
@@ -122,14 +123,21 @@ class TrainingStep:
         self.rgb.reset(len(TASKS), self.tasks.flat.shape[1], self.device)
         self._seen: list[tuple[TensorDict, TensorDict, dict[str, Tensor]]] = []
 
-    def _adam(self, *groups: tuple[float, list[nn.Parameter]]) -> torch.optim.Adam:
+    def _adam(self, beta1: float, *groups: tuple[float, list[nn.Parameter]]) -> torch.optim.Adam:
         # Learning rates are tensors, filled by the schedule at each step: a captured graph reads the new value.
         return torch.optim.Adam(
-            [{"params": parameters, "lr": torch.tensor(lr, device=self.device)} for lr, parameters in groups], fused=True
+            [{"params": parameters, "lr": torch.tensor(lr, device=self.device)} for lr, parameters in groups],
+            betas=(beta1, 0.999),
+            fused=True,
         )
 
     def __call__(
-        self, batches: Sequence[TensorDict], beta: Tensor, learning_rate: Tensor, train_discriminator: bool
+        self,
+        batches: Sequence[TensorDict],
+        beta: Tensor,
+        learning_rate: Tensor,
+        train_discriminator: bool,
+        adversarial: Tensor | float = 1.0,
     ) -> TensorDict:
         """One update from `optim.accumulate` batches.
 
@@ -138,6 +146,7 @@ class TrainingStep:
             beta: weight of the KL terms, a scalar tensor.
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
+            adversarial: 0 or 1, whether the generator plays against them.
 
         Returns:
             TensorDict of scalar tensors on the device: `loss/*`, `model/*`, `gradient_norm/*`, `rgb/*`, the schedules, and
@@ -150,7 +159,7 @@ class TrainingStep:
         self._seen.clear()
         metrics: dict[str, Tensor] = {}
         for batch in batches:
-            for name, value in self._gradients(batch, beta, 1.0 / len(batches), train_discriminator).items():
+            for name, value in self._gradients(batch, beta, adversarial, 1.0 / len(batches), train_discriminator).items():
                 metrics[name] = metrics[name] + value if name in metrics else value
 
         norms = torch.linalg.vector_norm(self.tasks.flat, dim=1)  # [4]
@@ -174,7 +183,9 @@ class TrainingStep:
             self.ema.update()
         return TensorDict({**metrics, "beta": beta, "learning_rate": learning_rate, "finite": finite}, batch_size=[])
 
-    def _gradients(self, batch: TensorDict, beta: Tensor, scale: float, train_discriminator: bool) -> dict[str, Tensor]:
+    def _gradients(
+        self, batch: TensorDict, beta: Tensor, adversarial: Tensor | float, scale: float, train_discriminator: bool
+    ) -> dict[str, Tensor]:
         """Forward one batch and add its gradients, times `scale`, to the rows. Returns its metrics, times `scale`."""
         present = set(batch.keys())
         if missing := [key for key in BATCH_KEYS if key not in present]:
@@ -184,7 +195,7 @@ class TrainingStep:
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
         with record_function("step: forward"), self.autocast():
             outputs = self.model.forward_sequence(observations, batch["action"], batch["is_init"], ema=self.ema.model)
-        losses, task_losses = self.losses.compute_losses(outputs, beta=beta)
+        losses, task_losses = self.losses.compute_losses(outputs, beta, adversarial)
         for row, (task, loss) in enumerate(zip(TASKS, task_losses)):
             with record_function(f"step: backward {task}"):
                 self.tasks.add(row, loss, scale, retain_graph=row < len(task_losses) - 1)

@@ -15,7 +15,7 @@ from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
-from aime_fast.training.schedules import Every, Warmup, learning_rate
+from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
 from aime_fast.training.settings import choose_device, data_file, default_run_dir, how_long, keep_freed_memory
 from aime_fast.training.step import NonFiniteError, TrainingStep
 from aime_fast.training.validation import draw_prediction, draw_samples, validate
@@ -80,6 +80,7 @@ class DMCVBTrainer:
             self.model.compile_regions()
 
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
+        self.adversarial = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
         self.step, self.seconds, self.skipped, self.skips_in_a_row = 0, 0.0, 0, 0
@@ -133,6 +134,7 @@ class DMCVBTrainer:
             beta=torch.full((), self.beta(self.step), device=self.device),
             learning_rate=torch.full((), self.learning_rate(self.step), device=self.device),
             train_discriminator=self.trains_discriminator(self.step + 1),
+            adversarial=torch.full((), self.adversarial(self.step), device=self.device),
         )
         finite = bool(metrics["finite"])  # the one wait for the device in an update
         self.seconds += time.perf_counter() - began
@@ -157,9 +159,7 @@ class DMCVBTrainer:
             )
         self.console.line(f"skipped the update: {error}")
         if self.skips_in_a_row >= MAX_SKIPS:
-            raise NonFiniteError(
-                f"{error}; {self.skips_in_a_row} updates in a row were skipped, this will not mend itself; {last}"
-            )
+            raise NonFiniteError(f"{error}; {self.skips_in_a_row} updates in a row were skipped, this will not mend itself; {last}")
 
     def _log(self, metrics: TensorDict) -> None:
         values = metrics.exclude("finite").to_dict()
@@ -224,8 +224,7 @@ class DMCVBTrainer:
     def _load(self, state: dict) -> None:
         if state["action_dim"] != self.batches.action_dim:
             raise checkpoint.CheckpointError(
-                f"--resume: the checkpoint is for {state['action_dim']} actions, "
-                f"{self.config.data.data} has {self.batches.action_dim}"
+                f"--resume: the checkpoint is for {state['action_dim']} actions, {self.config.data.data} has {self.batches.action_dim}"
             )
         self.training_step.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
@@ -277,9 +276,7 @@ class DMCVBTrainer:
     def _renderer(self) -> str | None:
         """What drew the frames, by the attributes of the data set."""
         data = self.config.data
-        return (
-            None if data.data == "synthetic" else DMCVBDataset(data.data, data.sequence_length).attributes.get("render_backend")
-        )
+        return None if data.data == "synthetic" else DMCVBDataset(data.data, data.sequence_length).attributes.get("render_backend")
 
     def _close(self) -> None:
         self.console.close()

@@ -63,9 +63,7 @@ def validate(
         used_codes.scatter_(1, by_head, 1.0)
         used_components[weights.argmax(-1).flatten()] = 1.0
     if not count:
-        raise ValueError(
-            "validation: the held-out episodes give no batch; raise --validation-fraction or lower --sequence-length"
-        )
+        raise ValueError("validation: the held-out episodes give no batch; raise --validation-fraction or lower --sequence-length")
 
     mean = {name: float(total) / count for name, total in totals.items()}
     return {

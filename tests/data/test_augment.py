@@ -16,9 +16,7 @@ def test_normalise_is_exact_at_the_ends():
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    shift=st.floats(0, 0.3), zoom=st.floats(0, 0.3), seed=st.integers(0, 99), size=st.integers(2, 17), frames=st.integers(1, 4)
-)
+@given(shift=st.floats(0, 0.3), zoom=st.floats(0, 0.3), seed=st.integers(0, 99), size=st.integers(2, 17), frames=st.integers(1, 4))
 def test_frames_of_a_sequence_move_together_and_stay_in_range(shift, zoom, seed, size, frames):
     still = noise(3, 1, 3, size, size, seed=seed).expand(3, frames, 3, size, size)
     out = augment(still, shift, zoom, generator=torch.Generator().manual_seed(seed))

@@ -31,9 +31,7 @@ def test_one_worker_records_what_a_replay_of_its_actions_shows(tmp_path):
     assert "sub/a.h5: 2 episodes, 50 frames" in done.stdout
     assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["a.h5"]
 
-    data = DMCVBDataset(
-        tmp_path / "sub/a.h5", 5, domain="cartpole", task="swingup", image_size=32, frame_skip=40, render_quality="fast"
-    )
+    data = DMCVBDataset(tmp_path / "sub/a.h5", 5, domain="cartpole", task="swingup", image_size=32, frame_skip=40, render_quality="fast")
     assert {key: data.attributes[key] for key in ("seed", "policy", "action_dim")} == {"seed": 3, "policy": "ou", "action_dim": 1}
     assert {"dm_control", "mujoco", "torchrl"} <= set(data.attributes["versions"])
 

@@ -38,9 +38,7 @@ def test_weights_sum_to_one_and_everything_is_finite(seed, dtype):
             assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize(
-    "corner", [(a, b, u) for a in (-5.0, 0.0, 5.0) for b in (-5.0, 0.0, 5.0) for u in (1.2e-38, 0.3, 1 - 1.2e-7)]
-)
+@pytest.mark.parametrize("corner", [(a, b, u) for a in (-5.0, 0.0, 5.0) for b in (-5.0, 0.0, 5.0) for u in (1.2e-38, 0.3, 1 - 1.2e-7)])
 def test_float32_agrees_with_float64(corner):
     def run(dtype):
         log_a, log_b, u = (torch.tensor([x], dtype=torch.float32).to(dtype).requires_grad_() for x in corner)

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from kernels import vq
 from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, vector_quantize
 
-shapes = st.tuples(
-    st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(1, 17), st.booleans(), st.integers(0, 2**31)
-)
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(1, 17), st.booleans(), st.integers(0, 2**31))
 
 
 def make(rows, heads, width, size, shared, seed):

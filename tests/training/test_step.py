@@ -60,7 +60,8 @@ def test_step_is_the_loop_of_the_specification(batches):
         [
             {"params": [p for p in model.generator_parameters() if p not in slow], "lr": 1e-3},
             {"params": [p for p in model.generator_parameters() if p in slow], "lr": 1e-3 * optim.perceiver_lr_scale},
-        ]
+        ],
+        betas=(optim.adam_beta1, 0.999),
     )
     start = flat(model.generator_parameters())
     for seed, batch in enumerate(batches[:2]):

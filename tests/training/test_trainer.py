@@ -76,9 +76,7 @@ def poison(trainer: DMCVBTrainer, at_step: int) -> None:
                 trainer.model.encoder.state_dict(keep_vars=True).popitem()[1].view(-1)[0] = float("nan")
         return inner(*args, **kwargs)
 
-    trainer.training_step = type(
-        "Poisoned", (), {"__call__": staticmethod(bad), "__getattr__": lambda _, name: getattr(inner, name)}
-    )()
+    trainer.training_step = type("Poisoned", (), {"__call__": staticmethod(bad), "__getattr__": lambda _, name: getattr(inner, name)})()
 
 
 def test_nan_stops_with_step_term_and_checkpoint(tmp_path):
