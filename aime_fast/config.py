@@ -101,7 +101,7 @@ class OptimConfig:
     perceiver_lr_scale: float = 1.5  # the perceiver learns at learning_rate times this
     discriminator_lr: float = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
-    adam_beta1: float = 0.5  # Adam's momentum; RGB's consensus direction is a momentum (rgb_mu) already, and two of them overshoot
+    adam_beta1: float = 0.0  # Adam's own momentum: none, since RGB's consensus is a momentum already (rgb_mu) and two overshoot
     adversarial_start_epochs: float = 2.0  # until then the discriminators learn alone: RGB would give a noisy critic an equal vote
     grad_clip: float = 5.0  # global norm
     beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
@@ -161,7 +161,6 @@ TIER_1 = Config(
         tokenizer_channels=(16, 32, 64), encoder_channels=(24, 32, 64, 64), blocks_per_level=1,
         discriminator_channels=(16, 32, 64), discriminator_dim=64,
     ),
-    optim=OptimConfig(learning_rate=5e-4),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 

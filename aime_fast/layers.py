@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -65,7 +67,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *widths: int):
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.SiLU()] * (i > 0) + [nn.Linear(a, b)]
         super().__init__(*layers)
 

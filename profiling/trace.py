@@ -71,11 +71,9 @@ def trace(options: TraceConfig) -> None:
         run_steps(step, batches, options.trace_steps)
 
     frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
-    median = seconds[len(seconds) // 2]
+    low, middle, high = (1e3 * seconds[i] for i in (0, len(seconds) // 2, -1))
     print(f"tier {config.tier}, {step.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, compile {config.run.compile}")
-    print(
-        f"{frames} frames an update, median {median * 1e3:.0f} ms ({seconds[0] * 1e3:.0f} to {seconds[-1] * 1e3:.0f}), {frames / median:.0f} frames/s"
-    )
+    print(f"{frames} frames an update, median {middle:.0f} ms ({low:.0f} to {high:.0f}), {1e3 * frames / middle:.0f} frames/s")
 
     events = profiler.key_averages()
     cuda = ProfilerActivity.CUDA in profiler.activities and step.device.type == "cuda"

@@ -6,6 +6,8 @@ arXiv 1611.07004.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ class ImageDiscriminator(nn.Module):
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
         widths = (3, *channels)
-        self.levels = nn.ModuleList(downsample(a, b) for a, b in zip(widths, widths[1:]))
+        self.levels = nn.ModuleList(downsample(a, b) for a, b in itertools.pairwise(widths))
         self.head = nn.Conv2d(channels[-1], 1, 1)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:

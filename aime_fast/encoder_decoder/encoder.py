@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class VAEEncoder(nn.Module):
             raise ValueError(f"encoder_channels is {channels}, expected four widths, for H/2, H/4, H/8 and H/16")
         self.stem = nn.Sequential(downsample(3, channels[0]), nn.SiLU())
         self.levels = nn.ModuleList(
-            nn.Sequential(downsample(a, b), *(ResidualCell(b) for _ in range(blocks))) for a, b in zip(channels, channels[1:])
+            nn.Sequential(downsample(a, b), *(ResidualCell(b) for _ in range(blocks))) for a, b in itertools.pairwise(channels)
         )
         grid, width = halvings(image_size, 4)[-1], channels[-1]
         self.pool = nn.Sequential(

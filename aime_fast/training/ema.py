@@ -11,6 +11,7 @@ from torch import nn
 class EMA:
     """A frozen copy of `model` in eval mode that follows its weights: theta_ema <- decay theta_ema + (1 - decay) theta.
 
+    After n updates the decay is at most (1 + n) / (10 + n), so that a short run does not carry its random start along.
     Buffers (codebooks, their counts) are averages already and are copied. Make it before `model` is compiled, so that the copy
     stays plain. The copy is `ema.model`: validation and evaluation read it, and the Gram term compares against its encoder.
     """
@@ -20,12 +21,17 @@ class EMA:
             raise ValueError(f"optim.ema_decay is {decay}; it must lie in [0, 1)")
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.updates = torch.zeros((), device=next(model.parameters()).device)  # on the device: a captured graph counts too
         self._averages, self._sources = list(self.model.parameters()), list(model.parameters())
         self._copies, self._buffers = list(self.model.buffers()), list(model.buffers())
 
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the model, in place, in a handful of launches."""
-        torch._foreach_lerp_(self._averages, self._sources, 1.0 - self.decay)
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        difference = torch._foreach_sub(self._sources, self._averages)
+        torch._foreach_mul_(difference, 1.0 - decay)
+        torch._foreach_add_(self._averages, difference)
+        self.updates += 1
         if self._copies:
             torch._foreach_copy_(self._copies, self._buffers)

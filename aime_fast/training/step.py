@@ -259,6 +259,7 @@ class TrainingStep:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
+            "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "rgb": self.rgb.state_dict(),
@@ -268,6 +269,7 @@ class TrainingStep:
         """The inverse of `state_dict`; tensors may lie on any device."""
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
+        self.ema.updates.copy_(state["ema_updates"])
         self.rgb.load_state_dict(state["rgb"])
         for optimizer, key in ((self.optimizer, "optimizer"), (self.discriminator_optimizer, "discriminator_optimizer")):
             optimizer.load_state_dict(state[key])

@@ -11,13 +11,17 @@ from torch import nn
 
 from aime_fast.config import OptimConfig
 from aime_fast.training.ema import EMA
-from aime_fast.training.schedules import Every, Warmup, learning_rate
+from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
 
 
 @given(n=st.integers(1, 50), last=st.integers(0, 500))
 def test_every_fires_once_in_each_stretch_of_n(n, last):
     assert sum(Every(n)(step) for step in range(last + 1)) == last // n
     assert not any(Every(0)(step) for step in range(last + 1))
+
+
+def test_start_is_off_then_on():
+    assert [Start(2.5)(step) for step in range(5)] == [0, 0, 0, 1, 1]
 
 
 @given(value=st.floats(0.1, 10), steps=st.integers(1, 1000), step=st.integers(0, 2000))
@@ -50,7 +54,8 @@ def test_ema_is_the_weighted_mean_of_all_weights_and_copies_buffers(decay, steps
             model.weight.add_(step + 1.0)
         model.running_mean.fill_(step)
         ema.update()
-        expected = decay * expected + (1 - decay) * model.weight.detach()
+        d = min(decay, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * model.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert not ema.model.training
