@@ -103,6 +103,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
     adam_beta1: float = 0.0  # Adam's own momentum: none, since RGB's consensus is a momentum already (rgb_mu) and two overshoot
     adversarial_start_epochs: float = 2.0  # until then the discriminators learn alone: RGB would give a noisy critic an equal vote
+    lr_warmup_steps: int = 20  # the learning rate rises to its value over these updates: Adam's first ones are all of full size
     grad_clip: float = 5.0  # global norm
     beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
     ema_decay: float = 0.995  # EMA of the weights, every step

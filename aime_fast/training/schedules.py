@@ -65,6 +65,6 @@ class Cosine:
 
 def learning_rate(optim: OptimConfig, total_steps: int) -> Schedule:
     """The schedule of the generator's learning rate; the perceiver's is this times `optim.perceiver_lr_scale`."""
-    if optim.schedule == "cosine":
-        return Cosine(optim.learning_rate, total_steps)
-    return Constant(optim.learning_rate)
+    after = Cosine(optim.learning_rate, total_steps) if optim.schedule == "cosine" else Constant(optim.learning_rate)
+    rise = Warmup(1.0, optim.lr_warmup_steps)
+    return lambda step: rise(step + 1) * after(step)
