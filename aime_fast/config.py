@@ -101,7 +101,7 @@ class OptimConfig:
     perceiver_lr_scale: float = 1.5  # the perceiver learns at learning_rate times this
     discriminator_lr: float = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
-    adam_beta1: float = 0.0  # Adam's own momentum: none, since RGB's consensus is a momentum already (rgb_mu) and two overshoot
+    adam_beta1: float = 0.9  # Adam's momentum; RGB's consensus is a second one, so lower either this or the rate where RGB turns far
     adversarial_start_epochs: float = 2.0  # until then the discriminators learn alone: RGB would give a noisy critic an equal vote
     lr_warmup_steps: int = 20  # the learning rate rises to its value over these updates: Adam's first ones are all of full size
     grad_clip: float = 5.0  # global norm
@@ -162,6 +162,9 @@ TIER_1 = Config(
         tokenizer_channels=(16, 32, 64), encoder_channels=(24, 32, 64, 64), blocks_per_level=1,
         discriminator_channels=(16, 32, 64), discriminator_dim=64,
     ),
+    # Short runs: a high rate, and RGB held close to the original gradients. At lambda 1 every gradient turns by 50 degrees into a moving
+    # average of unit vectors, and the latent was seen to die before the decoder had learnt to use it.
+    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 

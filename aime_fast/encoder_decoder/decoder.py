@@ -64,8 +64,6 @@ class VAEDecoder(nn.Module):
         self.to_half = nn.Sequential(group_norm(c4), nn.SiLU(), Upsample(c4, c2, half))
         self.head = Upsample(c2, self.likelihood.channels, full)
         with torch.no_grad():
-            self.unpool[0].weight *= 3.0  # the latent is heard from the start
-            self.unpool[2].weight *= 2.0
             self.head.conv.weight *= 0.3  # near the background, and not so near that no gradient reaches the encoder
             self.head.conv.bias.zero_()
 

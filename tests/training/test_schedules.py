@@ -35,12 +35,17 @@ def test_warmup_rises_from_zero_to_its_value_and_stays(value, steps, step):
 
 @given(total=st.integers(1, 1000), step=st.integers(0, 2000))
 def test_cosine_falls_from_the_rate_to_zero(total, step):
-    optim = OptimConfig(schedule="cosine")
+    optim = OptimConfig(schedule="cosine", lr_warmup_steps=0)
     rate = learning_rate(optim, total)
     assert rate(0) == optim.learning_rate
     assert rate(step) >= rate(step + 1) >= 0
     assert rate(total + step) == 0
     assert learning_rate(dataclasses.replace(optim, schedule="constant"), total)(step) == optim.learning_rate
+
+
+def test_the_learning_rate_rises_over_its_warm_up():
+    rate = learning_rate(OptimConfig(learning_rate=1.0, lr_warmup_steps=4), 100)
+    assert [rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 @settings(deadline=None, max_examples=20)
