@@ -55,9 +55,10 @@ def grid_positions(height: int, width: int, dim: int) -> Tensor:
 def rotate_by_time(x: Tensor) -> Tensor:
     """Rotary position embedding over the time axis of x [B, heads, T, head_dim] (Su et al., arXiv 2104.09864)."""
     half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angle = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)[:, None] * frequency  # [T, half]
-    cos, sin = angle.cos(), angle.sin()
+    exact = full_precision(x[:0]).dtype  # angles of late frames need more digits than bf16 has
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=exact)[:, None] * frequency  # [T, half]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half : 2 * half]
     return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], dim=-1)
 

@@ -119,6 +119,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         refinement_steps: int = 0,
     ):
         super().__init__()
+        if prior_context not in ("previous", "current"):
+            raise ValueError(f"prior_context is {prior_context!r}, expected 'previous' or 'current'")
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
         self.prior_context = prior_context
         self.perceiver_io = CausalPerceiverIO(
@@ -211,7 +213,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             token_reconstruction=F.mse_loss(full_precision(self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)), video),
             next_token=predictor_loss,
             recon=self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean(),
-            kl_z=losses.kl_monte_carlo(seen.latents, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean(),
+            kl_z=losses.kl_monte_carlo(
+                seen.latents if self.training else self._draw(q, True), q.mean, q.logvar, p.log_weights, p.means, p.logvars
+            ).mean(),
             kl_hierarchical=p.kl_hierarchical.mean(),
             kl_attention=attention_kl(seen.maps.attention, seen.expected.log_attention).mean(),
             mixture_entropy=losses.categorical_entropy(p.log_weights).mean(),
@@ -235,7 +239,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         tokens = self.perceiver_io.tokenizer.tokenize(video, start)
         context = self.perceiver_io.context(tokens.codes, start)
         posterior = self.encoder(flat, context.flatten(0, 1))
-        latents = self._draw(posterior)
+        latents = self._draw(posterior, self.training)
         z = latents.unflatten(0, shape)
         hidden, lstm = self.dynamics(self._inputs(z, context, actions), start)
 
@@ -260,9 +264,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         out = {name: value.unflatten(0, shape) for name, value in flat.items()}
         return out | dict(hidden=seen.hidden, context=seen.context, tokens=codes)
 
-    def _draw(self, posterior: Posterior) -> Tensor:
-        """z [N, Z]: a reparameterised sample in training, the mean otherwise."""
-        if not self.training:
+    @staticmethod
+    def _draw(posterior: Posterior, sample: bool) -> Tensor:
+        """z [N, Z]: a reparameterised sample, or the mean. The KL is always taken at a sample: at the mean it is off by Z/2 nats."""
+        if not sample:
             return posterior.mean
         return posterior.mean + torch.randn_like(posterior.mean) * (0.5 * posterior.logvar).exp()
 
@@ -345,7 +350,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         codes = self.perceiver_io.tokenizer.tokenize(frames, marks).codes
         context = self.perceiver_io.context(codes, marks)[:, -1]
         posterior = self.encoder(frame[:, 0], context)
-        z = self._draw(posterior)
+        z = self._draw(posterior, self.training)
         hidden, lstm = self._recur(z, context, action, state.lstm)
         prior = self.prior(state.hidden, context if self.prior_context == "current" else state.context, sample=self.training)
         maps = self.attention.look(frame[:, 0], hidden, context)
@@ -366,7 +371,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         z = p.sample(sample)
         attention = self.attention.expect(state.attention, state.hidden, state.latents).log_attention.exp()
         frame = self.decoder.likelihood.mean(self.decoder(z, attention))
-        reach = self.perceiver_io.window * len(self.perceiver_io.time)  # frames that context can depend on
+        reach = self.perceiver_io.token_reach + self.perceiver_io.tokenizer.reach  # frames that the context depends on
         seen = torch.cat([state.frames, frame.clamp(-1, 1).unsqueeze(1)], 1)[:, -reach:]
         marks = F.pad(state.is_init, (0, 1))[:, -reach:]
         context = self.perceiver_io.extract_context(seen, marks)[:, -1]
@@ -438,6 +443,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             raise ValueError("predict_future: observations hold no frame, expected at least one frame of context")
         self._check_actions(actions, batch, shown)
         self._check_actions(future_actions, batch, future_actions.shape[1])
+        if future_actions.shape[1] == 0:
+            raise ValueError("predict_future: future_actions are empty, expected one action for each frame to predict")
         start = starts(None, batch, shown, video.device)
         _, seen = self._infer(video, actions, start)
         state = State(

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from aime_fast.cli import parse_arguments, run_command, tier_from
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
+from aime_fast.training.schedules import Every
 from aime_fast.training.settings import choose_device, keep_freed_memory
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
@@ -42,11 +43,12 @@ def make_step(config: Config) -> tuple[TrainingStep, list]:
     validation.close()
     torch.manual_seed(config.run.seed)
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, batches.action_dim).to(device)
+    step = TrainingStep(model, config)  # before compiling: it copies the model
     if config.run.compile:
         model.compile_regions()
     ready = [next(batches) for _ in range(2 * config.optim.accumulate)]
     batches.close()
-    return TrainingStep(model, config), ready
+    return step, ready
 
 
 def run_steps(step: TrainingStep, batches: list, count: int) -> list[float]:
@@ -56,7 +58,7 @@ def run_steps(step: TrainingStep, batches: list, count: int) -> list[float]:
     for i in range(count):
         began = time.perf_counter()
         chosen = [batches[(i + j) % len(batches)] for j in range(optim.accumulate)]
-        bool(step(chosen, one, one * optim.learning_rate, i % optim.n_critic == 0)["finite"])  # waits for the device
+        bool(step(chosen, one, one * optim.learning_rate, Every(optim.n_critic)(i))["finite"])  # waits for the device
         seconds.append(time.perf_counter() - began)
     return seconds
 

@@ -52,6 +52,8 @@ class VAEDecoder(nn.Module):
         super().__init__()
         full, half, quarter, eighth, self.grid = halvings(image_size, 4)
         c2, c4, c8, c16 = channels
+        if likelihood not in ("gaussian", "mol"):
+            raise ValueError(f"likelihood is {likelihood!r}, expected 'gaussian' or 'mol'")
         self.likelihood = Gaussian(likelihood_std) if likelihood == "gaussian" else MixtureOfLogistics(mol_components)
         self.background = nn.Parameter(torch.zeros(3, image_size, image_size))
         self.unpool = nn.Sequential(

@@ -54,6 +54,8 @@ class VAEEncoder(nn.Module):
         with torch.no_grad():
             self.posterior[-1].weight[:latent_dim] *= 8.0
             self.posterior[-1].bias[latent_dim:] = -4.0
+            # The context changes from update to update while tokens are being learnt; it joins from zero, as it proves useful.
+            self.posterior[0].weight[:, 4 * width :] = 0.0
 
     def forward(self, frames: Tensor, context: Tensor) -> Posterior:
         """frames [N, 3, H, W] in [-1, 1], context [N, Dc] -> `Posterior`."""

@@ -59,6 +59,11 @@ class CausalPerceiverIO(nn.Module):
             grid, quantizer.heads, quantizer.codebook_size, context_dim, action_dim, **(predictor or {})
         )
 
+    @property
+    def token_reach(self) -> int:
+        """Frames of tokens that one context vector depends on, its own included."""
+        return len(self.time) * (self.window - 1) + 1
+
     def context(self, tokens: Tensor, is_init: Tensor | None = None) -> Tensor:
         """tokens int64 [B, T, Ht, Wt, Q] -> context [B, T, Dc]; c_t depends on frames <= t of the same episode."""
         start = starts(is_init, *tokens.shape[:2], tokens.device)
@@ -89,7 +94,7 @@ class CausalPerceiverIO(nn.Module):
                 f"generate_autoregressive: {num_frames} frames after {given} need {given + num_frames - 1} actions, got {actions.shape[1]}"
             )
         for t in range(given - 1, given + num_frames - 1):
-            recent = tokens[:, -self.window * len(self.time) :]  # all that the temporal layers can reach back to
+            recent = tokens[:, -self.token_reach :]
             following = self.predictor.sample(tokens[:, -1], self.context(recent)[:, -1], actions[:, t], temperature, top_p)
             tokens = torch.cat([tokens, following[:, None]], dim=1)
         return tokens[:, given:]

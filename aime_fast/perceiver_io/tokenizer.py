@@ -63,6 +63,8 @@ class VQPTTokenizer(nn.Module):
         codebook_heads, codebook_size, code_dim: Q, V, d. The code width is Q * d.
     """
 
+    reach = 3  # earlier frames that a frame's tokens depend on: one for each causal convolution of the encoder
+
     def __init__(
         self,
         image_size: int = 64,

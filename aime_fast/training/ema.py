@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -26,12 +26,12 @@ class EMA:
         self._copies, self._buffers = list(self.model.buffers()), list(model.buffers())
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One step towards the model, in place, in a handful of launches."""
+    def update(self, made: Tensor) -> None:
+        """One step towards the model, in place, in a handful of launches; none where `made` (bool scalar) is false."""
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         difference = torch._foreach_sub(self._sources, self._averages)
-        torch._foreach_mul_(difference, 1.0 - decay)
+        torch._foreach_mul_(difference, (1.0 - decay) * made)
         torch._foreach_add_(self._averages, difference)
-        self.updates += 1
+        self.updates += made
         if self._copies:
             torch._foreach_copy_(self._copies, self._buffers)

@@ -152,7 +152,7 @@ class TrainingStep:
             TensorDict of scalar tensors on the device: `loss/*`, `model/*`, `gradient_norm/*`, `rgb/*`, the schedules, and
             `finite` (bool): whether the update was made.
         """
-        guarded = list(self.model.buffers())
+        guarded = [*self.model.buffers(), *self.rgb.buffers()]
         before = [buffer.clone() for buffer in guarded]
         self.tasks.flat.zero_()
         self.discriminator.flat.zero_()
@@ -180,7 +180,7 @@ class TrainingStep:
         for buffer, old in zip(guarded, before):
             buffer.copy_(torch.where(finite, buffer, old))
         with record_function("step: EMA"):
-            self.ema.update()
+            self.ema.update(finite)
         return TensorDict({**metrics, "beta": beta, "learning_rate": learning_rate, "finite": finite}, batch_size=[])
 
     def _gradients(

@@ -58,7 +58,7 @@ def test_ema_is_the_weighted_mean_of_all_weights_and_copies_buffers(decay, steps
         with torch.no_grad():
             model.weight.add_(step + 1.0)
         model.running_mean.fill_(step)
-        ema.update()
+        ema.update(torch.tensor(True))
         d = min(decay, (1 + step) / (10 + step))
         expected = d * expected + (1 - d) * model.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)
