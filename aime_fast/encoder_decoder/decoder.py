@@ -66,7 +66,7 @@ class VAEDecoder(nn.Module):
         self.to_half = nn.Sequential(group_norm(c4), nn.SiLU(), Upsample(c4, c2, half))
         self.head = Upsample(c2, self.likelihood.channels, full)
         with torch.no_grad():
-            self.head.conv.weight *= 0.3  # near the background, and not so near that no gradient reaches the encoder
+            self.head.conv.weight.zero_()  # the first frames are the background: a random drawing would teach the decoder to ignore z
             self.head.conv.bias.zero_()
 
     def forward(self, latents: Tensor, attention: Tensor) -> Tensor:
