@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_batch, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import make_batch, make_model
 from torch import nn
 
 from aime_fast.attention_schema.schema import attention_kl, diversity_loss

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACTIONS, make_batch, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ACTIONS, make_batch, make_model
 
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TERMS
