@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aime_fast.data import SequenceBatches, normalise
+from aime_fast.generative_prior import get_effective_components
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 PIXEL_RANGE = 2.0  # frames are in [-1, 1]
@@ -140,7 +141,7 @@ def evaluate_reconstruction(
     return {name: metric.compute().item() for name, metric in metrics.items()} | {
         "code_usage": (counts > 0).float().mean().item(),
         "code_perplexity": torch.special.entr(share).sum(1).exp().mean().item(),
-        "effective_components": torch.special.entr(pi).sum().exp().item(),
+        "effective_components": get_effective_components(pi)[1].item(),
         "components_used": len(likeliest),
         "token_accuracy": sum(accuracy) / len(accuracy),
     }

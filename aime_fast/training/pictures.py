@@ -80,9 +80,9 @@ def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int 
     panels = enlarge(to_uint8(torch.stack([truth, drawn, error_picture(truth, drawn)])), smallest)  # [3, T, H', W', 3]
     border = max(4, smallest // 32)
     for start, stop, colour in ((0, context, GREEN), (context, truth.shape[0], RED)):
-        frame = torch.tensor(colour, dtype=torch.uint8).expand(3, stop - start, *panels.shape[2:3], border, 3)
-        panels[1, start:stop, :border] = panels[1, start:stop, -border:] = torch.tensor(colour, dtype=torch.uint8)
-        panels[1, start:stop, :, :border] = panels[1, start:stop, :, -border:] = frame[0]
+        paint = torch.tensor(colour, dtype=torch.uint8)
+        panels[1, start:stop, :border] = panels[1, start:stop, -border:] = paint
+        panels[1, start:stop, :, :border] = panels[1, start:stop, :, -border:] = paint
     return panels.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

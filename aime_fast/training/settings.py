@@ -37,7 +37,10 @@ def default_run_dir(config: Config) -> Path:
 
 
 def data_file(config: Config) -> Path:
-    """Where the data of these settings are kept when no --data is given: every setting that changes a frame is in the name."""
+    """Where the data of these settings are kept when no --data is given, named after the settings that change a frame.
+
+    The number of workers, which changes how seeds are dealt out, is not in the name: keep two such recordings with --data.
+    """
     d, seed = config.data, config.run.seed
     name = f"{d.domain}-{d.task}-{d.image_size}px-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"
     return Path("data") / name

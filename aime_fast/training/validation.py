@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from aime_fast.data import normalise
+from aime_fast.generative_prior import get_effective_components
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.training.pictures import prediction_frames, save_samples, write_video
 
@@ -50,7 +51,7 @@ def validate(
         measured = {f"loss/{name}": value for name, value in losses.compute_losses(outputs)[0].items()}
         measured["squared_error"] = (outputs["reconstructions"].float() - video).square().mean()
         measured["squared_error_mean_frame"] = (mean_frame - video).square().mean()
-        measured["effective_components"] = torch.special.entr(weights).sum(-1).exp().mean()
+        measured["effective_components"] = get_effective_components(weights)[1].mean()
         sequences = video.shape[0]
         for name, value in measured.items():
             totals[name] = totals.get(name, 0.0) + value.float() * sequences
