@@ -127,6 +127,7 @@ class RunConfig:
     device: str = "auto"  # cpu, cuda or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
     compile: bool = False  # torch.compile the attention, the recurrence and the prior
+    kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
     threads: int | None = None  # CPU threads; none: all
     run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>
     resume: bool = False  # go on from the newest checkpoint in run_dir

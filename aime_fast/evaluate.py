@@ -36,10 +36,11 @@ def evaluate(options: EvaluateConfig) -> dict:
     from aime_fast.training import evaluation
     from aime_fast.training.checkpoint import load_model
     from aime_fast.training.logging import git_commit, version
-    from aime_fast.training.settings import choose_device
+    from aime_fast.training.settings import choose_device, choose_kernels
     from aime_fast.training.validation import draw_prediction
 
     device = choose_device(options.device)
+    choose_kernels(None)
     model, config, info = load_model(options.run, device, ema=options.ema)
     model.eval()
     training, validation = make_batches(replace(config.data, data=options.data or config.data.data), config.run.seed, device)

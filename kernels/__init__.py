@@ -10,7 +10,8 @@ from kernels.kumaraswamy import (
     kumaraswamy_mean_sticks,
     kumaraswamy_sticks,
 )
-from kernels.rgb import gram_matrix, rgb_direct, rgb_rotate, rotation_coefficients
+from kernels.rgb import gram_matrix, rgb_rotate, rgb_rotate_, rotation_coefficients
+from kernels.rgb_direct import rgb_direct
 from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, vector_quantize
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "kumaraswamy_sticks",
     "rgb_direct",
     "rgb_rotate",
+    "rgb_rotate_",
     "rotation_coefficients",
     "vector_quantize",
 ]

@@ -21,20 +21,42 @@ nodes then give S within 3e-6 over the whole range (nodes laid for b alone: 5e-3
 
     KL(Kuma(a, b) || Beta(1, alpha)) = la + lb - (1 - 1/a) H - 1 + 1/b - log alpha - (alpha - 1) L,   H = digamma(b + 1) + gamma.
 
+Gradients, as the backward kernel works them out again from the inputs alone: with R(x) = x / expm1(x), which is at most 1,
+s = -log v and rho = e^-t / ((1 - e^-t) |z|),
+
+    d log v / dla = s                 d log v / dlb = -e^-la R(t)
+    d log(1 - v) / dla = -R(s)        d log(1 - v) / dlb = t R(s) rho
+    d log q / dla = 1 - s             d log q / dlb = 1 + expm1(-la) R(t) - t
+    dS / dla = -1 + E[1 - R(s)]       dS / dlb = -E[t (1 - R(s) rho)] for b >= 1, and sum W (1 - b t) C for b < 1,
+
+where W and t are the weights and nodes of the rule: for b >= 1 the nodes move with b, for b < 1 the weights do.
+    dKL / dla = 1 - e^-la H - (alpha - 1) dS / dla
+    dKL / dlb = 1 + expm1(-la) b trigamma(b + 1) - alpha / b - (alpha - 1) dS / dlb.
+
 The ten-term series of L in common use is badly biased: for (a, b, alpha) = (1, 1, 3) it gives a KL of 0.720 where 0.901 is right,
 and for (1, 0.1, 5) 15.0 where 45.1 is right. It is kept as `method="series10"` for parity with AIME.
+Its terms T_m = b B(x, b) / (m + a b), x = m / a, have
+
+    d log T_m / dla = x (psi(x + b) - psi(x)) - a b / (m + a b)
+    d log T_m / dlb = 1 - b (psi(x + b) - psi(b)) - a b / (m + a b).
 
 Sources: Wasserman and Mateos, "Stabilizing the Kumaraswamy Distribution", arXiv 2410.00660 (log-space sampling); Nalisnick and
-Smyth, "Stick-Breaking Variational Autoencoders", arXiv 1605.06197 (KL and its series); Takahasi and Mori, 1974 (tanh-sinh rule).
+Smyth, "Stick-Breaking Variational Autoencoders", arXiv 1605.06197 (KL and its series); Takahasi and Mori, 1974 (tanh-sinh rule);
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011 (Philox).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels.backend import use_triton
+
+KL_METHODS = ("exact", "series10")
 
 _LN2 = math.log(2.0)
 _EULER_GAMMA = 0.5772156649015329
@@ -89,27 +111,95 @@ def _working(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype in (torch.float32, torch.float64) else x.float() for x in tensors)
 
 
-def kumaraswamy_sticks(log_a: Tensor, log_b: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample v_k ~ Kumaraswamy(a_k, b_k) by inversion and break a stick of length 1 with them.
+class Sticks(NamedTuple):
+    """A sample of K - 1 sticks, the mixture weights that it breaks a stick of length 1 into, and the sticks' KL."""
+
+    v: Tensor  # [..., K-1], in [0, 1]
+    pi: Tensor  # [..., K], sums to 1
+    log_pi: Tensor  # [..., K]
+    log_q: Tensor  # [..., K-1], log density of each v under its own Kumaraswamy
+    kl: Tensor | None  # [..., K-1], nats; None without an alpha
+
+
+def philox_uniform(seed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Uniforms in (0, 1), float32 of `shape`, by Philox-4x32-10: the bits that the kernel draws from the same seed.
+
+    The key is the seed (int64, one element), the counter an element's flat index; of the first of the four words the upper 23 bits count.
+    """
+    index = torch.arange(math.prod(shape), device=seed.device)
+    low = 0xFFFFFFFF
+    words = [index & low, *(torch.zeros_like(index) for _ in range(3))]
+    key0, key1 = seed & low, (seed >> 32) & low
+    for _ in range(10):  # int64 products wrap, which leaves all 64 bits of the unsigned product right
+        even, odd = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [(odd >> 32) & low ^ words[1] ^ key0, odd & low, (even >> 32) & low ^ words[3] ^ key1, even & low]
+        key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
+    return (((words[0] >> 9).float() + 0.5) * 2.0**-23).reshape(shape)
+
+
+def _minus_log_uniform(noise: Tensor, like: Tensor) -> Tensor:
+    """-log(u) in the shape and dtype of `like`, from uniforms or from a seed."""
+    u = philox_uniform(noise, like.shape) if noise.dtype == torch.int64 else noise
+    info = torch.finfo(like.dtype)
+    return -torch.log(u.to(like.dtype).clamp(info.tiny, 1 - info.eps))  # torch.rand can return 0
+
+
+def kumaraswamy_sticks_reference(
+    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
+) -> Sticks:
+    """`kumaraswamy_sticks` in plain PyTorch; differentiable in a floating `noise` as well."""
+    dtype = log_a.dtype
+    la, lb = _working(log_a, log_b)
+    t = (_minus_log_uniform(noise, la) * torch.exp(-lb)).clamp_min(torch.finfo(la.dtype).tiny)
+    log_v, log_rest = _log_sticks(la, t)
+    log_pi = stick_breaking(log_v, log_rest)
+    log_q = la + lb + torch.expm1(la) * log_v - torch.expm1(lb) * t
+    divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
+    return Sticks(log_v.exp().to(dtype), log_pi.exp().to(dtype), log_pi.to(dtype), log_q.to(dtype), divergence)
+
+
+def kumaraswamy_sticks(
+    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
+) -> Sticks:
+    """Sample v_k ~ Kumaraswamy(a_k, b_k) by inversion, break a stick of length 1 with them, and work out KL(q(v_k) || Beta(1, alpha)).
+
+    On the kernels' path one launch each way; the backward keeps nothing but the inputs.
 
     Args:
-        log_a, log_b: [..., K-1], any float dtype; made for the range [-5, 5].
-        u: uniform randoms in (0, 1), of the same shape. P(v < x) = 1 - u(x), so a large u gives a small v.
+        log_a, log_b: [..., K-1], float32, bfloat16 or float16, worked in float32; or float64. Made for the range [-5, 5].
+        noise: uniform randoms in [0, 1] of the same shape; P(v < x) = 1 - u(x), so a large u gives a small v. Or an int64 tensor [1] on
+            the device: a seed from which they are drawn, the same ones for the same seed, so take a fresh one for every call.
+        alpha: concentration of the Beta prior, or its mean; broadcasts to [..., K-1]. No KL without it.
+        log_alpha: mean of log alpha; log(alpha) when left out. With the two means the KL is its expectation under q(alpha), exactly.
+        kl: "exact" (quadrature), or "series10", AIME's ten-term series, which is biased.
 
     Returns:
-        log_v: [..., K-1], differentiable in log_a and log_b (reparameterised).
-        log_pi: [..., K], logarithm of the mixture weights.
-        log_q: [..., K-1], log density of each v_k under its own Kumaraswamy.
+        `Sticks` in the dtype of log_a, differentiable in log_a, log_b, alpha and log_alpha (reparameterised).
+
+    Raises:
+        ValueError: shapes that do not agree, an unknown kl, log_alpha without alpha.
 
     Example:
-        >>> log_v, log_pi, log_q = kumaraswamy_sticks(torch.zeros(160, 7), torch.zeros(160, 7), torch.rand(160, 7))
+        >>> log_a, log_b = torch.zeros(2, 160, 7).unbind(0)
+        >>> sticks = kumaraswamy_sticks(log_a, log_b, torch.rand(160, 7), alpha=torch.ones(160, 1))
     """
-    dtype = log_a.dtype
-    log_a, log_b, u = _working(log_a, log_b, u)
-    t = (-torch.log(u) * torch.exp(-log_b)).clamp_min(torch.finfo(u.dtype).tiny)
-    log_v, log_rest = _log_sticks(log_a, t)
-    log_q = log_a + log_b + torch.expm1(log_a) * log_v - torch.expm1(log_b) * t
-    return log_v.to(dtype), stick_breaking(log_v, log_rest).to(dtype), log_q.to(dtype)
+    if log_b.shape != log_a.shape or log_a.shape[-1:] in ((), (0,)):
+        raise ValueError(f"kumaraswamy_sticks: log_a {list(log_a.shape)} and log_b {list(log_b.shape)} must both be [..., K-1], K > 1")
+    if noise.shape != ((1,) if noise.dtype == torch.int64 else log_a.shape):
+        raise ValueError(
+            f"kumaraswamy_sticks: noise is {noise.dtype} {list(noise.shape)}; give uniforms {list(log_a.shape)} or a seed, int64 [1]"
+        )
+    if kl not in KL_METHODS:
+        raise ValueError(f"kumaraswamy_sticks: kl {kl!r} is unknown; choose one of {', '.join(KL_METHODS)}")
+    if log_alpha is not None and alpha is None:
+        raise ValueError("kumaraswamy_sticks: log_alpha needs alpha")
+    for name, x in (("alpha", alpha), ("log_alpha", log_alpha)):
+        if x is not None and (x.dim() > log_a.dim() or any(n not in (1, m) for n, m in zip(x.shape[::-1], log_a.shape[::-1]))):
+            raise ValueError(f"kumaraswamy_sticks: {name} {list(x.shape)} does not broadcast to {list(log_a.shape)}")
+    if not _takes_kernel(log_a):
+        return kumaraswamy_sticks_reference(log_a, log_b, noise, alpha, log_alpha, kl)
+    *sticks, divergence = torch.ops.aime_fast.kumaraswamy_sticks(log_a, log_b, noise, alpha, log_alpha, kl)
+    return Sticks(*sticks, None if alpha is None else divergence)
 
 
 def kumaraswamy_log_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -164,8 +254,8 @@ def kumaraswamy_beta_kl(log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: 
     Raises:
         ValueError: unknown method.
     """
-    if method not in ("exact", "series10"):
-        raise ValueError(f"kumaraswamy_beta_kl: method {method!r} is unknown; choose 'exact' or 'series10'")
+    if method not in KL_METHODS:
+        raise ValueError(f"kumaraswamy_beta_kl: method {method!r} is unknown; choose one of {', '.join(KL_METHODS)}")
     dtype = log_a.dtype
     log_a, log_b, alpha = _working(log_a, log_b, alpha)
     log_alpha = torch.log(alpha) if log_alpha is None else _working(log_alpha)[0]
@@ -176,3 +266,144 @@ def kumaraswamy_beta_kl(log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: 
         return (common + inverse_b - (alpha - 1) * _log_rest_series(log_a, log_b)).to(dtype)
     # 1/b of the KL and (alpha - 1)/b of -(alpha - 1) L join to alpha/b, so the large terms never cancel.
     return (common + alpha * inverse_b - (alpha - 1) * _log_rest_integral(log_a, log_b)).to(dtype)
+
+
+def _takes_kernel(log_a: Tensor) -> bool:
+    return use_triton(log_a) and log_a.dtype != torch.float64
+
+
+@torch.library.custom_op("aime_fast::kumaraswamy_sticks", mutates_args=())
+def _sticks_op(
+    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None, log_alpha: Tensor | None, kl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _takes_kernel(log_a):
+        from kernels import kumaraswamy_triton
+
+        return kumaraswamy_triton.forward(log_a, log_b, noise, alpha, log_alpha, kl)
+    sticks = kumaraswamy_sticks_reference(log_a, log_b, noise, alpha, log_alpha, kl)
+    return tuple(log_a.new_empty(0) if x is None else x.contiguous() for x in sticks)
+
+
+@_sticks_op.register_fake
+def _(log_a, log_b, noise, alpha, log_alpha, kl):
+    shape = log_a.shape
+    weights = (*shape[:-1], shape[-1] + 1)
+    return tuple(log_a.new_empty(s) for s in (shape, weights, weights, shape, (0,) if alpha is None else shape))
+
+
+@torch.library.custom_op("aime_fast::kumaraswamy_sticks_backward", mutates_args=())
+def _sticks_backward_op(
+    log_a: Tensor,
+    log_b: Tensor,
+    noise: Tensor,
+    alpha: Tensor | None,
+    log_alpha: Tensor | None,
+    kl: str,
+    grad_v: Tensor | None,
+    grad_pi: Tensor | None,
+    grad_log_pi: Tensor | None,
+    grad_log_q: Tensor | None,
+    grad_kl: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of log_a, log_b, alpha and log_alpha; those of a missing alpha or log_alpha are empty."""
+    grads = (grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl)
+    if _takes_kernel(log_a):
+        from kernels import kumaraswamy_triton
+
+        return kumaraswamy_triton.backward(log_a, log_b, noise, alpha, log_alpha, kl, *grads)
+    return _backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, *grads)
+
+
+@_sticks_backward_op.register_fake
+def _(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
+    return tuple(log_a.new_empty(0) if x is None else x.new_empty(x.shape) for x in (log_a, log_b, alpha, log_alpha))
+
+
+def _remember(ctx, inputs, output):
+    *tensors, ctx.kl = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, *grads):
+    _, _, _, alpha, log_alpha = tensors = ctx.saved_tensors
+    grads = grads if alpha is not None else (*grads[:-1], None)
+    log_a, log_b, for_alpha, for_log_alpha = torch.ops.aime_fast.kumaraswamy_sticks_backward(*tensors, ctx.kl, *grads)
+    return log_a, log_b, None, None if alpha is None else for_alpha, None if log_alpha is None else for_log_alpha, None
+
+
+_sticks_op.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _damped(x: Tensor) -> Tensor:
+    """R(x) = x / expm1(x) for x >= 0; 1 at 0."""
+    return torch.where(x > 0, x * torch.exp(-x) / -torch.expm1(-x), 1.0)
+
+
+def _rest_slope(log_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log v, R(-log v) and t rho: the factors of the derivatives of log(1 - v)."""
+    z = l1me(t)
+    log_v = torch.exp(-log_a) * z
+    rho = torch.where(t > _LARGE_T, 1 - 0.5 * torch.exp(-t), torch.exp(-t) / (torch.expm1(-t) * z))
+    return log_v, _damped(-log_v), t * rho
+
+
+def _integral_gradients(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """dS/dla and dS/dlb of `_log_rest_integral`."""
+    nodes = torch.tensor(_MINUS_LOG_U, dtype=log_a.dtype, device=log_a.device)
+    weights = torch.tensor(_WEIGHTS, dtype=log_a.dtype, device=log_a.device)
+    log_a, b = log_a.unsqueeze(-1), torch.exp(log_b).unsqueeze(-1)
+    beta = b.clamp_min(1.0)
+    t = nodes / beta  # [..., 24]
+    weights = weights * (b / beta) * torch.exp((beta - b) * t)
+    _, log_rest = _log_sticks(log_a, t)
+    _, damped, t_rho = _rest_slope(log_a, t)
+    by_log_b = torch.where(b >= 1, damped * t_rho - t, (1 - b * t) * (log_rest + t + log_a))
+    return (weights * (1 - damped)).sum(-1) - 1, (weights * by_log_b).sum(-1)
+
+
+def _series_gradients(log_a: Tensor, log_b: Tensor, terms: int = 10) -> tuple[Tensor, Tensor]:
+    """Gradients of `_log_rest_series` in log a and log b."""
+    m = torch.arange(1, terms + 1, dtype=log_a.dtype, device=log_a.device)
+    a, b = torch.exp(log_a).unsqueeze(-1), torch.exp(log_b).unsqueeze(-1)
+    x, share, psi = m / a, a * b / (m + a * b), torch.special.digamma
+    term = torch.exp(torch.lgamma(x) + torch.lgamma(b) - torch.lgamma(x + b)) * b / (m + a * b)
+    by_log_a = x * (psi(x + b) - psi(x)) - share
+    by_log_b = 1 - b * (psi(x + b) - psi(b)) - share
+    return -(term * by_log_a).sum(-1), -(term * by_log_b).sum(-1)
+
+
+def _backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
+    """The backward op without its kernel: the docstring's formulas, since autograd does not reach inside an op."""
+    la, lb = _working(log_a, log_b)
+    grads = [None if g is None else g.to(la.dtype) for g in (grad_v, grad_pi, grad_log_pi, grad_log_q)]
+    v, pi, log_pi, log_q, _ = kumaraswamy_sticks_reference(la, lb, noise)
+    grad_v, grad_pi, grad_log_pi, grad_log_q = (torch.zeros_like(x) if g is None else g for x, g in zip((v, pi, log_pi, log_q), grads))
+    t = (_minus_log_uniform(noise, la) * torch.exp(-lb)).clamp_min(torch.finfo(la.dtype).tiny)
+    log_v, damped, t_rho = _rest_slope(la, t)
+    weight = grad_log_pi + pi * grad_pi  # [..., K]: with respect to log pi
+    after = weight.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # [..., K-1]: with respect to log(1 - v)
+    at = weight[..., :-1] + v * grad_v  # with respect to log v
+    by_log_a = grad_log_q * (1 + log_v) - at * log_v - after * damped
+    by_log_b = grad_log_q * (1 + torch.expm1(-la) * _damped(t) - t) - at * torch.exp(-la) * _damped(t) + after * damped * t_rho
+    by_alpha = by_log_alpha = None
+    if grad_kl is not None:
+        g, mean, b = grad_kl.to(la.dtype), alpha.to(la.dtype), torch.exp(lb)
+        if kl == "exact":
+            slopes, rest = _integral_gradients(la, lb), _log_rest_integral(la, lb) - 1 / b
+        else:
+            slopes, rest = _series_gradients(la, lb), _log_rest_series(la, lb)
+        shared = mean if kl == "exact" else torch.ones_like(mean)  # 1/b of the series stays its own term
+        harmonic = torch.special.digamma(b + 1) + _EULER_GAMMA
+        by_log_a = by_log_a + g * (1 - torch.exp(-la) * harmonic - (mean - 1) * slopes[0])
+        curve = torch.expm1(-la) * b * torch.special.polygamma(1, b + 1)
+        by_log_b = by_log_b + g * (1 + curve - shared / b - (mean - 1) * slopes[1])
+        by_alpha = -g * (rest + (1 / mean if log_alpha is None else 0))
+        by_log_alpha = -g
+    gradients = [by_log_a.to(log_a.dtype), by_log_b.to(log_b.dtype)]
+    for x, gradient in ((alpha, by_alpha), (log_alpha, by_log_alpha)):
+        if x is None:
+            gradients.append(log_a.new_empty(0))
+        else:
+            gradients.append(torch.zeros_like(x) if gradient is None else gradient.sum_to_size(x.shape).to(x.dtype))
+    return tuple(x.contiguous() for x in gradients)

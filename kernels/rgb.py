@@ -5,14 +5,14 @@ orthogonal to gbar_i in the plane of gbar_i and d, the rotated gradients are r_i
 angles take a few gradient steps on 1/(n(n-1)) sum_{i<j} (1 - r_i.r_j) + lambda/(4n) sum_i |r_i - gbar_i|^2.
 
 Every vector of the algorithm lies in span{g_1..g_n, d_old}, so memory is read twice and no more: once for the Gram matrix of
-these n + 1 vectors (`gram_matrix`), once for result and new direction as linear combinations of them (`combine`). In between,
+these n + 1 vectors (`gram_matrix`), once for result and new direction as linear combinations of them. In between,
 `rotation_coefficients` works on (n+1)^2 numbers. With C_ij = gbar_i.gbar_j, p_i = gbar_i.d, q_i = sqrt((1 - p_i)(1 + p_i)):
 
     gbar_i.w_j = (p_i - p_j C_ij) / q_j              w_i.w_j = (1 - p_i^2 - p_j^2 + p_i p_j C_ij) / (q_i q_j)
     dF/dalpha_i = -1/(n(n-1)) sum_{j != i} [-sin_i (cos_j C_ij + sin_j gbar_i.w_j) + cos_i (cos_j gbar_j.w_i + sin_j w_i.w_j)]
                   + lambda sin_i / (2n)
 
-and the norm of the result is sqrt(c^T M c), free. `rgb_direct` is the algorithm as the specification words it, on whole vectors;
+and the norm of the result is sqrt(c^T M c), free. `kernels.rgb_direct` is the algorithm as the specification words it, on whole vectors;
 tests hold the two together.
 
 Where the algorithm leaves a case open, both forms do the same:
@@ -34,10 +34,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.backend import use_triton
+
 MIN_NORM = 1e-12  # a gradient this short counts as zero
 MIN_CONSENSUS = 1e-3  # a mean of unit vectors this short is rounding noise in float32 and has no direction
 ALIGNED = 0.999  # |cosine| to d from which a task is not rotated
 MAX_ANGLE = math.pi / 2 - 1e-6
+AGGREGATIONS = ("norm_weighted", "mean")
+MAX_TASKS = 15  # that the kernels take
 
 TaskGradients = Tensor | Sequence[Sequence[Tensor | None]]
 
@@ -66,6 +70,29 @@ def _like(column: list[Tensor | None]) -> Tensor:
     return next(gradient for gradient in column if gradient is not None)
 
 
+def _check_sizes(
+    columns: list[list[Tensor | None]],
+    direction: Tensor,
+    angles: Tensor | None = None,
+    aggregation: str = AGGREGATIONS[0],
+    max_norm: float | None = None,
+    out: Tensor | None = None,
+) -> None:
+    size, tasks = sum(_like(column).numel() for column in columns), len(columns[0])
+    if size != direction.numel():
+        raise ValueError(
+            f"RGB: the task gradients hold {size} numbers and the direction {direction.numel()}; the set of shared parameters has changed"
+        )
+    if angles is not None and angles.shape != (tasks,):
+        raise ValueError(f"RGB: {tasks} tasks, but angles are {list(angles.shape)}; expected [{tasks}]")
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"RGB: aggregation {aggregation!r} is unknown; choose 'norm_weighted' or 'mean'")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"RGB: max_norm={max_norm}; expected a positive length, or None for no clipping")
+    if out is not None and (out.shape != direction.shape or not out.is_contiguous()):
+        raise ValueError(f"RGB: out is {list(out.shape)} with strides {out.stride()}; expected contiguous {list(direction.shape)}")
+
+
 def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
     """Yield (indices of the vectors that are present, those vectors [m, p], offset), block after block; index n is d_old."""
     start = 0
@@ -76,10 +103,6 @@ def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
         for offset in range(0, size, _BLOCK):
             yield present, torch.stack([v[offset : offset + _BLOCK] for v in vectors]), start + offset
         start += size
-    if start != direction.numel():
-        raise ValueError(
-            f"RGB: the task gradients hold {start} numbers and the direction {direction.numel()}; the set of shared parameters has changed"
-        )
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -111,6 +134,11 @@ def gram_matrix(gradients: TaskGradients, direction: Tensor) -> Tensor:
         ValueError: tasks with different numbers of tensors, a parameter that no task reaches, or sizes that do not add up to P.
     """
     columns = _columns(gradients)
+    _check_sizes(columns, direction)
+    return _gram(columns, direction)
+
+
+def _gram(columns: list[list[Tensor | None]], direction: Tensor) -> Tensor:
     partial: dict[tuple[int, ...], Tensor] = {}  # parameters reached by the same tasks share one small matrix
     with torch.autocast(direction.device.type, enabled=False):
         for present, rows, _ in _blocks(columns, direction):
@@ -153,8 +181,6 @@ def rotation_coefficients(
         result_norm: |result|, scalar.
         All in float64 except `angles`, which keep their dtype.
     """
-    if aggregation not in ("norm_weighted", "mean"):
-        raise ValueError(f"RGB: aggregation {aggregation!r} is unknown; choose 'norm_weighted' or 'mean'")
     n = angles.shape[0]
     gram, kept_angles = gram.double(), angles.double()
     has_direction = has_direction.to(torch.bool)
@@ -218,8 +244,83 @@ def rotation_coefficients(
     return c, e, torch.where(active, angle, kept_angles).to(angles.dtype), result_norm
 
 
+def _combine_(columns: list[list[Tensor | None]], direction: Tensor, c: Tensor, e: Tensor, finite: Tensor, result: Tensor) -> None:
+    """Second pass over memory: `result` and, if `finite`, `direction` become combinations with coefficients c and e [n+1]."""
+    weights = torch.stack([c, e]).to(direction.dtype)  # [2, n+1]
+    with torch.autocast(direction.device.type, enabled=False):
+        for present, rows, start in _blocks(columns, direction):
+            chosen = weights if len(present) == weights.shape[1] else torch.stack([weights[:, i] for i in present], 1)
+            total, new = _matmul(chosen, rows).unbind()
+            block = slice(start, start + rows.shape[1])
+            result[block] = total
+            direction[block] = torch.where(finite, new, rows[-1])
+
+
+def _rotate_reference_(
+    columns: list[list[Tensor | None]],
+    direction: Tensor,
+    angles: Tensor,
+    has_direction: Tensor,
+    settings: tuple,
+    max_norm: float | None,
+    result: Tensor,
+) -> tuple[Tensor, Tensor]:
+    gram = _gram(columns, direction)
+    c, e, new_angles, norm = rotation_coefficients(gram, angles, has_direction, *settings)
+    if max_norm is not None:
+        c = c * (max_norm / (norm + 1e-6)).clamp(max=1)
+    finite = torch.isfinite(norm)
+    _combine_(columns, direction, c, e, finite, result)
+    angles.copy_(torch.where(finite, new_angles, angles))
+    has_direction.logical_or_(finite)
+    return gram, norm
+
+
+@torch.library.custom_op("aime_fast::rgb_rotate_", mutates_args=("direction", "angles", "has_direction", "result"))
+def _rotate_op_(
+    gradients: Tensor,
+    direction: Tensor,
+    angles: Tensor,
+    has_direction: Tensor,
+    result: Tensor,
+    mu: float,
+    lam: float,
+    alpha_steps: int,
+    lr_inner: float,
+    aggregation: str,
+    max_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """gradients [n, P] -> gram [n+1, n+1] and norm, float64; writes `result` [P] and the state."""
+    settings = (mu, lam, alpha_steps, lr_inner, aggregation)
+    if not use_triton(gradients):
+        return _rotate_reference_([list(gradients)], direction, angles, has_direction, settings, max_norm, result)
+    from kernels import rgb_triton
+
+    limits = {"MIN_NORM": MIN_NORM, "MIN_CONSENSUS": MIN_CONSENSUS, "ALIGNED": ALIGNED, "MAX_ANGLE": MAX_ANGLE}
+    gram, c, e, norm = rgb_triton.rotation_(gradients, direction, angles, has_direction, *settings, max_norm or 0.0, limits)
+    rgb_triton.combine_(gradients, direction, c, e, norm, result)
+    return gram, norm
+
+
+@_rotate_op_.register_fake
+def _(gradients, direction, angles, has_direction, result, mu, lam, alpha_steps, lr_inner, aggregation, max_norm):
+    n = gradients.shape[0]
+    return gradients.new_empty((n + 1, n + 1), dtype=torch.float64), gradients.new_empty((), dtype=torch.float64)
+
+
+def _arena(columns: list[list[Tensor | None]]) -> Tensor:
+    """Lists of tensors -> [n, P]: the kernels read flat rows. Costs one more pass; keep gradients flat where it matters."""
+    rows = ([torch.zeros_like(_like(c)) if c[i] is None else c[i] for c in columns] for i in range(len(columns[0])))
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+def _takes_kernel(columns: list[list[Tensor | None]], direction: Tensor) -> bool:
+    narrow = all(_like(column).dtype in (torch.float32, torch.bfloat16, torch.float16) for column in columns)
+    return use_triton(direction) and direction.dtype == torch.float32 and narrow and len(columns[0]) <= MAX_TASKS
+
+
 @torch.no_grad()
-def rgb_rotate(
+def rgb_rotate_(
     gradients: TaskGradients,
     direction: Tensor,
     angles: Tensor,
@@ -230,98 +331,59 @@ def rgb_rotate(
     alpha_steps: int = 3,
     lr_inner: float = 0.2,
     aggregation: str = "norm_weighted",
-) -> tuple[Tensor | list[Tensor], Tensor, Tensor, Tensor]:
-    """Balance task gradients.
+    max_norm: float | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
+    """Balance task gradients and advance the state in place; nothing waits for the device.
+
+    Where |result| is not finite, `direction`, `angles` and `has_direction` stay as they are.
 
     Args:
-        gradients, direction: as in `gram_matrix`.
-        angles, has_direction, mu, lam, alpha_steps, lr_inner, aggregation: as in `rotation_coefficients`.
+        gradients: [n, P]; or for each task a list of one tensor for each parameter, None where the task does not reach it. Kernels
+            read float32, bfloat16 or float16, at most 15 tasks, and a float32 direction; everything else runs the reference.
+        direction: old direction [P], made the new one. Zero means that there is none yet.
+        angles: angles of the last call [n], made the new ones.
+        has_direction: bool scalar on the device, false before the first call.
+        mu, lam, alpha_steps, lr_inner, aggregation: as in `rotation_coefficients`.
+        max_norm: clip the result to this length, at no cost: its norm is known before it is formed.
+        out: where to write the result, flat [P]; `.grad` may be views of it.
 
     Returns:
-        result: [P]; for lists, a list of one tensor for each parameter, in its shape and dtype.
-        direction: the new direction [P]. Zero means that there is none yet.
-        angles: the new angles [n].
-        result_norm: |result|, a float64 scalar, for clipping.
+        result: [P] in the dtype of the gradients (`out` if given); for lists, one tensor for each parameter, in its shape and dtype.
+        gram: float64 [n+1, n+1], the inner products of the task gradients and, last, the old direction.
+        result_norm: float64 scalar, |result| before clipping.
+
+    Raises:
+        ValueError: unknown aggregation, tasks with different numbers of tensors, a parameter that no task reaches, sizes that do not
+            add up to P, a `max_norm` that is not positive, or an `out` that does not fit.
+    """
+    columns = _columns(gradients)
+    _check_sizes(columns, direction, angles, aggregation, max_norm, out)
+    settings = (mu, lam, alpha_steps, lr_inner, aggregation)
+    flat = isinstance(gradients, Tensor)
+    dtype = gradients.dtype if flat else direction.dtype
+    result = torch.empty(direction.shape, dtype=dtype, device=direction.device) if out is None else out
+    if _takes_kernel(columns, direction):
+        rows = gradients if flat else _arena(columns)
+        gram, norm = torch.ops.aime_fast.rgb_rotate_(rows, direction, angles, has_direction, result, *settings, max_norm)
+    else:
+        gram, norm = _rotate_reference_(columns, direction, angles, has_direction, settings, max_norm, result)
+    if flat:
+        return result, gram, norm
+    like = [_like(column) for column in columns]
+    return [piece.view(g.shape).to(g.dtype) for piece, g in zip(result.split([g.numel() for g in like]), like)], gram, norm
+
+
+@torch.no_grad()
+def rgb_rotate(
+    gradients: TaskGradients, direction: Tensor, angles: Tensor, has_direction: Tensor, **settings
+) -> tuple[Tensor | list[Tensor], Tensor, Tensor, Tensor]:
+    """`rgb_rotate_` on copies of the state: (result, new direction, new angles, result_norm).
 
     Example:
         >>> g = torch.randn(4, 1000)
         >>> result, d, angles, norm = rgb_rotate(g, torch.zeros(1000), torch.zeros(4), torch.tensor(False))
     """
-    gram = gram_matrix(gradients, direction)
-    c, e, angles, result_norm = rotation_coefficients(gram, angles, has_direction, mu, lam, alpha_steps, lr_inner, aggregation)
-    return *combine(gradients, direction, c, e), angles, result_norm
-
-
-@torch.no_grad()
-def combine(gradients: TaskGradients, direction: Tensor, c: Tensor, e: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Second pass over memory: (result, new direction) as linear combinations with coefficients c and e [n+1]."""
-    columns = _columns(gradients)
-    weights = torch.stack([c, e]).to(direction.dtype)  # [2, n+1]
-    combined = torch.empty(2, direction.numel(), dtype=direction.dtype, device=direction.device)
-    with torch.autocast(direction.device.type, enabled=False):
-        for present, rows, start in _blocks(columns, direction):
-            chosen = weights if len(present) == weights.shape[1] else torch.stack([weights[:, i] for i in present], 1)
-            combined[:, start : start + rows.shape[1]] = _matmul(chosen, rows)
-    if isinstance(gradients, Tensor):
-        return combined[0].to(gradients.dtype), combined[1]
-    like = [_like(column) for column in columns]
-    pieces = combined[0].split([g.numel() for g in like])
-    return [piece.view(g.shape).to(g.dtype) for piece, g in zip(pieces, like)], combined[1]
-
-
-def rgb_direct(
-    gradients: Tensor,
-    direction: Tensor,
-    angles: Tensor,
-    has_direction: bool,
-    *,
-    mu: float = 0.9,
-    lam: float = 1.0,
-    alpha_steps: int = 3,
-    lr_inner: float = 0.2,
-    aggregation: str = "norm_weighted",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The five steps as the specification words them, on whole vectors, angles by autograd. Slow: the yardstick of tests.
-
-    Arguments and results are those of `rgb_rotate` with gradients [n, P].
-    """
-    active = gradients.norm(dim=1) > MIN_NORM
-    g = gradients[active]
-    n = max(len(g), 1)
-    norm = g.norm(dim=1, keepdim=True)
-    gbar = g / norm
-
-    y = gbar.sum(0) / n
-    has_consensus = bool(y.norm() > MIN_CONSENSUS)
-    has_old = bool(has_direction) and bool(direction.norm() > MIN_NORM)
-    d = torch.zeros_like(direction)
-    if has_old and has_consensus:
-        y = y / y.norm()
-        mixed = mu * direction + (1 - mu) * y
-        d = mixed / mixed.norm() if mixed.norm() >= MIN_CONSENSUS else y
-    elif has_consensus or has_old:
-        d = y / y.norm() if has_consensus else direction / direction.norm()
-
-    p = gbar @ d
-    free = (p.abs() <= ALIGNED) & bool(has_consensus or has_old) & (n > 1)
-    w = d - p.unsqueeze(1) * gbar
-    w = torch.where(free.unsqueeze(1), w / w.norm(dim=1, keepdim=True), torch.zeros_like(w))
-
-    def rotated(angle: Tensor) -> Tensor:
-        return angle.cos().unsqueeze(1) * gbar + angle.sin().unsqueeze(1) * w
-
-    angle = torch.where(free, angles[active], torch.zeros_like(p))
-    for _ in range(alpha_steps):
-        angle.requires_grad_(True)
-        with torch.enable_grad():
-            r = rotated(angle)
-            conflict = sum((1 - r[i] @ r[j] for i in range(len(r)) for j in range(i + 1, len(r))), start=angle.new_zeros(()))
-            objective = conflict / max(n * (n - 1), 1) + lam / (4 * n) * (r - gbar).square().sum()
-            slope = torch.autograd.grad(objective, angle)[0]
-        angle = torch.where(free, (angle.detach() - lr_inner * slope).clamp(0, MAX_ANGLE), torch.zeros_like(p))
-
-    new_angles = angles.clone()
-    new_angles[active] = angle
-    r = rotated(angle)
-    result = (norm * r).sum(0) if aggregation == "norm_weighted" else r.sum(0) / n
-    return result, d, new_angles, result.norm()
+    direction, angles, has_direction = direction.clone(), angles.clone(), has_direction.clone()
+    result, _, norm = rgb_rotate_(gradients, direction, angles, has_direction, **settings)
+    return result, direction, angles, norm

@@ -17,7 +17,7 @@ from aime_fast.cli import parse_arguments, run_command, tier_from
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
 from aime_fast.training.schedules import Every
-from aime_fast.training.settings import choose_device, keep_freed_memory
+from aime_fast.training.settings import choose_device, choose_kernels, keep_freed_memory
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
@@ -36,6 +36,7 @@ class TraceConfig:
 def make_step(config: Config) -> tuple[TrainingStep, list]:
     """A training step and a few batches of the config's shape."""
     device = choose_device(config.run.device)
+    choose_kernels(config.run.kernels)
     if device.type == "cpu":
         keep_freed_memory()
     data = dataclasses.replace(config.data, data="synthetic", episodes=4)

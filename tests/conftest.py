@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
-from models import make_model
+import os
 
-from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from models import make_model  # noqa: E402
+
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder  # noqa: E402
+from kernels.backend import select_kernels, selected_kernels  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def model() -> DPGMMVariationalRecurrentAutoencoder:
     return make_model()
+
+
+@pytest.fixture()
+def triton_kernels():
+    """Every operation runs its Triton kernel (interpreted on a CPU), and memory that a kernel leaves unwritten reads as NaN."""
+    before, deterministic = selected_kernels(), torch.are_deterministic_algorithms_enabled()
+    select_kernels("triton")
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, the largest integer or True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    select_kernels(before)

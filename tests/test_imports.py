@@ -48,7 +48,7 @@ ALLOWED = {
     "pillar": {"pillar", "kernels", "layers"},
     "world_model": {"pillar", "layers", "config"},
     "data": {"data", "config"},
-    "training": {"training", "world_model", "data", "config", "cli", "pillar"},
+    "training": {"training", "kernels", "world_model", "data", "config", "cli", "pillar"},
     "command": {"training", "data", "cli", "config", "pillar"},
     "aime_fast": set(),
     "profiling": {"profiling", "kernels", "training", "world_model", "data", "config", "cli", "pillar", "layers"},

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from aime_fast.multi_task_learning.rgb import RGB
-from kernels.rgb import rgb_direct
+from kernels import rgb_direct
 
 
 def model_and_losses(seed=0):

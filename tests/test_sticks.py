@@ -17,7 +17,7 @@ def test_weights_are_a_distribution_whatever_the_features(components, scale, sam
     features = (torch.randn(3, 2, 6) * scale).requires_grad_()
     out = sticks(features, sample=sample)
     assert out.pi.shape == out.log_pi.shape == (3, 2, components)
-    assert out.log_v.shape == out.log_a.shape == (3, 2, components - 1)
+    assert out.v.shape == out.log_a.shape == (3, 2, components - 1)
     torch.testing.assert_close(out.pi.sum(-1), torch.ones(3, 2), atol=1e-5, rtol=0)
     assert torch.isfinite(out.log_pi).all()
     assert out.log_a.abs().max() <= 5
@@ -43,6 +43,8 @@ def test_given_u_decides_and_mean_mode_is_deterministic():
     features, u = torch.randn(7, 4), torch.rand(7, 4)
     assert torch.equal(sticks(features, u).pi, sticks(features, u).pi)
     assert torch.equal(sticks(features, sample=False).pi, sticks(features, sample=False).pi)
+    seed = torch.tensor([7])
+    assert torch.equal(sticks(features, seed).pi, sticks(features, seed).pi)
     assert torch.isfinite(sticks(features, torch.zeros(7, 4)).log_pi).all()  # the generator's own lower end
     assert torch.isfinite(sticks(features, torch.ones(7, 4)).log_pi).all()
 

@@ -14,7 +14,6 @@ from aime_fast.encoder_decoder.encoder import bounded_logvar
 from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import MLP, full_precision
-from kernels.kumaraswamy import kumaraswamy_beta_kl
 
 
 class Mixture(NamedTuple):
@@ -45,7 +44,7 @@ class DPGMMPrior(nn.Module):
     Args:
         hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
         max_components: K.
-        kl: "exact" or "series10", see `kernels.kumaraswamy.kumaraswamy_beta_kl`.
+        kl: "exact" or "series10", see `kernels.kumaraswamy.kumaraswamy_sticks`.
     """
 
     def __init__(self, hidden_dim: int, context_dim: int, latent_dim: int, max_components: int = 15, kl: str = "exact"):
@@ -63,10 +62,9 @@ class DPGMMPrior(nn.Module):
     def forward(self, hidden: Tensor, context: Tensor, sample: bool = True) -> Mixture:
         """hidden [N, Dh] and context [N, Dc] of the frame before -> `Mixture`; `sample=False` takes mean sticks."""
         features = self.trunk(torch.cat([hidden, context.to(hidden.dtype)], dim=-1))
-        sticks = self.sticks(features, sample=sample)
         concentration, rate, alpha, log_alpha = self.alpha(hidden)
-        kl_sticks = kumaraswamy_beta_kl(sticks.log_a, sticks.log_b, alpha[..., None], log_alpha[..., None], method=self.kl_method)
+        sticks = self.sticks(features, None, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
         return Mixture(
-            sticks.log_pi, full_precision(means), bounded_logvar(logvars), kl_sticks.sum(-1) + self.alpha.kl(concentration, rate)
+            sticks.log_pi, full_precision(means), bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
         )

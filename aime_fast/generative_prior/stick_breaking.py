@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.kumaraswamy import kumaraswamy_log_mean, kumaraswamy_mean_sticks, kumaraswamy_sticks
+from kernels.kumaraswamy import kumaraswamy_beta_kl, kumaraswamy_log_mean, kumaraswamy_mean_sticks, kumaraswamy_sticks
 
 LOG_BOUND = 5.0  # log a and log b stay in [-5, 5]
 
@@ -20,7 +20,8 @@ class StickBreakingOutput(NamedTuple):
     pi: Tensor  # [..., K], sums to 1
     log_a: Tensor  # [..., K-1]
     log_b: Tensor  # [..., K-1]
-    log_v: Tensor  # [..., K-1], the sticks
+    v: Tensor  # [..., K-1], the sticks
+    kl: Tensor | None  # [..., K-1], nats: KL of each stick to Beta(1, alpha); None without an alpha
 
 
 class AdaptiveStickBreaking(nn.Module):
@@ -46,25 +47,33 @@ class AdaptiveStickBreaking(nn.Module):
             nn.init.normal_(self.parameters_head.weight, std=0.1 / math.sqrt(input_dim))
             self.parameters_head.bias.copy_(torch.cat([torch.zeros_like(start), start]))
 
-    def forward(self, features: Tensor, u: Tensor | None = None, sample: bool = True) -> StickBreakingOutput:
+    def forward(
+        self,
+        features: Tensor,
+        u: Tensor | None = None,
+        sample: bool = True,
+        alpha: Tensor | None = None,
+        log_alpha: Tensor | None = None,
+        kl: str = "exact",
+    ) -> StickBreakingOutput:
         """Mixture weights for features [..., F].
 
         Args:
-            u: uniform randoms in (0, 1) [..., K-1]; drawn on the device when left out.
+            u: uniform randoms in [0, 1] [..., K-1], or a seed, int64 [1]; drawn on the device when left out.
             sample: False takes the mean of each stick instead of a sample.
+            alpha, log_alpha, kl: prior of the sticks and the method, see `kernels.kumaraswamy.kumaraswamy_sticks`; [..., 1] or [..., K-1].
         """
         raw = self.parameters_head(features)
         raw = raw if raw.dtype == torch.float64 else raw.float()  # under autocast too: log space needs float32
         log_a, log_b = (LOG_BOUND * torch.tanh(raw / LOG_BOUND)).chunk(2, -1)  # [..., K-1]
         if not sample:
             log_pi = kumaraswamy_mean_sticks(log_a, log_b)
-            return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, kumaraswamy_log_mean(log_a, log_b))
-        if u is None:
+            divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
+            return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, kumaraswamy_log_mean(log_a, log_b).exp(), divergence)
+        if u is None:  # not a seed, so that kernel and reference draw the same sticks from the same generator
             u = torch.rand(log_a.shape, dtype=log_a.dtype, device=log_a.device)
-        info = torch.finfo(log_a.dtype)
-        u = u.to(log_a.dtype).clamp(info.tiny, 1 - info.eps)  # torch.rand can return 0
-        log_v, log_pi, _ = kumaraswamy_sticks(log_a, log_b, u)
-        return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, log_v)
+        sticks = kumaraswamy_sticks(log_a, log_b, u, alpha, log_alpha, kl)
+        return StickBreakingOutput(sticks.log_pi, sticks.pi, log_a, log_b, sticks.v, sticks.kl)
 
 
 def get_effective_components(pi: Tensor, threshold: float = 0.01) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels.rgb import MIN_NORM, combine, gram_matrix, rotation_coefficients
+from kernels.rgb import AGGREGATIONS, MIN_NORM, TaskGradients, rgb_rotate_
 
 
 class RGB(nn.Module):
@@ -50,7 +50,7 @@ class RGB(nn.Module):
         aggregation: str = "norm_weighted",
     ):
         super().__init__()
-        if aggregation not in ("norm_weighted", "mean"):
+        if aggregation not in AGGREGATIONS:
             raise ValueError(f"RGB: aggregation {aggregation!r} is unknown; choose 'norm_weighted' or 'mean'")
         self.mu, self.lam, self.alpha_steps, self.lr_inner, self.aggregation = mu, lam, alpha_steps, lr_inner, aggregation
         self.task_num: int | None = None
@@ -76,56 +76,54 @@ class RGB(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.task_num = self.angles.numel() or None
 
-    def _prepare(self, task_gradients: Sequence[Sequence[Tensor | None]]) -> None:
+    def _prepare(self, task_gradients: TaskGradients) -> None:
         """Size and place the state for these gradients; a no-op from the second call on."""
-        some = [next((g for g in column if g is not None), None) for column in zip(*task_gradients)]
-        known = [g for g in some if g is not None]
-        if not known:
+        some = list(task_gradients) if isinstance(task_gradients, Tensor) else [g for task in task_gradients for g in task if g is not None]
+        if not some:
             raise ValueError("RGB: no task has a gradient; are the losses computed from the shared parameters?")
-        tasks, numbers = len(task_gradients), sum(g.numel() for g in known)
         if self.direction.numel() == 0:
-            dtype = torch.float64 if known[0].dtype == torch.float64 else torch.float32
-            self.reset(tasks, numbers, known[0].device, dtype)
-        if self.angles.numel() != tasks:
-            raise ValueError(f"RGB: {tasks} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew")
-        if self.direction.device != known[0].device:
-            self.to(known[0].device)
+            flat = isinstance(task_gradients, Tensor)
+            columns = [[row] for row in some[:1]] if flat else [[g for g in column if g is not None] for column in zip(*task_gradients)]
+            dtype = torch.float64 if some[0].dtype == torch.float64 else torch.float32
+            self.reset(len(task_gradients), sum(column[0].numel() for column in columns if column), some[0].device, dtype)
+        if self.angles.numel() != len(task_gradients):
+            raise ValueError(f"RGB: {len(task_gradients)} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew")
+        if self.direction.device != some[0].device:
+            self.to(some[0].device)
         self.device = self.direction.device
 
     @torch.no_grad()
-    def rotate(self, task_gradients: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def rotate(
+        self, task_gradients: TaskGradients, max_norm: float | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor | list[Tensor], dict[str, Tensor]]:
         """Balance gradients that the caller computed, and advance the state. No host synchronisation.
 
         Args:
-            task_gradients: for each task one tensor for each shared parameter, None where it does not reach it.
-                At least one task reaches each parameter.
+            task_gradients: [n, P], the fast way; or for each task one tensor for each shared parameter, None where it does not
+                reach it. At least one task reaches each parameter.
+            max_norm: clip the result to this length, for free.
+            out: where to write the result, flat [P]; `.grad` may be views of it.
 
         Returns:
-            The balanced gradient of each parameter, in its shape and dtype, and device tensors: `gradient_norms [n]`,
-            `cosine [n, n]` (0 for a task without gradient), `angles [n]`, `result_norm` scalar.
+            The balanced gradient, flat [P] or that of each parameter, in its shape and dtype, and device tensors:
+            `gradient_norms [n]`, `cosine [n, n]` (0 for a task without gradient), `angles [n]`, `result_norm` scalar, before clipping.
 
         Raises:
             ValueError: number of tasks or of parameters differs from the state's, or a parameter that no task reaches.
         """
         self._prepare(task_gradients)
-        gram = gram_matrix(task_gradients, self.direction)
-        c, e, angles, result_norm = rotation_coefficients(
-            gram, self.angles, self.has_direction, self.mu, self.lam, self.alpha_steps, self.lr_inner, self.aggregation
-        )
-        result, direction = combine(task_gradients, self.direction, c, e)
-
-        finite = torch.isfinite(result_norm)
-        self.direction.copy_(torch.where(finite, direction, self.direction))
-        self.angles.copy_(torch.where(finite, angles, self.angles))
-        self.has_direction.logical_or_(finite)
-
+        result, gram, result_norm = rgb_rotate_(
+            task_gradients, self.direction, self.angles, self.has_direction, mu=self.mu, lam=self.lam, alpha_steps=self.alpha_steps,
+            lr_inner=self.lr_inner, aggregation=self.aggregation, max_norm=max_norm, out=out,
+        )  # fmt: skip
         norms = gram.diagonal()[:-1].sqrt()
         scale = torch.where(norms > MIN_NORM, 1 / norms, 0.0)
+        dtype = self.angles.dtype
         info = {
-            "gradient_norms": norms.to(angles.dtype),
-            "cosine": (gram[:-1, :-1] * scale.unsqueeze(0) * scale.unsqueeze(1)).to(angles.dtype),
-            "angles": angles,
-            "result_norm": result_norm.to(angles.dtype),
+            "gradient_norms": norms.to(dtype),
+            "cosine": (gram[:-1, :-1] * scale.unsqueeze(0) * scale.unsqueeze(1)).to(dtype),
+            "angles": self.angles.clone(),
+            "result_norm": result_norm.to(dtype),
         }
         return result, info
 

@@ -54,10 +54,11 @@ class VectorQuantizer(nn.Module):
                 self._initialise(x.detach())
         vectors, codes, commitment = vq.vector_quantize(x, self.codebook)
         with torch.no_grad():
-            counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
-            perplexity, usage = vq.codebook_usage(counts)
             if self.training:
-                self._learn(x.detach(), codes)
+                counts = self._learn(x.detach(), codes)
+            else:
+                counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
+            perplexity, usage = vq.codebook_usage(counts)
         return Quantized(vectors, codes, commitment, perplexity, usage)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -71,10 +72,12 @@ class VectorQuantizer(nn.Module):
         for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum, self.initialised), state):
             buffer.copy_(value)
 
-    def _learn(self, x: Tensor, codes: Tensor) -> None:
+    def _learn(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Move the codebook by a batch and its codes; returns how often each was chosen, int64 [Q|1, V]."""
         u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
-        state = vq.codebook_update(
+        *state, counts = vq.codebook_update(
             x, codes, self.codebook, self.cluster_size, self.embedding_sum, u, self.decay, self.eps, self.dead_threshold
         )
         for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum), state):
             buffer.copy_(value)
+        return counts

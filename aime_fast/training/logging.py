@@ -177,7 +177,6 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
         "seed": config.run.seed,
         "compile": "regions" if config.run.compile else "eager",
         "precision": config.run.precision,
-        "kernels": "reference",
         "threads": torch.get_num_threads(),
         **facts,
         "git_commit": git_commit(),

@@ -10,6 +10,7 @@ import torch
 
 from aime_fast.cli import ConfigError
 from aime_fast.config import Config, preset
+from kernels.backend import KernelError, select_kernels
 
 
 def how_long(config: Config) -> dict[str, float | None]:
@@ -63,6 +64,14 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     return device
+
+
+def choose_kernels(name: str | None) -> None:
+    """`--kernels`, or the environment variable AIME_KERNELS. Raises ConfigError for a choice that this machine cannot run."""
+    try:
+        select_kernels(name)
+    except KernelError as error:
+        raise ConfigError(f"--{error}" if name else str(error)) from None
 
 
 def keep_freed_memory() -> None:

@@ -162,21 +162,23 @@ class TrainingStep:
             for name, value in self._gradients(batch, beta, adversarial, 1.0 / len(batches), train_discriminator).items():
                 metrics[name] = metrics[name] + value if name in metrics else value
 
-        norms = torch.linalg.vector_norm(self.tasks.flat, dim=1)  # [4]
-        metrics |= {f"gradient_norm/{task}": norm for task, norm in zip(TASKS, norms.unbind())}
+        # RGB sees all parameters as one flat vector for each task, and writes the clipped result where `.grad` looks.
+        with record_function("step: RGB"):
+            _, rotation = self.rgb.rotate(self.tasks.flat, max_norm=self.config.optim.grad_clip, out=self.total.flat[0])
+        metrics |= {f"gradient_norm/{task}": norm for task, norm in zip(TASKS, rotation["gradient_norms"].unbind())}
         if train_discriminator:
             metrics["gradient_norm/discriminator"] = torch.linalg.vector_norm(self.discriminator.flat)
         finite = torch.isfinite(torch.stack([v.float() for name, v in metrics.items() if not name.startswith("model/")])).all()
-
-        # RGB sees all parameters as one flat vector for each task: two passes over memory, and no list of views.
-        with record_function("step: RGB"):
-            (balanced,), rotation = self.rgb.rotate([[row] for row in self.tasks.flat.unbind()])  # [P]
         metrics |= {f"rgb/angle_{task}": angle for task, angle in zip(TASKS, rotation["angles"].unbind())}
-        rates = (learning_rate, learning_rate * self.config.optim.perceiver_lr_scale)
+        metrics["gradient_norm/total"] = rotation["result_norm"]
         with record_function("step: clip and Adam"):
-            metrics["gradient_norm/total"] = self._update(self.optimizer, self.total, balanced, finite, rates)
+            for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.optim.perceiver_lr_scale)):
+                group["lr"].copy_(learning_rate * scale)
+            self._update(self.optimizer, self.total, finite)
             if train_discriminator:
-                self._update(self.discriminator_optimizer, self.discriminator, self.discriminator.flat[0], finite)
+                gradient = self.discriminator.flat[0]
+                gradient.mul_((self.config.optim.grad_clip / (metrics["gradient_norm/discriminator"] + 1e-6)).clamp(max=1.0))
+                self._update(self.discriminator_optimizer, self.discriminator, finite)
         for buffer, old in zip(guarded, before):
             buffer.copy_(torch.where(finite, buffer, old))
         with record_function("step: EMA"):
@@ -212,23 +214,11 @@ class TrainingStep:
         self._seen.append((batch, outputs, metrics))
         return {name: value * scale for name, value in metrics.items()}
 
-    def _update(
-        self,
-        optimizer: torch.optim.Adam,
-        rows: GradientRows,
-        gradient: Tensor,
-        finite: Tensor,
-        learning_rates: tuple[Tensor, ...] = (),
-    ) -> Tensor:
-        """Clip `gradient` [P] to the global norm and step, unless not `finite`. Returns the norm before clipping."""
-        norm = torch.linalg.vector_norm(gradient)
-        torch.mul(gradient, (self.config.optim.grad_clip / (norm + 1e-6)).clamp(max=1.0), out=rows.flat[0])
-        rows.attach()
-        for group, rate in zip(optimizer.param_groups, learning_rates):
-            group["lr"].copy_(rate)
+    def _update(self, optimizer: torch.optim.Adam, gradient: GradientRows, finite: Tensor) -> None:
+        """One step along `gradient`, unless not `finite`."""
+        gradient.attach()
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # read by the fused kernel, on the device
         optimizer.step()
-        return norm
 
     def autocast(self) -> torch.autocast:
         """The mixed precision of `--precision`."""

@@ -16,10 +16,11 @@ from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
-from aime_fast.training.settings import choose_device, data_file, default_run_dir, how_long, keep_freed_memory
+from aime_fast.training.settings import choose_device, choose_kernels, data_file, default_run_dir, how_long, keep_freed_memory
 from aime_fast.training.step import NonFiniteError, TrainingStep
 from aime_fast.training.validation import draw_prediction, draw_samples, validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+from kernels.backend import kernels_on
 
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many, nothing will mend itself
 
@@ -53,6 +54,7 @@ class DMCVBTrainer:
         run = config.run
         length = how_long(config)
         self.device = choose_device(run.device)
+        choose_kernels(run.kernels)
         if self.device.type == "cpu":
             keep_freed_memory()
         check_loggers(run.logger)
@@ -258,6 +260,7 @@ class DMCVBTrainer:
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         facts = {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "kernels": kernels_on(self.device),
             "data": self.config.data.data,
             "render_quality": self.config.data.render_quality,
             "renderer": self._renderer(),

@@ -66,7 +66,8 @@ def test_codebook_update_against_a_loop(shape, threshold):
     embedding_sum = torch.randn(groups, size, width, dtype=torch.float64)
     u = torch.rand(groups, size)
     decay, eps = 0.9, 1e-5
-    got = codebook_update(x, codes, codebook, cluster_size, embedding_sum, u, decay, eps, threshold)
+    *got, counts = codebook_update(x, codes, codebook, cluster_size, embedding_sum, u, decay, eps, threshold)
+    assert torch.equal(counts, code_histogram(codes, size, shared))
 
     for g in range(groups):
         pool = x.reshape(-1, width) if shared else x[:, g]
@@ -101,7 +102,7 @@ def test_dead_codes_come_back_to_life():
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         codes = vector_quantize(x, state[0])[1]
-        state = codebook_update(x, codes, *state, torch.rand(1, 8, generator=generator))
+        *state, _ = codebook_update(x, codes, *state, torch.rand(1, 8, generator=generator))
     _, codes, commitment = vector_quantize(x, state[0])
     perplexity, share = codebook_usage(code_histogram(codes, 8, False))
     assert share >= 0.75
@@ -129,6 +130,23 @@ def test_usage():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"\[5, 4, 3\]"):
         vector_quantize(torch.randn(5, 4, 3), torch.randn(2, 7, 3))
+    with pytest.raises(ValueError, match="fp8"):
+        vector_quantize(torch.randn(5, 4, 3), torch.randn(4, 7, 3), "fp8")
+
+
+def test_fast_mode_takes_the_nearest_of_rounded_codes():
+    x, codebook = make(50, 2, 6, 40, False, 5)
+    fast = vector_quantize(x, codebook, "bf16")
+    rounded = vector_quantize(x.bfloat16().double(), codebook.bfloat16().double())
+    assert torch.equal(fast[1], rounded[1])
+    assert torch.equal(fast[0], torch.stack([codebook[q][fast[1][:, q]] for q in range(2)], 1))
+
+
+def test_loss_of_half_precision_rows_is_fp32():
+    x, codebook = make(200, 2, 6, 40, False, 5)
+    quantized, _, commitment = vector_quantize(x.bfloat16(), codebook.float())
+    assert (quantized.dtype, commitment.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(commitment.double(), (x.bfloat16().double() - quantized.double()).square().mean(), rtol=1e-5, atol=0)
 
 
 def test_compiles_whole():
@@ -141,8 +159,8 @@ def test_compiles_whole():
         return (
             quantized,
             commitment,
-            *codebook_update(x, codes, codebook, size, total, u),
-            *codebook_usage(code_histogram(codes, 8, False)),
+            *(update := codebook_update(x, codes, codebook, size, total, u)),
+            *codebook_usage(update[3]),
         )
 
     arguments = (x, codebook, torch.zeros(2, 8).double(), torch.zeros(2, 8, 4).double(), torch.tensor(False), u)

@@ -1,0 +1,528 @@
+"""Triton kernels of vector quantisation; the mathematics is in `kernels.vq`.
+
+Four kernels, all of which add in a fixed order, so a result is repeated bit for bit:
+
+* `prepare_kernel`: the codebook as the tensor cores want it, padded to whole tiles, and |c|^2 / 2 (infinite for the padding).
+* `assign_kernel`: nearest code, its vector, and one partial of the commitment loss for each program. The N x V scores stay in registers:
+  every column of the score tile keeps its best value and tile, and a row is reduced once, after the last tile.
+* `sums_kernel`: sum of the rows of each code as a product with one-hot rows, made in registers, and an integer histogram of the codes;
+  the rows are split over programs.
+* `update_kernel`: adds the splits, then moving averages, Laplace smoothing and dead codes.
+
+The products are taken in bf16, whose 8 significant bits are too few for fp32 but whose sums are not: x = x1 + x2 + x3 with x1 = bf16(x),
+x2 = bf16(x - x1) and x3 the rest is exact (8 + 8 + 8 = 24 bits). Hence, accumulated in fp32,
+
+* scores at "fp32": x.c = x1.c1 + (x1.c2 + x2.c1) + (x1.c3 + x2.c2 + x3.c1), less terms below 2^-26 |x| |c|. Six products in bf16 cost
+  the tensor cores what three in tf32 do ("tf32x3"), are more precise, and need fewer registers; rows of bf16 need three products only.
+  Codes are split beforehand, once, so that their tiles go straight from memory to the tensor cores;
+* scores at "bf16": x1.c1 alone;
+* sums of rows: one-hot factors are exact in bf16, so three products, or one for rows of 16 bits, are exact too.
+
+G is the number of codebooks: R = N * Q rows and G = 1 when the heads share one, else R = N and G = Q. Row r of group g lies at
+(r * G + g) * d in x, and its code at r * G + g.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import INTERPRETED, Launch, Specialisation, architecture, device_of
+
+_PAD = 128  # the codebook is padded to a multiple of this, which every BLOCK_V divides
+_SPLIT_ROWS = 1024  # fewest rows of a split
+_SPLITS = 32  # most splits, over all groups: the sums of a split are V * d numbers to write and read
+
+# (precision, bytes of an element of x) -> launch. On sm_90 each fits at least twice on a multiprocessor for d <= 64,
+# so that one program's comparisons run under the other's products.
+_ASSIGN_80 = {
+    ("bf16", 2): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 3),
+    ("bf16", 4): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 3),
+    ("fp32", 2): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 2),
+    ("fp32", 4): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 2),
+}
+_ASSIGN_90 = {
+    ("bf16", 2): Launch({"BLOCK_N": 128, "BLOCK_V": 64}, 8, 3),
+    ("bf16", 4): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 2),
+    ("fp32", 2): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 2),
+    ("fp32", 4): Launch({"BLOCK_N": 128, "BLOCK_V": 32}, 8, 2),
+}
+ASSIGN = {80: _ASSIGN_80, 90: _ASSIGN_90, 100: _ASSIGN_90}
+# bytes of an element of x -> launch
+_SUMS_80 = {
+    2: Launch({"BLOCK_V": 128, "BLOCK_N": 32, "COUNT_N": 1024}, 8, 2),
+    4: Launch({"BLOCK_V": 64, "BLOCK_N": 16, "COUNT_N": 1024}, 4, 3),
+}
+_SUMS_90 = {
+    2: Launch({"BLOCK_V": 128, "BLOCK_N": 64, "COUNT_N": 1024}, 8, 3),
+    4: Launch({"BLOCK_V": 128, "BLOCK_N": 32, "COUNT_N": 1024}, 8, 3),
+}
+SUMS = {80: _SUMS_80, 90: _SUMS_90, 100: _SUMS_90}
+_UPDATE = Launch({"BLOCK_V": 8, "BLOCK_T": 1024, "UNROLL": 8}, 4, 2)
+UPDATE = {80: _UPDATE, 90: _UPDATE, 100: _UPDATE}
+_PREPARE = Launch({"BLOCK": 32}, 4, 2)
+PREPARE = {80: _PREPARE, 90: _PREPARE, 100: _PREPARE}
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_ANY = ["R", "G", "V"]  # compiled once, whatever their values
+
+
+@triton.jit
+def _cast(x, dtype: tl.constexpr):
+    """x.to(dtype), to the nearest: Triton's interpreter cuts fp32 off at bf16, so there the bits are rounded beforehand."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, total):
+    """total + a b in fp32; the interpreter would multiply the bit patterns of bf16 as integers."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _split(x, PARTS: tl.constexpr):
+    """x -> PARTS tensors in bf16 whose sum is x (three parts of fp32, one of bf16), or its nearest (fewer)."""
+    parts = ()
+    rest = x
+    for _ in tl.static_range(PARTS):
+        part = _cast(rest, tl.bfloat16)
+        parts = parts + (part,)  # noqa: RUF005 (Triton has no unpacking)
+        rest = rest.to(tl.float32) - part.to(tl.float32)
+    return parts
+
+
+@triton.jit(do_not_specialize=_ANY)
+def prepare_kernel(
+    codebook,  # [G, V, d] fp32
+    parts,  # [PARTS, G, V_PAD, D] bf16
+    half_norm,  # [G, V_PAD] fp32
+    total,  # G * V_PAD
+    V,
+    V_PAD,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    code = row % V_PAD
+    real = (row < total) & (code < V)
+    source = (row // V_PAD * V + code)[:, None] * d
+    norm = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        c = tl.load(codebook + source + column[None, :], mask=real[:, None] & (column < d)[None, :], other=0.0)
+        rest = c
+        for part in tl.static_range(PARTS):
+            rounded = _cast(rest, tl.bfloat16)
+            target = parts + part * total.to(tl.int64) * D + row[:, None] * D + column[None, :]
+            tl.store(target, rounded, mask=(row < total)[:, None])
+            rest -= rounded.to(tl.float32)
+        c -= rest  # the norm of what is multiplied
+        norm += tl.sum(c * c, axis=1)
+    tl.store(half_norm + row, tl.where(real, 0.5 * norm, float("inf")), mask=row < total)
+
+
+@triton.jit
+def _add_products(score, x_parts, c_pointers, part_stride, X_PARTS: tl.constexpr, C_PARTS: tl.constexpr):
+    """score [BLOCK_N, BLOCK_V] + x.c, from parts of x [BLOCK_N, BLOCK_D] and pointers to the first part of c [BLOCK_V, BLOCK_D]."""
+    c_parts = ()
+    for j in tl.static_range(C_PARTS):
+        c_parts = c_parts + (tl.load(c_pointers + j * part_stride).T,)  # noqa: RUF005
+    for order in tl.static_range(C_PARTS):  # the smallest products first
+        for i in tl.static_range(X_PARTS):
+            if i <= C_PARTS - 1 - order:
+                score = _dot(x_parts[i], c_parts[C_PARTS - 1 - order - i], score)
+    return score
+
+
+@triton.jit(do_not_specialize=_ANY)
+def assign_kernel(
+    x,  # [N, Q, d]
+    codebook,  # [G, V, d] fp32
+    parts,  # [C_PARTS, G, V_PAD, D] bf16
+    half_norm,  # [G, V_PAD] fp32
+    quantized,  # [N, Q, d], dtype of x
+    codes,  # [N, Q] int64
+    partial,  # [G, programs] fp32
+    R,
+    G,
+    V,
+    V_PAD,
+    scale,  # 1 / (N * Q * d)
+    d: tl.constexpr,
+    D: tl.constexpr,  # d, padded to a multiple of BLOCK_D
+    X_PARTS: tl.constexpr,
+    C_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LAST_D: tl.constexpr,  # columns at a time in the last part
+):
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = row < R
+    WIDE: tl.constexpr = D > BLOCK_D  # rows are read in pieces, for every tile of codes
+    column = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, BLOCK_V)
+    x_pointers = x + (row * G + group)[:, None] * d + column[None, :]
+    if not WIDE:
+        x_parts = _split(tl.load(x_pointers, mask=there[:, None] & (column < d)[None, :], other=0.0), X_PARTS)
+
+    best = tl.full([BLOCK_N, BLOCK_V], float("-inf"), tl.float32)
+    best_tile = tl.zeros([BLOCK_N, BLOCK_V], tl.int32)
+    part_stride = (G * V_PAD).to(tl.int64) * D
+    c_pointers = parts + group * V_PAD * D + lane[:, None] * D + column[None, :]
+    norms = half_norm + group * V_PAD + lane
+    for start in range(0, V_PAD, BLOCK_V):
+        score = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        if WIDE:
+            for first in range(0, D, BLOCK_D):
+                piece = tl.load(x_pointers + first, mask=there[:, None] & (first + column < d)[None, :], other=0.0)
+                score = _add_products(score, _split(piece, X_PARTS), c_pointers + start * D + first, part_stride, X_PARTS, C_PARTS)
+        else:
+            score = _add_products(score, x_parts, c_pointers + start * D, part_stride, X_PARTS, C_PARTS)
+        score -= tl.load(norms + start)[None, :]
+        better = score > best  # not for equal scores: the earlier tile stays
+        best = tl.where(better, score, best)
+        best_tile = tl.where(better, start, best_tile)
+
+    top = tl.max(best, axis=1)
+    index = tl.where(best == top[:, None], best_tile + lane[None, :], 2147483647)
+    code = tl.min(index, axis=1).to(tl.int64)  # the lowest of equal scores
+    code = tl.minimum(code, V - 1)  # rows of NaN or infinity have no best, but stay within the codebook
+
+    # Adding a zero that the compiler cannot know: it would keep the rows and their addresses in registers through the loop
+    # rather than read them again, and halve the number of programs that fit on the machine.
+    row += tl.minimum(code, 0)
+    there = row < R
+    line = row * G + group
+    tl.store(codes + line, code, mask=there)
+    loss = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, d, LAST_D):
+        piece = first + tl.arange(0, LAST_D)
+        inside = there[:, None] & (piece < d)[None, :]
+        at = line[:, None] * d + piece[None, :]
+        given = tl.load(x + at, mask=inside, other=0.0)
+        chosen = tl.load(codebook + (group * V + code)[:, None] * d + piece[None, :], mask=inside, other=0.0)
+        chosen = _cast(chosen, given.dtype)
+        tl.store(quantized + at, chosen, mask=inside)
+        difference = given.to(tl.float32) - chosen.to(tl.float32)
+        loss += tl.sum(difference * difference, axis=1)
+    tl.store(partial + group * tl.num_programs(0) + tl.program_id(0), tl.sum(loss, axis=0) * scale)
+
+
+@triton.jit(do_not_specialize=_ANY)
+def sums_kernel(
+    x,  # [N, Q, d]
+    codes,  # [N, Q] int64
+    sums,  # [splits, G, V, d] fp32
+    counts,  # [splits, G, V] int32
+    R,
+    G,
+    V,
+    split_rows,
+    tiles,  # of codes; a program has one of them and BLOCK_D columns
+    d: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COUNT_N: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0) % tiles * BLOCK_V
+    label = first + tl.arange(0, BLOCK_V)
+    column = tl.program_id(0) // tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, BLOCK_N)
+    begin = split * split_rows
+    end = tl.minimum(begin + split_rows, R)
+    total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        row = start + lane
+        there = row < end
+        line = row * G + group
+        code = tl.load(codes + line, mask=there, other=-1).to(tl.int32)
+        value = tl.load(x + line[:, None] * d + column[None, :], mask=there[:, None] & (column < d)[None, :], other=0.0)
+        hit = label[:, None] == code[None, :]  # [BLOCK_V, BLOCK_N]
+        if value.dtype == tl.float32:
+            one = tl.where(hit, 1.0, 0.0).to(tl.bfloat16)
+            value1, value2, value3 = _split(value, 3)
+            total = _dot(one, value3, total)
+            total = _dot(one, value2, total)
+            total = _dot(one, value1, total)
+        else:
+            total = _dot(tl.where(hit, 1.0, 0.0).to(value.dtype), value, total)
+    slab = (split * G + group) * V + label
+    tl.store(sums + slab[:, None] * d + column[None, :], total, mask=(label < V)[:, None] & (column < d)[None, :])
+
+    if tl.program_id(0) < tiles:
+        count = tl.zeros([BLOCK_V], tl.int32)
+        for start in range(begin, end, COUNT_N):
+            row = start + tl.arange(0, COUNT_N)
+            there = row < end
+            slot = tl.load(codes + row * G + group, mask=there, other=-1).to(tl.int32) - first
+            count += tl.histogram(slot, BLOCK_V, mask=there & (slot >= 0) & (slot < BLOCK_V))
+        tl.store(counts + slab, count, mask=label < V)
+
+
+@triton.jit(do_not_specialize=_ANY)
+def update_kernel(
+    x,  # [N, Q, d]
+    sums,  # [splits, G, V, d] fp32
+    counts,  # [splits, G, V] int32
+    old_size,  # [G, V] fp32
+    old_sum,  # [G, V, d] fp32
+    candidates_u,  # [G, V] fp32
+    codebook,  # [G, V, d] fp32, out
+    cluster_size,  # [G, V] fp32, out
+    embedding_sum,  # [G, V, d] fp32, out
+    histogram,  # [G, V] int64, out
+    splits,
+    R,
+    G,
+    V,
+    d: tl.constexpr,
+    DECAY: tl.constexpr,
+    EPS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    code = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    real = code < V
+    entry = group * V + code
+    entries = (G * V).to(tl.int64)
+
+    # The new sizes of a group add up to what the old ones did, decayed, and its R rows: no program needs the others' counts.
+    size_sum = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, V, BLOCK_T):
+        other = start + tl.arange(0, BLOCK_T)
+        size_sum += tl.load(old_size + group * V + other, mask=other < V, other=0.0)
+    rows = R.to(tl.float32)
+    total = DECAY * tl.sum(size_sum, axis=0) + (1.0 - DECAY) * rows
+
+    count = tl.zeros([BLOCK_V], tl.int32)
+    for start in range(0, splits, UNROLL):
+        for step in tl.static_range(UNROLL):
+            split = start + step
+            count += tl.load(counts + split * entries + entry, mask=real & (split < splits), other=0)
+    size = DECAY * tl.load(old_size + entry, mask=real, other=0.0) + (1.0 - DECAY) * count.to(tl.float32)
+    smoothed = (size + EPS) / (total + V * EPS) * total
+    dead = size < THRESHOLD
+    pick = tl.load(candidates_u + entry, mask=real, other=0.0) * rows
+    pick = tl.minimum(pick.to(tl.int64), R - 1)
+
+    for first in range(0, d, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        at = entry[:, None] * d + column[None, :]
+        inside = real[:, None] & (column < d)[None, :]
+        batch = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+        for start in range(0, splits, UNROLL):
+            for step in tl.static_range(UNROLL):
+                split = start + step
+                batch += tl.load(sums + split * entries * d + at, mask=inside & (split < splits), other=0.0)
+        average = DECAY * tl.load(old_sum + at, mask=inside, other=0.0) + (1.0 - DECAY) * batch
+        fresh = tl.load(x + (pick * G + group)[:, None] * d + column[None, :], mask=inside & dead[:, None], other=0.0).to(tl.float32)
+        tl.store(codebook + at, tl.where(dead[:, None], fresh, average / smoothed[:, None]), mask=inside)
+        tl.store(embedding_sum + at, tl.where(dead[:, None], fresh * THRESHOLD, average), mask=inside)
+    tl.store(cluster_size + entry, tl.where(dead, THRESHOLD, size), mask=real)
+    tl.store(histogram + entry, count.to(tl.int64), mask=real)
+
+
+def _columns(width: int) -> dict[str, int]:
+    """Constants of a code width: columns are taken 64 at a time, and at least 16, the shortest product of the tensor cores."""
+    block = min(64, max(16, triton.next_power_of_2(width)))
+    return {"d": width, "BLOCK_D": block}
+
+
+def _padded(width: int) -> dict[str, int]:
+    columns = _columns(width)
+    return columns | {"D": triton.cdiv(width, columns["BLOCK_D"]) * columns["BLOCK_D"]}
+
+
+def _last(width: int) -> dict[str, int]:
+    return {"LAST_D": min(32, _columns(width)["BLOCK_D"])}
+
+
+def _x_parts(dtype: torch.dtype, precision: str) -> int:
+    """Parts of 8 bits in a number of this type; the fast mode takes the first."""
+    return 1 if precision == "bf16" else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+
+
+def _c_parts(precision: str) -> int:
+    return 1 if precision == "bf16" else 3
+
+
+def assign(x: Tensor, codebook: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, Q, d] fp32, bf16 or fp16, not empty; codebook [Q|1, V, d] fp32 -> quantized, codes int64 [N, Q], commitment fp32 []."""
+    rows, heads, width = x.shape
+    groups, size, _ = codebook.shape
+    x, codebook = x.contiguous(), codebook.contiguous()
+    arch = architecture(x.device)
+    launch = ASSIGN[arch][precision, x.element_size()]
+    columns = _padded(width)
+    group_rows = rows * heads // groups
+    programs = triton.cdiv(group_rows, launch.blocks["BLOCK_N"])
+    padded = triton.cdiv(size, _PAD) * _PAD
+    parts = torch.empty(_c_parts(precision), groups, padded, columns["D"], dtype=torch.bfloat16, device=x.device)
+    half_norm = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
+    quantized = torch.empty_like(x)
+    codes = torch.empty(rows, heads, dtype=torch.int64, device=x.device)
+    partial = torch.empty(groups, programs, dtype=torch.float32, device=x.device)
+    with device_of(x):
+        prepare = PREPARE[arch]
+        total = groups * padded
+        prepare_kernel[(triton.cdiv(total, prepare.blocks["BLOCK"]),)](
+            codebook,
+            parts,
+            half_norm,
+            total,
+            size,
+            padded,
+            PARTS=_c_parts(precision),
+            **columns,
+            **prepare.blocks,
+            num_warps=prepare.num_warps,
+            num_stages=prepare.num_stages,
+        )
+        assign_kernel[(programs, groups)](
+            x,
+            codebook,
+            parts,
+            half_norm,
+            quantized,
+            codes,
+            partial,
+            group_rows,
+            groups,
+            size,
+            padded,
+            1.0 / x.numel(),
+            X_PARTS=_x_parts(x.dtype, precision),
+            C_PARTS=_c_parts(precision),
+            **columns,
+            **_last(width),
+            **launch.blocks,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return quantized, codes, partial.sum()
+
+
+def split_rows(rows: int, groups: int) -> int:
+    """Rows of a group that one program adds: a function of the sizes alone, so that the sums do not depend on the machine's."""
+    splits = min(triton.cdiv(rows, _SPLIT_ROWS), max(1, _SPLITS // groups))
+    return triton.cdiv(rows, splits * _SPLIT_ROWS) * _SPLIT_ROWS
+
+
+def update(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embedding_sum: Tensor,
+    candidates_u: Tensor,
+    decay: float,
+    eps: float,
+    dead_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kernels.vq.codebook_update` for x [N, Q, d] in fp32, bf16 or fp16, not empty, and a state in fp32."""
+    rows, heads, width = x.shape
+    groups, size, _ = codebook.shape
+    x, codes = x.contiguous(), codes.contiguous()
+    arch = architecture(x.device)
+    launch = SUMS[arch][x.element_size()]
+    columns = _columns(width)
+    group_rows = rows * heads // groups
+    per_split = split_rows(group_rows, groups)
+    splits = triton.cdiv(group_rows, per_split)
+    tiles = triton.cdiv(size, launch.blocks["BLOCK_V"])
+    sums = torch.empty(splits, groups, size, width, dtype=torch.float32, device=x.device)
+    counts = torch.empty(splits, groups, size, dtype=torch.int32, device=x.device)
+    new_codebook, new_size, new_sum = (
+        torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (codebook, cluster_size, embedding_sum)
+    )
+    histogram = torch.empty(groups, size, dtype=torch.int64, device=x.device)
+    with device_of(x):
+        sums_kernel[(tiles * triton.cdiv(width, columns["BLOCK_D"]), groups, splits)](
+            x,
+            codes,
+            sums,
+            counts,
+            group_rows,
+            groups,
+            size,
+            per_split,
+            tiles,
+            **columns,
+            **launch.blocks,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+        launch = UPDATE[arch]
+        update_kernel[(triton.cdiv(size, launch.blocks["BLOCK_V"]), groups)](
+            x,
+            sums,
+            counts,
+            cluster_size.contiguous(),
+            embedding_sum.contiguous(),
+            candidates_u.float().contiguous(),
+            new_codebook,
+            new_size,
+            new_sum,
+            histogram,
+            splits,
+            group_rows,
+            groups,
+            size,
+            DECAY=float(decay),
+            EPS=float(eps),
+            THRESHOLD=float(dead_threshold),
+            **columns,
+            **launch.blocks,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return new_codebook, new_size, new_sum, histogram
+
+
+def specialisations(arch: int) -> list[Specialisation]:
+    """Every committed configuration, for the width of the model's codes and a wider one that is read in pieces."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    made = []
+    for width in (64, 128):
+        for precision in ("fp32", "bf16"):
+            constants = _padded(width) | {"PARTS": _c_parts(precision)}
+            made.append(_specialise(f"vq prepare {precision}", prepare_kernel, PREPARE[arch], constants))
+            for name, dtype in names.items():
+                constants = _padded(width) | _last(width)
+                constants |= {"X_PARTS": _x_parts(dtype, precision), "C_PARTS": _c_parts(precision)}
+                launch = ASSIGN[arch][precision, dtype.itemsize]
+                made.append(_specialise(f"vq assign {precision} x {name}", assign_kernel, launch, constants, f"*{name}"))
+        for name, dtype in names.items():
+            settings = {"DECAY": 0.99, "EPS": 1e-5, "THRESHOLD": 2.0}
+            made.append(_specialise(f"vq sums x {name}", sums_kernel, SUMS[arch][dtype.itemsize], _columns(width), f"*{name}"))
+            made.append(_specialise(f"vq update x {name}", update_kernel, UPDATE[arch], _columns(width) | settings, f"*{name}"))
+    return made
+
+
+def _specialise(name: str, kernel, launch: Launch, constants: dict, x: str = "") -> Specialisation:
+    """`x` is the type of x and of `quantized`; those of the other arguments follow from their names."""
+    types = {"parts": "*bf16", "codes": "*i64", "histogram": "*i64", "scale": "fp32", "x": x, "quantized": x}
+    types |= {size: "i32" for size in ("R", "G", "V", "V_PAD", "total", "split_rows", "tiles", "splits")}
+    types |= {"counts": "*i32"} | {constant: "constexpr" for constant in [*constants, *launch.blocks]}
+    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
+    return Specialisation(f"{name} d={constants['d']}", kernel, signature, constants, launch)

@@ -1,0 +1,377 @@
+"""Are the kernels right? `python -m profiling.check [--device cpu|cuda] [--kernel NAME] [--json FILE]`, exit status 1 if one is not.
+
+Every output and gradient of every case is compared with float64, element by element:
+
+    largest error of the kernel  <=  2 x largest error of an eager run in the same precision  +  4 eps x largest exact value
+
+with the eps of the output's own dtype, or of the precision of the work where that is coarser; integers and flags must agree. The first
+element beyond the budget is printed. Further rows say whether
+
+* the configurations of other architectures give the same (`sm_80`, `sm_90`, `sm_100`);
+* the function compiles with `fullgraph=True` and still gives the same (`compiled`); the operators pass `torch.library.opcheck`;
+* on CUDA, a second run gives the same bits (`again`), and so does a captured graph (`graph`).
+
+Memory that a kernel leaves unwritten holds NaN. Without CUDA the kernels run in Triton's interpreter, and side by side with it every
+committed configuration is compiled ahead of time (`profiling.aot`). Each kernel has processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from profiling import aot
+from profiling.cases import MODULES, REGISTRY, Case, Inputs, Outputs, operations, to_device, to_double
+from profiling.machine import ROOT, describe, title, write_json
+
+ROUNDING = 4  # units of eps x the largest exact value that are allowed on top of twice the eager error
+
+
+@dataclasses.dataclass
+class Row:
+    """The verdict on one output of one case."""
+
+    kernel: str
+    case: str
+    way: str  # "" for the plain run; else "compiled", "again", "graph", "sm_90", "opcheck"
+    output: str
+    error: float | None = None
+    eager_error: float | None = None
+    budget: float | None = None
+    problem: str | None = None
+
+
+def judge(case: Case, way: str, found: Outputs, exact: Outputs, eager: Outputs, eager_exact: Outputs) -> list[Row]:
+    """One row for each output that `exact` names. `eager_exact` is what is exact for the eager run's own codes."""
+    rows = []
+    for name, target in exact.items():
+        row = Row(case.kernel, case.name, way, name)
+        rows.append(row)
+        if name not in found:
+            row.problem = "missing"
+            continue
+        value, low = found[name].detach().cpu(), eager[name].detach().cpu()
+        if value.shape != target.shape or value.dtype != low.dtype:
+            row.problem = f"is {value.dtype} {list(value.shape)}; expected {low.dtype} {list(target.shape)}"
+            continue
+        if target.numel() == 0:
+            row.error = row.eager_error = row.budget = 0.0
+            continue
+        errors = _errors(value, target)
+        row.error, row.eager_error = errors.max().item(), _errors(low, eager_exact[name]).max().item()
+        # An eager run that overflows says nothing about what the kernel may do.
+        row.budget = 2 * row.eager_error if row.eager_error < float("inf") else 0.0
+        row.budget += ROUNDING * _eps(value.dtype, case.dtype) * _largest(target)
+        if not row.error <= row.budget:
+            row.problem = _first_mismatch(value, target, errors, row.budget)
+    return rows
+
+
+def _eps(output: torch.dtype, working: torch.dtype) -> float:
+    """Coarser of the eps of the output and of the work; 0 for integers."""
+    return max(torch.finfo(output).eps, torch.finfo(working).eps) if output.is_floating_point else 0.0
+
+
+def _largest(target: Tensor) -> float:
+    finite = target.double()[target.double().isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _errors(value: Tensor, target: Tensor) -> Tensor:
+    """|value - target|, where equal infinities or NaNs agree, and any other is infinitely wrong."""
+    value, target = value.double(), target.double()
+    same = (value == target) | (value.isnan() & target.isnan())
+    return torch.where(same, 0.0, (value - target).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
+
+
+def _first_mismatch(value: Tensor, target: Tensor, errors: Tensor, budget: float) -> str:
+    wrong = ~(errors <= budget)
+    index = tuple(wrong.nonzero()[0].tolist())
+    expected, got = target[index].item(), value[index].item()
+    return f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {list(index)}: expected {expected:.9g}, got {got:.9g}"
+
+
+@contextlib.contextmanager
+def _kernels_chosen() -> Iterator[None]:
+    """Triton wherever it can run, and NaN in memory that nothing has written."""
+    before, deterministic = backend.selected_kernels(), torch.are_deterministic_algorithms_enabled()
+    if torch.cuda.is_available() or backend.INTERPRETED:  # without either, the public functions run their references
+        backend.select_kernels("triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        backend.select_kernels(before)
+
+
+def _attempt(case: Case, way: str, work: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of `work`, or one that says how it ended."""
+    try:
+        return work()
+    except Exception as error:
+        last = str(error).strip().splitlines()
+        print(f"\n{case.kernel}, {case.name} {way}:\n{traceback.format_exc()}", file=sys.stderr)
+        return [Row(case.kernel, case.name, way, "-", problem=f"{type(error).__name__}: {last[-1] if last else ''}")]
+
+
+def check_case(case: Case, device: torch.device, compiled: bool = False) -> list[Row]:
+    """All rows of one case; `compiled` adds the run through `torch.compile`."""
+    cpu_inputs = case.inputs()
+    inputs, double = to_device(cpu_inputs, device), to_double(cpu_inputs)
+
+    def judged(way: str, run: Callable[[], Outputs]) -> Callable[[], list[Row]]:
+        def work() -> list[Row]:
+            with _kernels_chosen():
+                found = run()
+            return judge(case, way, found, case.exact(double, _to_cpu(found)), eager, eager_exact)
+
+        return work
+
+    try:
+        eager = case.eager(inputs)
+        eager_exact = case.exact(double, _to_cpu(eager))
+    except Exception as error:
+        return _attempt(case, "eager", lambda error=error: _raise(error))
+    rows = _attempt(case, "", judged("", lambda: case.run(inputs)))
+    if case.pinned:
+        own = backend.architecture(device)
+        others = [arch for arch in backend.ARCHITECTURES if arch != own and (device.type == "cpu" or arch < own)]
+        for arch in others:
+            rows += _attempt(case, f"sm_{arch}", judged(f"sm_{arch}", lambda arch=arch: _pinned(case, inputs, arch)))
+    if compiled:
+        rows += _attempt(case, "compiled", judged("compiled", lambda: _compiled(case, inputs, device)))
+    if device.type == "cuda":
+        rows += _attempt(case, "again", lambda: _repeats(case, "again", inputs, case.run))
+        rows += _attempt(case, "graph", lambda: _repeats(case, "graph", inputs, lambda given: _replayed(case, given)))
+    return rows
+
+
+def _raise(error: Exception) -> list[Row]:
+    raise error
+
+
+def _to_cpu(outputs: Outputs) -> Outputs:
+    return {name: value.detach().cpu() for name, value in outputs.items()}
+
+
+def _pinned(case: Case, inputs: Inputs, arch: int) -> Outputs:
+    with backend.pin_architecture(arch):
+        return case.run(inputs)
+
+
+def _compiled(case: Case, inputs: Inputs, device: torch.device) -> Outputs:
+    """Through `torch.compile`; on a CPU without Inductor's C++ compiler, which adds nothing to an opaque operator but time."""
+    chosen = "inductor" if device.type == "cuda" else "aot_eager"
+    torch._dynamo.reset()
+    return case.run(inputs, lambda function: torch.compile(function, fullgraph=True, backend=chosen))
+
+
+def _repeats(case: Case, way: str, inputs: Inputs, second: Callable[[Inputs], Outputs]) -> list[Row]:
+    """Rows that compare two runs bit for bit."""
+    with _kernels_chosen():
+        first = _to_cpu(case.run(inputs))
+        again = _to_cpu(second(inputs))
+    rows = []
+    for name, value in first.items():
+        equal = torch.equal(value.nan_to_num(), again[name].nan_to_num()) and torch.equal(value.isnan(), again[name].isnan())
+        problem = None if equal else _first_mismatch(again[name], value, _errors(again[name], value), 0.0)
+        rows.append(Row(case.kernel, case.name, way, name, problem=problem))
+    return rows
+
+
+def _replayed(case: Case, inputs: Inputs) -> Outputs:
+    """Outputs of the third replay of a captured graph; what a synchronisation would break, capture refuses."""
+    torch.use_deterministic_algorithms(False)  # its checks and fills are no part of a training step's graph
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.run(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = case.run(inputs)
+    for value in outputs.values():
+        if value.is_floating_point():
+            value.fill_(float("nan"))
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return outputs
+
+
+def check_operators(kernel: str, device: torch.device) -> list[Row]:
+    """`torch.library.opcheck` of each operator: schema, fake tensors, autograd registration, tracing with dynamic shapes."""
+    rows = []
+    for name, operator, arguments in operations(kernel, device):
+        row = Row(kernel, name, "opcheck", "-")
+        rows.append(row)
+        try:
+            with _kernels_chosen():
+                torch.library.opcheck(operator, arguments)
+        except Exception as error:
+            print(f"\n{kernel}, opcheck {name}:\n{traceback.format_exc()}", file=sys.stderr)
+            row.problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return rows
+
+
+def check_kernel(kernel: str, device: torch.device, only: Callable[[Case], bool] | None = None) -> list[Row]:
+    """Every case of one kernel in this process, its operators, and one case through `torch.compile`; or just the cases of `only`."""
+    cases = [case for case in REGISTRY[kernel]() if only is None or only(case)]
+    if only is not None:
+        return list(itertools.chain.from_iterable(check_case(case, device) for case in cases))
+    first = next((case for case in cases if case.pinned), cases[0])
+    rows = list(itertools.chain.from_iterable(check_case(case, device, compiled=case is first) for case in cases))
+    return rows + check_operators(kernel, device)
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """The rows that failed."""
+    return [row for row in rows if row.problem is not None]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    lines = [f"{'kernel':<12} {'case':<44} {'way':<8} {'output':<13}    error    eager   budget  verdict"]
+    for row in rows:
+        numbers = " ".join(f"{x:8.1e}" if x is not None else f"{'':8}" for x in (row.error, row.eager_error, row.budget))
+        verdict = "ok" if row.problem is None else f"FAILED {row.problem}"
+        lines.append(f"{row.kernel:<12} {row.case:<44} {row.way:<8} {row.output:<13} {numbers}  {verdict}")
+    return "\n".join(lines)
+
+
+def _children(kernels: Sequence[str], device: str, folder: Path) -> list[tuple[str, list[str], dict[str, str]]]:
+    """(name, command, environment) of each process, the longest first. Its report goes to `folder/NAME.json`."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "AIME_KERNELS")}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    interpreted = environment | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    modules = list(dict.fromkeys(MODULES[kernel] for kernel in kernels))
+    python = [sys.executable, "-m"]
+    workers = str(max(1, (os.cpu_count() or 1) // 4))
+    children = []
+    for module in modules:
+        command = ["profiling.aot", module, "--workers", workers, "--json", str(folder / f"{module}.json")]
+        children.append((module, [*python, *command], environment))
+    for kernel in kernels:
+        command = ["profiling.check", "--in-process", "--kernel", kernel, "--device", device, "--json", str(folder / f"{kernel}.json")]
+        children.append((kernel, [*python, *command], interpreted))
+    return children
+
+
+def _run_children(children: list[tuple[str, list[str], dict[str, str]]], folder: Path, at_once: int) -> dict[str, tuple[int, float]]:
+    """Run them, at most `at_once` side by side; name -> (exit status, seconds). What they print goes to `folder/NAME.log`."""
+    waiting, running, ended = list(children), {}, {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name, command, environment = waiting.pop(0)
+                with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+                    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                running[name] = (process, time.perf_counter())
+            for name, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    ended[name] = (process.returncode, time.perf_counter() - began)
+                    del running[name]
+                    print(f"{name}: {'passed' if process.returncode == 0 else 'FAILED'}, {ended[name][1]:.0f} s", flush=True)
+            time.sleep(0.05)
+    finally:
+        for process, _ in running.values():
+            process.kill()
+    return ended
+
+
+def check_all(kernels: Sequence[str], device: str) -> dict[str, Any]:
+    """Run every process and gather what they found: `rows`, `aot`, `broken` (processes without a report), `seconds`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children = _children(kernels, device, folder)
+        ended = _run_children(children, folder, at_once=max(2, os.cpu_count() or 1))
+        report: dict[str, Any] = {"rows": [], "aot": [], "broken": {}, "seconds": {name: round(s, 1) for name, (_, s) in ended.items()}}
+        for name, _, _ in children:
+            path, log = folder / f"{name}.json", (folder / f"{name}.log").read_text(encoding="utf-8")
+            if not path.exists():
+                report["broken"][name] = log[-4000:]
+                continue
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            report["aot" if name in MODULES.values() else "rows"] += rows
+            for part in log.split("\n\n"):
+                if "Traceback" in part:
+                    print(f"\n{part}", file=sys.stderr)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the options and check; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kernel", choices=tuple(REGISTRY), nargs="+", default=list(REGISTRY), help="default: all")
+    parser.add_argument("--json", metavar="FILE", help="write machine, versions and rows here")
+    parser.add_argument("--list", action="store_true", help="name the cases and leave")
+    parser.add_argument("--in-process", action="store_true", help="run the cases here and compile nothing ahead of time; for debuggers")
+    parser.add_argument("--case", metavar="TEXT", help="with --in-process: only the cases whose names contain this")
+    options = parser.parse_args(argv)
+    if options.list:
+        for kernel in options.kernel:
+            print("\n".join(f"{kernel}: {case.name}" for case in REGISTRY[kernel]()))
+        return 0
+    if options.case is not None and not options.in_process:
+        parser.error("--case needs --in-process")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+
+    began = time.perf_counter()
+    if options.in_process:
+        if options.device == "cpu" and not backend.INTERPRETED:
+            parser.error("--in-process --device cpu: set TRITON_INTERPRET=1, without which no kernel runs on a CPU")
+        device = torch.device(options.device)
+        only = None if options.case is None else lambda case: options.case in case.name
+        rows = list(itertools.chain.from_iterable(check_kernel(kernel, device, only) for kernel in options.kernel))
+        if not rows:
+            parser.error(f"--case {options.case!r}: no case of {', '.join(options.kernel)} has this in its name; --list names them")
+        report = {"rows": [dataclasses.asdict(row) for row in rows], "aot": [], "broken": {}}
+    else:
+        report = check_all(options.kernel, options.device)
+        rows = [Row(**row) for row in report["rows"]]
+
+    failed = failures(rows)
+    failed_aot = [row for row in report["aot"] if row["problem"]]
+    print("\n" + table(rows))
+    if report["aot"]:
+        print("\n" + aot.table(report["aot"]))
+    for name, log in report["broken"].items():
+        print(f"\n{name} ended without a report:\n{log}")
+    if failed:
+        print(f"\nFirst mismatch: {table(failed[:1]).splitlines()[1]}")
+    seconds = time.perf_counter() - began
+    print(f"\n{len(rows)} comparisons, {len(failed)} failed")
+    print(f"{len(report['aot'])} configurations compiled ahead of time, {len(failed_aot)} failed; {len(report['broken'])} processes broke")
+    print(f"{seconds:.0f} s, {title(torch.device(options.device))}")
+    bad = bool(failed or failed_aot or report["broken"])
+    if options.json:
+        write_json(options.json, describe(options.device) | {"passed": not bad, "wall_s": round(seconds, 1), **report})
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
