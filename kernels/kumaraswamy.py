@@ -344,7 +344,7 @@ def _rest_slope(log_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log v, R(-log v) and t rho: the factors of the derivatives of log(1 - v)."""
     z = l1me(t)
     log_v = torch.exp(-log_a) * z
-    rho = torch.where(t > _LARGE_T, 1 - 0.5 * torch.exp(-t), torch.exp(-t) / (torch.expm1(-t) * z))
+    rho = torch.where(t > _LARGE_T, 1 + 0.5 * torch.exp(-t), torch.exp(-t) / (torch.expm1(-t) * z))
     return log_v, _damped(-log_v), t * rho
 
 

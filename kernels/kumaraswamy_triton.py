@@ -114,7 +114,7 @@ def _damped(x, y, w):
 @triton.jit
 def _rho(t, y, w, z):
     """e^-t / ((1 - e^-t) |z|), z = log(1 - e^-t); the expansion where e^-t may underflow."""
-    return tl.where(t > _LARGE, 1.0 - 0.5 * y, y / (w * tl.maximum(-z, _TINY)))
+    return tl.where(t > _LARGE, 1.0 + 0.5 * y, y / (w * tl.maximum(-z, _TINY)))
 
 
 @triton.jit
@@ -389,11 +389,11 @@ def _sticks_backward_kernel(
             line = first + tl.arange(0, BLOCK_ROWS)
             tl.store(to_alpha + line, tl.sum(tl.where(mask, by_alpha, 0.0), 1).to(to_alpha.dtype.element_ty), mask=line < N)
             if log_alpha is not None:
-                tl.store(to_log_alpha + line, -tl.sum(slope, 1).to(to_log_alpha.dtype.element_ty), mask=line < N)
+                tl.store(to_log_alpha + line, tl.sum(-slope, 1).to(to_log_alpha.dtype.element_ty), mask=line < N)
         else:
             tl.store(to_alpha + start + offset, by_alpha.to(to_alpha.dtype.element_ty), mask=mask)
             if log_alpha is not None:
-                tl.store(to_log_alpha + start + offset, -slope.to(to_log_alpha.dtype.element_ty), mask=mask)
+                tl.store(to_log_alpha + start + offset, (0.0 - slope).to(to_log_alpha.dtype.element_ty), mask=mask)
 
     tl.store(to_log_a + start + offset, by_la.to(to_log_a.dtype.element_ty), mask=mask)
     tl.store(to_log_b + start + offset, by_lb.to(to_log_b.dtype.element_ty), mask=mask)

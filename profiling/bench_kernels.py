@@ -282,7 +282,7 @@ def _rgb_workloads(device: torch.device, tasks: int, size: int, dtype: torch.dty
         {
             "kernel": lambda: step("auto"),
             "eager": lambda: direct(rgb_direct),
-            "compile": lambda: direct(_compile(rgb_direct, fullgraph=False)),  # it branches on norms
+            **({"compile": lambda: direct(_compile(rgb_direct, fullgraph=False))} if tasks == 4 else {}),  # it branches on norms
             "eager, Gram space": lambda: step("reference"),
             "torchjd PCGrad": lambda: torchjd("PCGrad"),
             "torchjd UPGrad": lambda: torchjd("UPGrad"),
@@ -291,29 +291,27 @@ def _rgb_workloads(device: torch.device, tasks: int, size: int, dtype: torch.dty
     )  # fmt: skip
 
 
-def workloads(kernels: list[str], device: torch.device, quick: bool) -> Iterator[Workload]:
-    """All sizes for a device; `quick` keeps the smallest."""
+def workloads(kernels: list[str], device: torch.device, quick: bool) -> list[Workload]:
+    """All sizes for a device, those with a target first; `quick` keeps the smallest."""
     cuda, f32, bf16 = device.type == "cuda", torch.float32, torch.bfloat16
-    launch_bound = Target(most_us=12, over_eager=20, launches=1, graph=True)
+    made: list[Workload] = []
     if {"vq_assign", "vq_update"} & set(kernels):
-        sizes = [640, 8192, 65536] if cuda else [512, 4096]
-        for rows in sizes[:1] if quick else sizes:
-            for dtype in (bf16, f32) if cuda else (f32,):
-                yield from (w for w in _vq_workloads(device, rows, dtype, rows == 65536) if set(w.gates) <= set(kernels))
+        sizes = [(640, bf16), (8192, bf16), (65536, bf16), (65536, f32)] if cuda else [(512, f32), (4096, f32)]
+        for rows, dtype in sizes[:1] if quick else sizes:
+            made += (work for work in _vq_workloads(device, rows, dtype, rows == 65536) if set(work.gates) <= set(kernels))
     if "kumaraswamy" in kernels:
-        yield from _sticks_workloads(device, 1600, 15, True, launch_bound)
+        made += _sticks_workloads(device, 1600, 15, True, Target(most_us=12, over_eager=20, launches=1, graph=True))
         if not quick:
-            yield from _sticks_workloads(device, 65536 if cuda else 8192, 15, True, Target())
-            rows = 2**24 // 15 if cuda else 2**16
-            yield from _sticks_workloads(device, rows, 15, False, Target(share=0.8) if cuda else Target())
+            made += _sticks_workloads(device, 65536 if cuda else 8192, 15, True, Target())
+            made += _sticks_workloads(device, 2**24 // 15 if cuda else 2**16, 15, False, Target(share=0.8) if cuda else Target())
     if "rgb" in kernels:
-        sizes = [(4, 2_000_000), (4, 25_000_000), (9, 5_000_000)] if cuda else [(4, 200_000), (4, 4_000_000)]
-        for tasks, size in sizes[:1] if quick else sizes:
+        sizes = [(4, 2_000_000, f32), (4, 25_000_000, f32), (4, 25_000_000, bf16), (9, 5_000_000, f32)]
+        sizes = sizes if cuda else [(4, 200_000, f32), (4, 4_000_000, f32)]
+        for tasks, size, dtype in sizes[:1] if quick else sizes:
             # 1.25 times the time of moving the bytes at the speed of a copy is 0.8 of that speed.
-            target = Target(share=0.8, over_eager=20) if size == 25_000_000 else Target()
-            yield from _rgb_workloads(device, tasks, size, f32, target)
-        if cuda and not quick:
-            yield from _rgb_workloads(device, 4, 25_000_000, bf16, Target())
+            target = Target(share=0.8, over_eager=20) if (size, dtype) == (25_000_000, f32) else Target()
+            made += _rgb_workloads(device, tasks, size, dtype, target)
+    return sorted(made, key=lambda work: work.target == Target())
 
 
 def measure(call: Call, device: torch.device) -> tuple[float, float, float]:
@@ -386,6 +384,8 @@ def _row(work: Workload, provider: str, device: torch.device, ceiling: dict[str,
     """Measure one provider; what went wrong is in `note`."""
     row = {"kernel": work.name, "size": work.size, "dtype": work.dtype, "provider": provider, "device": title(device)}
     row |= {"bytes": work.bytes, "flops": work.operations, "ceiling": work.ceiling}
+    if provider == "kernel" and device.type != "cuda":
+        return row | {"note": "not measured: there is no GPU, and the interpreter's times would mean nothing"}
     before = functorch_config.donated_buffer
     functorch_config.donated_buffer = False  # a backward that is timed again and again keeps its buffers
     try:
@@ -510,6 +510,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the smallest size of each, and a shorter check before it")
     parser.add_argument("--json", metavar="FILE", help="write machine, versions, ceilings and rows here")
+    parser.add_argument("--seconds", type=float, metavar="N", help="start no workload after this time; those with a target come first")
     parser.add_argument("--picture", metavar="FILE", help="draw the medians (PNG); needs matplotlib")
 
 
@@ -519,6 +520,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
         usage_error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     device = torch.device(options.device)
     began = time.perf_counter()
+    backend.select_kernels("auto")  # whatever AIME_KERNELS says
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the direct form of RGB breaks the graph, as it must
     failed = {}
     for kernel in options.kernel:
@@ -530,11 +532,14 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     ceiling = ceilings(device)
     print(f"{title(device)}: copy {ceiling['copy']:.0f} GB/s, matmul {ceiling['matmul']:.2f} TFLOP/s")
     rows, header = [], describe(device) | {"ceilings": ceiling, "check_failed": [name for name, bad in failed.items() if bad]}
-    for work in workloads(options.kernel, device, options.quick):
-        measured = []
-        for provider in work.providers:
-            if provider != "kernel" or device.type == "cuda":  # the interpreter's times would mean nothing
-                measured.append(_row(work, provider, device, ceiling))
+    header["left_out"] = []
+    waiting = workloads(options.kernel, device, options.quick)
+    while waiting:
+        work = waiting.pop(0)  # and its data with it
+        if options.seconds is not None and time.perf_counter() - began > options.seconds:
+            header["left_out"].append(work.title)
+            continue
+        measured = [_row(work, provider, device, ceiling) for provider in work.providers]
         broken = [gate for gate in work.gates if failed.get(gate)]
         print(f"\n{work.title}\n{HEADER}")
         if not broken:
@@ -542,11 +547,17 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
         print(table(measured))
         if broken:
             print(f"  no speed-up: the check of {', '.join(broken)} failed, and a wrong kernel is not fast")
-        elif (said := verdict(work, measured[0] if measured[0]["provider"] == "kernel" else {}, device)) is not None:
-            print(f"  target: {said}")
-            measured[0]["target"] = said
+        else:
+            said = {row["provider"]: verdict(work, row, device) for row in measured}.get("kernel")
+            if said is not None:
+                print(f"  target: {said}")
+                next(row for row in measured if row["provider"] == "kernel")["target"] = said
         rows += measured
-        if options.json:  # after each workload: what was measured outlives a time limit
+        if options.json:  # after each workload: what was measured outlives a kill
+            write_json(options.json, header | {"rows": rows, "wall_s": round(time.perf_counter() - began, 1)})
+    if header["left_out"]:
+        print(f"\nleft out after {options.seconds:g} s: {'; '.join(header['left_out'])}")
+        if options.json:
             write_json(options.json, header | {"rows": rows, "wall_s": round(time.perf_counter() - began, 1)})
     if options.picture:
         try:

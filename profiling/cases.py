@@ -288,6 +288,8 @@ def _sticks_exact(inputs: Inputs, _: Outputs) -> Outputs:
     noise = inputs["noise"]
     if not noise.is_floating_point():
         noise = kumaraswamy.philox_uniform(noise, inputs["log_a"].shape).double()
+    limits = torch.finfo(torch.float32)  # a uniform of 0 or 1 means the number next to it, of the precision of the work
+    noise = noise.clamp(limits.tiny, 1 - limits.eps)
     return _sticks(kumaraswamy.kumaraswamy_sticks_reference, inputs | {"noise": noise})
 
 
@@ -306,13 +308,13 @@ def _sticks_case(
     def make(g: torch.Generator) -> Inputs:
         shape = (*rows, pieces - 1)
         log_a, log_b = (reach * (2 * torch.rand(shape, generator=g) - 1) for _ in range(2))
-        u = torch.rand(shape, generator=g).clamp(2**-24, 1 - 2**-24)
+        u = torch.rand(shape, generator=g)
         if reach == 5:  # corners of the square, where one formula hands over to another
             corner = torch.randint(0, 9, shape, generator=g)
             log_a = torch.where(corner < 4, (corner % 2).float() * 10 - 5, log_a)
             log_b = torch.where(corner < 4, (corner // 2).float() * 10 - 5, log_b)
         if noise == "edges":
-            edges = torch.tensor([2**-24, 1 - 2**-24, torch.finfo(torch.float32).tiny, 0.5, 1e-3, 1 - 1e-3])
+            edges = torch.tensor([0, 1, 2**-24, 1 - 2**-24, 1 - 2**-23, torch.finfo(torch.float32).tiny, 1e-3, 1 - 1e-3])
             u = edges[torch.randint(len(edges), shape, generator=g)]
         concentration = (*rows, 1) if alpha != "sticks" else shape
         has_kl = kl is not None

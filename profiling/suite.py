@@ -37,16 +37,19 @@ class Part:
 
 
 PARTS = (
-    Part("check", ("-m", "profiling.check", "--device", "{device}", "--json", "{out}/check.json"), 210),
+    Part("check", ("-m", "profiling.check", "--device", "{device}", "--json", "{out}/check.json"), 180),
     Part(
         "kernels",
-        ("-m", "profiling.bench", "kernels", "--device", "{device}", "--json", "{out}/kernels.json", "--picture", "{out}/kernels.png"),
-        250,
+        (
+            *("-m", "profiling.bench", "kernels", "--device", "{device}", "--seconds", "240"),
+            *("--json", "{out}/kernels.json", "--picture", "{out}/kernels.png"),
+        ),
+        290,
     ),
     Part(
         "train",
         ("-m", "profiling.bench", "train", "--device", "{device}", "--json", "{out}/train.json"),
-        70,
+        60,
         needs=("profiling.bench_train", "tensordict"),
     ),
 )

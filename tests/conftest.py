@@ -11,10 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from models import make_model  # noqa: E402
+from models import make_model
 
-from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder  # noqa: E402
-from kernels.backend import select_kernels, selected_kernels  # noqa: E402
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+from kernels.backend import select_kernels, selected_kernels
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def model() -> DPGMMVariationalRecurrentAutoencoder:
     return make_model()
 
 
-@pytest.fixture()
+@pytest.fixture
 def triton_kernels():
     """Every operation runs its Triton kernel (interpreted on a CPU), and memory that a kernel leaves unwritten reads as NaN."""
     before, deterministic = selected_kernels(), torch.are_deterministic_algorithms_enabled()

@@ -136,9 +136,8 @@ def test_integers_must_agree():
 
 def tiny_workloads(kernels, device, quick):
     x = torch.zeros(10, device=device)
-    yield bench_kernels.Workload(
-        "tiny", ("rgb",), "10", "float32", 40, 0, "copy", {"eager": lambda: lambda: x + 1, "compile": lambda: lambda: x.add(1)}
-    )
+    providers = {"eager": lambda: lambda: x + 1, "compile": lambda: lambda: x.add(1)}
+    return [bench_kernels.Workload("tiny", ("rgb",), "10", "float32", 40, 0, "copy", providers)]
 
 
 def benched(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -168,6 +167,24 @@ def test_bench_of_a_right_kernel(few_cases, monkeypatch, capsys, tmp_path):
     assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
     assert row["gbps"] == pytest.approx(40 / row["median_ms"] / 1e6)
     assert row["speedup"]["compile"] == pytest.approx(written["rows"][1]["median_ms"] / row["median_ms"])
+
+
+def test_bench_starts_nothing_after_its_time(few_cases, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_kernels, "workloads", tiny_workloads)
+    status, written = benched(tmp_path, "--seconds", "0")
+    assert status == 0
+    assert written["rows"] == []
+    assert written["left_out"] == ["tiny, 10, float32"]
+
+
+def test_targets_are_judged_on_an_h200_alone(monkeypatch):
+    target = bench_kernels.Target(most_us=100, over_eager=20, launches=1)
+    work = bench_kernels.Workload("w", (), "", "bfloat16", 1, 1, "matmul", {}, target)
+    row = {"median_ms": 0.08, "share_of_ceiling": 0.5, "launches": 2, "speedup": {"eager": 15.0, "compile": 4.0}}
+    assert bench_kernels.verdict(work, row, torch.device("cpu")) == "not measured: the target is for an H200"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    said = bench_kernels.verdict(work, row, torch.device("cuda"))
+    assert said == "met 80.0 us (<= 100); MISSED 15.0x eager (>= 20); MISSED 2 launches (1)"
 
 
 def test_missing_peer_and_failing_provider_are_notes():

@@ -87,7 +87,9 @@ class RGB(nn.Module):
             dtype = torch.float64 if some[0].dtype == torch.float64 else torch.float32
             self.reset(len(task_gradients), sum(column[0].numel() for column in columns if column), some[0].device, dtype)
         if self.angles.numel() != len(task_gradients):
-            raise ValueError(f"RGB: {len(task_gradients)} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew")
+            raise ValueError(
+                f"RGB: {len(task_gradients)} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew"
+            )
         if self.direction.device != some[0].device:
             self.to(some[0].device)
         self.device = self.direction.device

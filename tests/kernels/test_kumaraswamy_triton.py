@@ -51,8 +51,10 @@ def errors(values, exact):
     return [(x.double() - y).abs() for x, y in zip(values, exact)]
 
 
-def check(inputs, kl="exact", weights=None, larger=None):
-    """Kernel against the float64 reference. `larger`: a problem of the same kind with more draws, to know the budget better."""
+def check(inputs, kl="exact", weights=None, larger=None, scale=0.0):
+    """Kernel against the float64 reference. `larger`: a problem of the same kind with more draws, to know the budget better.
+
+    `scale`: size of the terms of a gradient, where they may cancel."""
     inputs, dtype = list(inputs), inputs[0].dtype
     budget_inputs = inputs if larger is None else larger
 
@@ -73,13 +75,13 @@ def check(inputs, kl="exact", weights=None, larger=None):
         assert x.dtype == dtype
         assert x.shape == y.shape
         assert x.is_contiguous()
-        assert ours.max() <= 2 * theirs.max() + 4 * eps * z.abs().max(), NAMES[i]
+        assert ours.max() <= 2 * theirs.max() + 4 * eps * max(z.abs().max().item(), scale), NAMES[i]
         if i < 5:  # values have few cancellations: small ones are held to their own size as well
             assert (ours / (1 + y.abs())).max() <= 2 * (theirs / (1 + z.abs())).max() + 8 * eps, NAMES[i]
     return kernel
 
 
-@settings(deadline=None, max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 2**31),
     st.sampled_from([(2, 37), (3, 7), (8, 37), (15, 1), (15, 7), (16, 7), (17, 7), (64, 1)]),  # each tile costs the interpreter time
@@ -119,19 +121,18 @@ def test_batch_dimensions_and_stride_0_gradients_of_some_outputs(used):
     log_a, log_b = (torch.rand(2, 3, 4, 10, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 10 - 5).chunk(2, -1)
     _, _, u, alpha, log_alpha = problem(1, (2, 3, 4, 5), alpha_shape=(3, 1, 1))
     weights = [torch.ones((), dtype=torch.float64, device=DEVICE) if x else None for x in used]
-    check([log_a, log_b, u, alpha, log_alpha], weights=weights)
-    check([log_a[0, 0].t(), log_b[0, 0].t(), u[0, 0].t(), alpha[0], None], weights=weights)  # columns apart: made contiguous
+    check([log_a, log_b, u, alpha, log_alpha], weights=weights, scale=1.0)
+    check([log_a[0, 0].t(), log_b[0, 0].t(), u[0, 0].t(), alpha[0], None], weights=weights, scale=1.0)  # columns apart: made contiguous
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_worked_in_float32(dtype):
-    for kl in ("exact", "series10"):
-        inputs = problem(2, (33, 14), dtype=dtype)
-        inputs[0], inputs[1] = inputs[0] / 2, inputs[1] / 2  # float16 overflows at 65504
-        kernel, eager = (run(f, inputs, kl, dtype, [torch.ones(())] * 5) for f in (kumaraswamy_sticks, kumaraswamy_sticks_reference))
-        for ours, theirs in zip(kernel, eager):
-            assert ours.dtype == dtype
-            torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    inputs = problem(2, (13, 14), dtype=dtype)
+    check(inputs)
+    weights = [torch.ones((), device=DEVICE)] * 5
+    low, single = (run(kumaraswamy_sticks, inputs, "exact", d, weights) for d in (dtype, torch.float32))
+    for ours, theirs in zip(low, single):  # rounded once, at the end
+        assert torch.equal(ours, theirs.to(dtype))
 
 
 def test_seed_draws_the_uniforms_of_philox():
