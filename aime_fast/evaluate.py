@@ -33,9 +33,9 @@ class EvaluateConfig:
 def evaluate(options: EvaluateConfig) -> dict:
     """Runs the evaluation and writes its files. Returns the content of evaluation.json."""
     from aime_fast.data import make_batches
+    from aime_fast.provenance import git_commit, version
     from aime_fast.training import evaluation
     from aime_fast.training.checkpoint import load_model
-    from aime_fast.training.logging import git_commit, version
     from aime_fast.training.settings import choose_device, choose_kernels
     from aime_fast.training.validation import draw_prediction
 

@@ -39,6 +39,11 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 class Specialisation(NamedTuple):
     """A kernel as it is compiled for one set of argument types, for compilation ahead of time."""

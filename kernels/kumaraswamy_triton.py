@@ -444,18 +444,16 @@ def _prepare(log_a, log_b, noise, alpha, log_alpha, kl):
 def _launch(kernel: Any, table: dict, tensors: tuple, settings: dict) -> None:
     rows = tensors[0].shape[0]
     launch = table[architecture(tensors[0].device)][settings["KL"]]
-    blocks = _blocks(launch, settings["K"])
+    launch = launch._replace(blocks=_blocks(launch, settings["K"]))
     if rows:
         with device_of(tensors[0]):
-            kernel[(triton.cdiv(rows, blocks["BLOCK_ROWS"]),)](
+            kernel[(triton.cdiv(rows, launch.blocks["BLOCK_ROWS"]),)](
                 *tensors,
                 tensors[0].stride(0),
                 tensors[1].stride(0),
                 rows,
                 **settings,
-                **blocks,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.arguments,
             )
 
 

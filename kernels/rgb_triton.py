@@ -25,7 +25,6 @@ GRAM = {
 }
 ROTATION = {arch: {4: Launch({"CHUNK": 32}, 4), 8: Launch({"CHUNK": 16}, 8), 15: Launch({"CHUNK": 16}, 8)} for arch in ARCHITECTURES}
 COMBINE = {arch: Launch({"BLOCK": 1024}, 4) for arch in ARCHITECTURES}
-MAX_TASKS = 15
 
 
 def _for_tasks(table: dict[int, Launch], tasks: int) -> Launch:
@@ -243,13 +242,13 @@ def rotation_(
     with device_of(gradients):
         _gram_kernel[(programs,)](
             gradients, direction, partials, size, gradients.stride(0), N=n,
-            **gram_launch.blocks, num_warps=gram_launch.num_warps, num_stages=gram_launch.num_stages,
+            **gram_launch.arguments,
         )  # fmt: skip
         _rotation_kernel[(1,)](
             partials, angles, has_direction.view(torch.uint8), gram, c, e, norm, programs,
             N=n, NP=triton.next_power_of_2(n + 1), MU=mu, LAM=lam, STEPS=alpha_steps, LR=lr_inner,
             NORM_WEIGHTED=aggregation == "norm_weighted", MAX_NORM=max_norm, **limits,
-            **rotation_launch.blocks, num_warps=rotation_launch.num_warps, num_stages=rotation_launch.num_stages,
+            **rotation_launch.arguments,
         )  # fmt: skip
     return gram, c, e, norm
 
@@ -262,7 +261,7 @@ def combine_(gradients: Tensor, direction: Tensor, c: Tensor, e: Tensor, norm: T
     with device_of(gradients):
         _combine_kernel[(triton.cdiv(size, launch.blocks["BLOCK"]),)](
             gradients, direction, c, e, norm, result, size, gradients.stride(0), N=n,
-            **launch.blocks, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **launch.arguments,
         )  # fmt: skip
 
 

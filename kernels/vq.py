@@ -283,17 +283,7 @@ def vq_update(
 
 
 @vq_update.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embedding_sum: Tensor,
-    candidates_u: Tensor,
-    decay: float,
-    eps: float,
-    dead_threshold: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay, eps, dead_threshold):
     state = (codebook, cluster_size, embedding_sum)
     return *(t.new_empty(t.shape) for t in state), codebook.new_empty(codebook.shape[:2], dtype=torch.int64)
 

@@ -394,9 +394,7 @@ def assign(x: Tensor, codebook: Tensor, precision: str) -> tuple[Tensor, Tensor,
             padded,
             PARTS=_c_parts(precision),
             **columns,
-            **prepare.blocks,
-            num_warps=prepare.num_warps,
-            num_stages=prepare.num_stages,
+            **prepare.arguments,
         )
         assign_kernel[(programs, groups)](
             x,
@@ -415,9 +413,7 @@ def assign(x: Tensor, codebook: Tensor, precision: str) -> tuple[Tensor, Tensor,
             C_PARTS=_c_parts(precision),
             **columns,
             **_last(width),
-            **launch.blocks,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.arguments,
         )
     return quantized, codes, partial.sum()
 
@@ -468,9 +464,7 @@ def update(
             per_split,
             tiles,
             **columns,
-            **launch.blocks,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.arguments,
         )
         launch = UPDATE[arch]
         update_kernel[(triton.cdiv(size, launch.blocks["BLOCK_V"]), groups)](
@@ -492,9 +486,7 @@ def update(
             EPS=float(eps),
             THRESHOLD=float(dead_threshold),
             **columns,
-            **launch.blocks,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.arguments,
         )
     return new_codebook, new_size, new_sum, histogram
 

@@ -1,20 +1,19 @@
-"""What a measurement was made on: machine, versions, commit. It imports nothing of `aime_fast`: PyTorch is enough."""
+"""What a measurement was made on: machine, versions, commit. PyTorch is enough to run it."""
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import math
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from aime_fast.provenance import command_line, git_commit, version
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "numpy", "vector-quantize-pytorch", "torchjd")
@@ -75,32 +74,6 @@ def driver() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """The commit of this source tree, with `-dirty` where files differ. `AIME_COMMIT` speaks for a copy without its git folder."""
-    describe_tree = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(describe_tree, cwd=ROOT, capture_output=True, text=True, timeout=10)
-        found = done.stdout.strip() if done.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        found = ""
-    return found or os.environ.get("AIME_COMMIT")
-
-
-def command_line() -> str:
-    """What was typed to start this process."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name] if module is not None else ["python", sys.argv[0]]
-    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _finite(value: Any) -> Any:

@@ -44,14 +44,15 @@ ALLOWED = {
     "kernels": {"kernels"},
     "config": set(),
     "layers": set(),
+    "provenance": set(),
     "cli": {"config", "data", "aime_fast"},
     "pillar": {"pillar", "kernels", "layers"},
     "world_model": {"pillar", "layers", "config"},
     "data": {"data", "config"},
-    "training": {"training", "kernels", "world_model", "data", "config", "cli", "pillar"},
-    "command": {"training", "data", "cli", "config", "pillar"},
+    "training": {"training", "kernels", "world_model", "data", "config", "cli", "pillar", "provenance"},
+    "command": {"training", "data", "cli", "config", "pillar", "provenance"},
     "aime_fast": set(),
-    "profiling": {"profiling", "kernels", "training", "world_model", "data", "config", "cli", "pillar", "layers"},
+    "profiling": {"profiling", "kernels", "training", "world_model", "data", "config", "cli", "pillar", "layers", "provenance"},
 }
 
 

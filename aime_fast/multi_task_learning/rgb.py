@@ -78,20 +78,19 @@ class RGB(nn.Module):
 
     def _prepare(self, task_gradients: TaskGradients) -> None:
         """Size and place the state for these gradients; a no-op from the second call on."""
-        some = list(task_gradients) if isinstance(task_gradients, Tensor) else [g for task in task_gradients for g in task if g is not None]
-        if not some:
+        rows = [[row] for row in task_gradients] if isinstance(task_gradients, Tensor) else task_gradients
+        some = [next((g for g in column if g is not None), None) for column in zip(*rows)]
+        known = [g for g in some if g is not None]
+        if not known:
             raise ValueError("RGB: no task has a gradient; are the losses computed from the shared parameters?")
+        tasks, numbers = len(rows), sum(g.numel() for g in known)
         if self.direction.numel() == 0:
-            flat = isinstance(task_gradients, Tensor)
-            columns = [[row] for row in some[:1]] if flat else [[g for g in column if g is not None] for column in zip(*task_gradients)]
-            dtype = torch.float64 if some[0].dtype == torch.float64 else torch.float32
-            self.reset(len(task_gradients), sum(column[0].numel() for column in columns if column), some[0].device, dtype)
-        if self.angles.numel() != len(task_gradients):
-            raise ValueError(
-                f"RGB: {len(task_gradients)} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew"
-            )
-        if self.direction.device != some[0].device:
-            self.to(some[0].device)
+            dtype = torch.float64 if known[0].dtype == torch.float64 else torch.float32
+            self.reset(tasks, numbers, known[0].device, dtype)
+        if self.angles.numel() != tasks:
+            raise ValueError(f"RGB: {tasks} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew")
+        if self.direction.device != known[0].device:
+            self.to(known[0].device)
         self.device = self.direction.device
 
     @torch.no_grad()

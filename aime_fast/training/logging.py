@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import platform
-import shlex
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterable
@@ -21,6 +18,7 @@ import torch
 
 from aime_fast.cli import ConfigError
 from aime_fast.config import Config, to_dict
+from aime_fast.provenance import command_line, git_commit, version
 
 PACKAGES = (
     "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "torchmetrics",
@@ -188,37 +186,6 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
         now = first | {"resumed": [*first.get("resumed", []), now]}
     path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(_plain(to_dict(config)), sort_keys=False), encoding="utf-8")
-
-
-def command_line() -> str:
-    """What was typed to start this process."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name] if module is not None else ["python", sys.argv[0]]
-    return shlex.join([*program, *sys.argv[1:]])
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree that this package runs from, with `-dirty` where files differ; None outside a git tree."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() or None if described.returncode == 0 else None
 
 
 def _plain(values: Any) -> Any:

@@ -14,10 +14,7 @@ from kernels.kumaraswamy import kumaraswamy_sticks, kumaraswamy_sticks_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("v", "pi", "log pi", "log q", "kl", "to log a", "to log b", "to alpha", "to log alpha")
 
-pytestmark = [
-    pytest.mark.usefixtures("triton_kernels"),
-    pytest.mark.skipif(not (torch.cuda.is_available() or backend.INTERPRETED), reason="needs CUDA, or TRITON_INTERPRET=1"),
-]
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 def problem(seed, shape, ends=False, alpha_shape=None, log_alpha=True, dtype=torch.float32):
