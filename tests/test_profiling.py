@@ -326,7 +326,6 @@ def test_suite_keeps_within_nine_minutes():
 
 def test_harness_needs_little_but_pytorch():
     missing = (
-        "aime_fast",
         "dm_control",
         "mujoco",
         "torchrl",
