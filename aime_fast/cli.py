@@ -21,14 +21,24 @@ def parse_arguments(cls: type[T], prog: str, description: str, argv: Sequence[st
     """Parse a dataclass from the command line.
 
     Nested dataclasses become groups in the help, their fields flat flags (`--latent-dim 18`), booleans bare ones
-    (`--compile`, `--no-compile`). `default` supplies every value that is not given; without it the class's own defaults do.
+    (`--resume`, `--no-resume`); a bare `--compile` is `--compile best`. `default` supplies every value that is not given; without
+    it the class's own defaults do.
     A bad argument prints what was expected and leaves with status 2; `--help` leaves with 0.
     """
     import tyro
 
+    argv = _spell_out(sys.argv[1:] if argv is None else argv)
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     given = {} if default is None else {"default": default}
     return tyro.cli(cls, prog=prog, description=description, args=argv, config=flat, **given)
+
+
+def _spell_out(words: Sequence[str]) -> list[str]:
+    """`--compile` without a value becomes `--compile best`."""
+    spelt: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        spelt += [word, "best"] if word == "--compile" and following.startswith("-") else [word]
+    return spelt
 
 
 def tier_from(argv: Sequence[str] | None, default: str) -> str:

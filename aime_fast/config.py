@@ -35,6 +35,7 @@ class DataConfig:
     sequence_length: int = 10  # T
     batch_size: int = 16  # B
     prefetch: int = 2  # batches made ready ahead of the step
+    replay: Literal["auto", "device", "host"] = "auto"  # unpacked frames; auto: on the GPU if a quarter of its free memory holds them
     augment: bool = True  # random zoom and shift, on the device
     max_shift: float = 0.06  # augmentation: largest shift, as a share of the image
     max_zoom: float = 0.06  # augmentation: largest zoom, as a share of the image
@@ -126,7 +127,7 @@ class RunConfig:
     epochs: float | None = None  # passes over the training sequences
     device: str = "auto"  # cpu, cuda or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
-    compile: bool = False  # torch.compile the attention, the recurrence and the prior
+    compile: Literal["off", "on", "graph", "best"] = "off"  # torch.compile; graph: and one CUDA graph; bare: best for the device
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
     threads: int | None = None  # CPU threads; none: all
     run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>

@@ -15,10 +15,11 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def starts(is_init: Tensor | None, batch: int, frames: int, device: torch.device) -> Tensor:
-    """Where memory is empty: the first frame of the sequence and every frame marked by `is_init`. bool [B, T]."""
-    first = torch.arange(frames, device=device).eq(0).expand(batch, frames)
-    return first if is_init is None else first | is_init.reshape(batch, frames).bool()
+def starts(is_init: Tensor | None, batch: int, frames: int, device: torch.device, first: bool = True) -> Tensor:
+    """Where memory is empty: every frame marked by `is_init` and, if `first`, the first one of the sequence. bool [B, T]."""
+    zeros = torch.zeros(batch, frames, dtype=torch.bool, device=device)
+    marked = zeros if is_init is None else is_init.reshape(batch, frames).bool()
+    return marked | (torch.arange(frames, device=device) == 0) if first else marked
 
 
 def previous(x: Tensor, start: Tensor, initial: Tensor | float = 0.0) -> Tensor:
@@ -31,7 +32,7 @@ def previous(x: Tensor, start: Tensor, initial: Tensor | float = 0.0) -> Tensor:
     """
     shifted = torch.cat([x[:, :1], x[:, :-1]], dim=1)
     mask = start.reshape(*start.shape, *(1,) * (x.dim() - 2))
-    return torch.where(mask, torch.as_tensor(initial, dtype=x.dtype, device=x.device), shifted)
+    return torch.where(mask, initial.to(x.dtype) if isinstance(initial, Tensor) else initial, shifted)
 
 
 def episode_mask(start: Tensor, window: int) -> Tensor:
@@ -52,12 +53,12 @@ def grid_positions(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def rotate_by_time(x: Tensor) -> Tensor:
-    """Rotary position embedding over the time axis of x [B, heads, T, head_dim] (Su et al., arXiv 2104.09864)."""
+def rotate_by_time(x: Tensor, first: int = 0) -> Tensor:
+    """Rotary position embedding over the time axis of x [B, heads, T, head_dim], from time `first` on (Su et al., arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     exact = full_precision(x[:0]).dtype  # angles of late frames need more digits than bf16 has
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
-    angle = torch.arange(x.shape[-2], device=x.device, dtype=exact)[:, None] * frequency  # [T, half]
+    angle = torch.arange(first, first + x.shape[-2], device=x.device, dtype=exact)[:, None] * frequency  # [T, half]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half : 2 * half]
     return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], dim=-1)
@@ -86,11 +87,26 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self._mix(x, self.key_value(x if memory is None else memory), mask)
+
+    def extend(self, x: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of T further frames x [B, T, D] over themselves and P frames before them.
+
+        Args: past [B, P, 2 D], their keys and values; mask bool [B, T, P + T].
+
+        Returns: (output [B, T, D], keys and values of the last P frames [B, P, 2 D]).
+        """
+        seen = torch.cat([past, self.key_value(x)], dim=1)
+        return self._mix(x, seen, mask), seen[:, x.shape[1] :]
+
+    def _mix(self, x: Tensor, key_value: Tensor, mask: Tensor | None) -> Tensor:
         split = "b n (h d) -> b h n d"
         query = rearrange(self.query(x), split, h=self.heads)
-        key, value = (rearrange(t, split, h=self.heads) for t in self.key_value(x if memory is None else memory).chunk(2, -1))
-        if self.rotary:
-            query, key = rotate_by_time(query), rotate_by_time(key)
+        key, value = (rearrange(t, split, h=self.heads) for t in key_value.chunk(2, -1))
+        if (
+            self.rotary
+        ):  # only distances count: keys are kept unrotated and time begins anew at the oldest, so that no late angle loses digits
+            query, key = rotate_by_time(query, key.shape[-2] - query.shape[-2]), rotate_by_time(key)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None])
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
 
@@ -111,6 +127,12 @@ class TransformerBlock(nn.Module):
             memory = self.norm_memory(memory)
         x = x + self.attention(self.norm_attention(x), memory, mask)
         return x + self.mlp(self.norm_mlp(x))
+
+    def extend(self, x: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """T further frames x [B, T, D] after those kept in `past`, see `Attention.extend`."""
+        mixed, past = self.attention.extend(self.norm_attention(x), past, mask)
+        x = x + mixed
+        return x + self.mlp(self.norm_mlp(x)), past
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -14,55 +14,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from aime_fast import imagination
 from aime_fast.attention_schema import AttentionSchema
-from aime_fast.attention_schema.posterior import AttentionMaps
-from aime_fast.attention_schema.prior import PredictedAttention
 from aime_fast.attention_schema.schema import attention_kl, diversity_loss
 from aime_fast.config import Config
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
-from aime_fast.encoder_decoder.encoder import Posterior
 from aime_fast.generative_prior import DPGMMPrior
-from aime_fast.generative_prior.dpgmm_prior import Mixture
+from aime_fast.imagination import State
+from aime_fast.inference import Inference, draw_latents, recurrent_input
 from aime_fast.layers import full_precision, previous, starts
 from aime_fast.multi_task_learning import losses
 from aime_fast.perceiver_io import CausalPerceiverIO
 from aime_fast.perceiver_io.tokenizer import Tokens
+from aime_fast.roll_out import RollOut, alike
+from aime_fast.spans import span
 from aime_fast.temporal_dynamics import LSTMLayer
-
-
-class Inference(NamedTuple):
-    """What is inferred about N = B*T frames, or about the B frames of one step."""
-
-    posterior: Posterior
-    latents: Tensor  # [N, Z]
-    prior: Mixture
-    context: Tensor  # [B, T, Dc]; [B, Dc] in a step
-    hidden: Tensor  # [B, T, Dh]; [B, Dh] in a step
-    lstm: Tensor  # [B, layers, 2, Dh], after the last frame
-    maps: AttentionMaps
-    attention_before: Tensor  # [N, Ha, Wa]
-    expected: PredictedAttention
-    drawn: Tensor  # [N, P, H, W], parameters of the likelihood
-
-
-class State(NamedTuple):
-    """What one frame leaves for the next."""
-
-    lstm: Tensor  # [B, layers, 2, Dh], hidden and cell
-    hidden: Tensor  # [B, Dh], h_t
-    latents: Tensor  # [B, Z], z_t
-    context: Tensor  # [B, Dc], c_t
-    attention: Tensor  # [B, Ha, Wa], A_t
-    frames: Tensor  # [B, t, 3, H, W], the frames so far: tokenizer and context look back
-    is_init: Tensor  # bool [B, t]
 
 
 class DPGMMVariationalRecurrentAutoencoder(nn.Module):
@@ -144,6 +117,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         )  # fmt: skip
         self.image_discriminator = ImageDiscriminator(discriminator_channels)
         self.temporal_discriminator = TemporalDiscriminator(image_size, latent_dim, discriminator_dim, max_frames=sequence_length)
+        self.roll_out = RollOut(imagination.imagine)
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -181,6 +155,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         for region in (self.attention.posterior.slot_attention, self.attention.prior, self.prior, self.dynamics):
             region.compile(dynamic=False)
 
+    def compile_imagination(self, mode: str = "on") -> None:
+        """How `predict_future` and token generation run a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
+        self.roll_out = RollOut(imagination.imagine, mode)
+        self.perceiver_io.compile_generation(mode)
+
     def forward_sequence(
         self, observations: Tensor, actions: Tensor, is_init: Tensor | None = None, ema: DPGMMVariationalRecurrentAutoencoder | None = None
     ) -> TensorDict:
@@ -207,74 +186,60 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         start = starts(is_init, *video.shape[:2], video.device)
         tokens, seen = self._infer(video, actions, start)
         q, p = seen.posterior, seen.prior
-        predictor_loss, token_accuracy = self.perceiver_io.predictor.loss(tokens.codes, seen.context, actions, start)
-        terms = dict(
-            commitment=tokens.commitment,
-            token_reconstruction=F.mse_loss(full_precision(self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)), video),
-            next_token=predictor_loss,
-            recon=self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean(),
-            kl_z=losses.kl_monte_carlo(
-                seen.latents if self.training else self._draw(q, True), q.mean, q.logvar, p.log_weights, p.means, p.logvars
-            ).mean(),
-            kl_hierarchical=p.kl_hierarchical.mean(),
-            kl_attention=attention_kl(seen.maps.attention, seen.expected.log_attention).mean(),
-            mixture_entropy=losses.categorical_entropy(p.log_weights).mean(),
-            gram=self._gram(q.features, video, ema),
-            attention_dynamics=self.attention.dynamics_loss(
-                *(m.unflatten(0, start.shape) for m in (seen.maps.attention, seen.attention_before, seen.expected.movement)), start
-            ),
-            diversity=diversity_loss(seen.maps.slot_maps),
-            perplexity=tokens.perplexity,
-            code_usage=tokens.usage,
-            token_accuracy=token_accuracy,
-        )
-        out = self._describe(tokens.codes, seen, start.shape)
-        return TensorDict(out | terms | self._adversarial(out["reconstructions"], video, out["latents"]), batch_size=[])
+        terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
+        with span("perceiver_io: tokenizer decoder"):
+            drawn = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)
+            terms["token_reconstruction"] = F.mse_loss(full_precision(drawn), video)
+        with span("perceiver_io: predictor"):
+            terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(tokens.codes, seen.context, actions, start)
+        with span("encoder_decoder: likelihood"):
+            terms["recon"] = self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean()
+        with span("generative_prior: KL"):
+            z = seen.latents if self.training else draw_latents(q, True)
+            terms["kl_z"] = losses.kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean()
+            terms["kl_hierarchical"] = p.kl_hierarchical.mean()
+            terms["mixture_entropy"] = losses.categorical_entropy(p.log_weights).mean()
+        with span("encoder_decoder: Gram"):
+            terms["gram"] = self._gram(q.features, video, ema)
+        with span("attention_schema: losses"):
+            maps = (seen.maps.attention, seen.attention_before, seen.expected.movement)
+            terms["kl_attention"] = attention_kl(seen.maps.attention, seen.expected.log_attention).mean()
+            terms["attention_dynamics"] = self.attention.dynamics_loss(*(m.unflatten(0, start.shape) for m in maps), start)
+            terms["diversity"] = diversity_loss(seen.maps.slot_maps)
+        out = seen.describe(tokens.codes, self.decoder.likelihood, start.shape)
+        with span("encoder_decoder: adversarial"):
+            terms |= self._adversarial(out["reconstructions"], video, out["latents"])
+        return TensorDict(out | terms, batch_size=[])
 
     forward = forward_sequence
 
     def _infer(self, video: Tensor, actions: Tensor, start: Tensor) -> tuple[Tokens, Inference]:
         """Everything but the losses; only the line with `dynamics` is sequential."""
         shape, flat = start.shape, video.flatten(0, 1)
-        tokens = self.perceiver_io.tokenizer.tokenize(video, start)
-        context = self.perceiver_io.context(tokens.codes, start)
-        posterior = self.encoder(flat, context.flatten(0, 1))
-        latents = self._draw(posterior, self.training)
+        with span("perceiver_io: tokenizer"):
+            tokens = self.perceiver_io.tokenizer.tokenize(video, start)
+        with span("perceiver_io: context"):
+            context = self.perceiver_io.context(tokens.codes, start)
+        with span("encoder_decoder: encoder"):
+            posterior = self.encoder(flat, context.flatten(0, 1))
+            latents = draw_latents(posterior, self.training)
         z = latents.unflatten(0, shape)
-        hidden, lstm = self.dynamics(self._inputs(z, context, actions), start)
+        with span("temporal_dynamics: LSTM"):
+            hidden, lstm = self.dynamics(recurrent_input(z, context, actions), start)
 
         hidden_before = previous(hidden, start).flatten(0, 1)
-        context_before = context if self.prior_context == "current" else previous(context, start)
-        prior = self.prior(hidden_before, context_before.flatten(0, 1), sample=self.training)
+        with span("generative_prior: prior"):
+            context_before = context if self.prior_context == "current" else previous(context, start)
+            prior = self.prior(hidden_before, context_before.flatten(0, 1), sample=self.training)
 
-        maps = self.attention.look(flat, hidden.flatten(0, 1), context.flatten(0, 1))
-        attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
-        expected = self.attention.expect(attention_before, hidden_before, previous(z, start).flatten(0, 1))
-        drawn = self.decoder(latents, maps.attention)
+        with span("attention_schema: posterior"):
+            maps = self.attention.look(flat, hidden.flatten(0, 1), context.flatten(0, 1))
+        with span("attention_schema: prior"):
+            attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
+            expected = self.attention.expect(attention_before, hidden_before, previous(z, start).flatten(0, 1))
+        with span("encoder_decoder: decoder"):
+            drawn = self.decoder(latents, maps.attention)
         return tokens, Inference(posterior, latents, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
-
-    def _describe(self, codes: Tensor, seen: Inference, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The per-frame outputs by name, with leading axes `shape`: [B, T], or [B] for one frame."""
-        flat = dict(
-            reconstructions=self.decoder.likelihood.mean(seen.drawn), latents=seen.latents, posterior_mean=seen.posterior.mean,
-            posterior_logvar=seen.posterior.logvar, mixture_weights=seen.prior.log_weights.exp(), component_means=seen.prior.means,
-            component_logvars=seen.prior.logvars, slot_maps=seen.maps.slot_maps, attention=seen.maps.attention,
-            attention_prior=seen.expected.log_attention.exp(), movement=seen.expected.movement,
-        )  # fmt: skip
-        out = {name: value.unflatten(0, shape) for name, value in flat.items()}
-        return out | dict(hidden=seen.hidden, context=seen.context, tokens=codes)
-
-    @staticmethod
-    def _draw(posterior: Posterior, sample: bool) -> Tensor:
-        """z [N, Z]: a reparameterised sample, or the mean. The KL is always taken at a sample: at the mean it is off by Z/2 nats."""
-        if not sample:
-            return posterior.mean
-        return posterior.mean + torch.randn_like(posterior.mean) * (0.5 * posterior.logvar).exp()
-
-    @staticmethod
-    def _inputs(z: Tensor, context: Tensor, actions: Tensor) -> Tensor:
-        """What the recurrence reads: [..., Z + Dc + A]."""
-        return torch.cat([z, context.to(z.dtype), actions.to(z.dtype)], dim=-1)
 
     def discriminator_loss(
         self, outputs: TensorDict, observations: Tensor, gradient_penalty: float = 0.0
@@ -318,20 +283,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     def initial_state(self, batch: int) -> State:
         """The empty memory before a first frame."""
-        like = self.decoder.background
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(batch, *shape, device=like.device, dtype=like.dtype)
-
-        return State(
-            lstm=self.dynamics.initial_state(batch, like.device, like.dtype),
-            hidden=zeros(self.dynamics.hidden_dim),
-            latents=zeros(self.latent_dim),
-            context=zeros(self.perceiver_io.out[-1].out_features),
-            attention=self.attention.uniform(batch).to(like.dtype),
-            frames=zeros(0, 3, self.image_size, self.image_size),
-            is_init=torch.zeros(batch, 0, dtype=torch.bool, device=like.device),
-        )
+        return imagination.initial_state(self, batch)
 
     def step(self, observation: Tensor, action: Tensor, state: State, is_init: Tensor | None = None) -> tuple[TensorDict, State]:
         """One frame, with the posterior: the definition of the model.
@@ -344,56 +296,18 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         batch = frame.shape[0]
         self._check_actions(action.unsqueeze(1), batch, 1)
         init = torch.zeros(batch, dtype=torch.bool, device=frame.device) if is_init is None else is_init.reshape(batch).bool()
-        state = self._restart(state, init)
-        frames, marks = torch.cat([state.frames, frame], 1), torch.cat([state.is_init, init[:, None]], 1)
-
-        codes = self.perceiver_io.tokenizer.tokenize(frames, marks).codes
-        context = self.perceiver_io.context(codes, marks)[:, -1]
-        posterior = self.encoder(frame[:, 0], context)
-        z = self._draw(posterior, self.training)
-        hidden, lstm = self._recur(z, context, action, state.lstm)
-        prior = self.prior(state.hidden, context if self.prior_context == "current" else state.context, sample=self.training)
-        maps = self.attention.look(frame[:, 0], hidden, context)
-        expected = self.attention.expect(state.attention, state.hidden, state.latents)
-        drawn = self.decoder(z, maps.attention)
-        seen = Inference(posterior, z, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
-        out = TensorDict(self._describe(codes[:, -1], seen, (batch,)), batch_size=[batch])
-        return out, State(lstm, hidden, z, context, maps.attention, frames, marks)
+        out, state = imagination.step(self, frame[:, 0], action, state, init)
+        return TensorDict(out, batch_size=[batch]), state
 
     def imagine(self, action: Tensor, state: State, sample: bool = False) -> tuple[TensorDict, State]:
-        """One frame without seeing it: latent and attention from their priors, the frame drawn, the context read from the drawing.
+        """One frame without seeing it; see `imagination.imagine`.
 
         Args: action [B, A], taken after the imagined frame; state of the frame before.
 
         Returns: (TensorDict: reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa]; next state).
         """
-        p = self.prior(state.hidden, state.context, sample=sample)
-        z = p.sample(sample)
-        attention = self.attention.expect(state.attention, state.hidden, state.latents).log_attention.exp()
-        frame = self.decoder.likelihood.mean(self.decoder(z, attention))
-        reach = self.perceiver_io.token_reach + self.perceiver_io.tokenizer.reach  # frames that the context depends on
-        seen = torch.cat([state.frames, frame.clamp(-1, 1).unsqueeze(1)], 1)[:, -reach:]
-        marks = F.pad(state.is_init, (0, 1))[:, -reach:]
-        context = self.perceiver_io.extract_context(seen, marks)[:, -1]
-        hidden, lstm = self._recur(z, context, action, state.lstm)
-        out = dict(reconstructions=frame, latents=z, mixture_weights=p.log_weights.exp(), attention=attention)
-        return TensorDict(out, batch_size=[frame.shape[0]]), State(lstm, hidden, z, context, attention, seen, marks)
-
-    def _recur(self, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._inputs(z, context, action).unsqueeze(1)
-        going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
-        hidden, lstm = self.dynamics(x, going_on, lstm)
-        return hidden[:, 0], lstm
-
-    def _restart(self, state: State, init: Tensor) -> State:
-        """Empties the memory of the batch rows where an episode begins. `frames` stay: masks keep episodes apart."""
-        empty = self.initial_state(init.shape[0])
-        fresh = {
-            name: torch.where(init.reshape(-1, *(1,) * (old.dim() - 1)), getattr(empty, name), old)
-            for name, old in state._asdict().items()
-            if name not in ("frames", "is_init")
-        }
-        return state._replace(**fresh)
+        out, state = imagination.imagine(self, action, state, sample)
+        return TensorDict(out, batch_size=[action.shape[0]]), state
 
     @torch.no_grad()
     def reconstruct(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -445,17 +359,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self._check_actions(future_actions, batch, future_actions.shape[1])
         if future_actions.shape[1] == 0:
             raise ValueError("predict_future: future_actions are empty, expected one action for each frame to predict")
-        start = starts(None, batch, shown, video.device)
-        _, seen = self._infer(video, actions, start)
-        state = State(
-            lstm=seen.lstm, hidden=seen.hidden[:, -1], latents=seen.latents.unflatten(0, start.shape)[:, -1], context=seen.context[:, -1],
-            attention=seen.maps.attention.unflatten(0, start.shape)[:, -1], frames=video, is_init=start,
-        )  # fmt: skip
-        imagined = []
-        for action in future_actions.unbind(1):
-            out, state = self.imagine(action, state, sample)
-            imagined.append(out)
-        return torch.stack(imagined, dim=1)
+        start, perceiver = starts(None, batch, shown, video.device), self.perceiver_io
+        tokens, seen = self._infer(video, actions, start)
+        _, memory = perceiver.extend_context(tokens.codes, perceiver.empty_memory(batch))
+        latents, attention = (x.unflatten(0, start.shape)[:, -1] for x in (seen.latents, seen.maps.attention))
+        state = State(seen.lstm, seen.hidden[:, -1], latents, seen.context[:, -1], attention, tokens.kept, memory)
+        out, _ = self.roll_out(self, future_actions, alike(state, self.initial_state(batch)), sample)
+        return TensorDict(out, batch_size=future_actions.shape[:2])
 
     def _frames(self, observations: Tensor) -> Tensor:
         """uint8 or float frames -> float in [-1, 1], of the model's precision."""

@@ -63,17 +63,19 @@ _EULER_GAMMA = 0.5772156649015329
 _LARGE_T = 15.0  # from here on the expansion of log(1 - v) is exact to float32, and e^-t is still far from underflow
 
 
-def _tanh_sinh(nodes: int, reach: float) -> tuple[list[float], list[float]]:
-    """-log(u_i) and weights w_i of the tanh-sinh rule on (0, 1); the logarithm is taken where u_i itself would round to 1."""
-    step = 2 * reach / (nodes - 1)
-    abscissae = [-reach + step * i for i in range(nodes)]
-    stretched = [math.pi * math.sinh(x) for x in abscissae]
-    minus_log_u = [math.log1p(math.exp(-y)) if y > -30 else -y + math.log1p(math.exp(y)) for y in stretched]
-    weights = [step * math.pi * math.cosh(x) / ((1 + math.exp(-y)) * (1 + math.exp(y))) for x, y in zip(abscissae, stretched)]
-    return minus_log_u, [w / math.fsum(weights) for w in weights]  # normalised: a constant is integrated exactly
+def _quadrature(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """-log(u_i) and weights w_i [24] of the tanh-sinh rule on (0, 1); the logarithm is taken where u_i itself would round to 1.
+
+    Worked out on the device each time: a table would have to be copied there, which a compiled or captured step must not do.
+    """
+    nodes, reach = 24, 2.3
+    x = torch.arange(nodes, dtype=torch.float64, device=device) * (2 * reach / (nodes - 1)) - reach
+    y = math.pi * torch.sinh(x)
+    weights = torch.cosh(x) * torch.sigmoid(y) * torch.sigmoid(-y)
+    return functional.softplus(-y).to(dtype), (weights / weights.sum()).to(dtype)  # normalised: a constant is integrated exactly
 
 
-_MINUS_LOG_U, _WEIGHTS = _tanh_sinh(24, 2.3)
+_MINUS_LOG_U, _WEIGHTS = (table.tolist() for table in _quadrature(torch.float64, "cpu"))
 
 
 def l1me(t: Tensor) -> Tensor:
@@ -217,8 +219,7 @@ def kumaraswamy_mean_sticks(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _log_rest_integral(log_a: Tensor, log_b: Tensor) -> Tensor:
     """S = E[log(1 - v)] + 1/b by quadrature, [...] -> [...]; the module's docstring derives it."""
-    nodes = torch.tensor(_MINUS_LOG_U, dtype=log_a.dtype, device=log_a.device)
-    weights = torch.tensor(_WEIGHTS, dtype=log_a.dtype, device=log_a.device)
+    nodes, weights = _quadrature(log_a.dtype, log_a.device)
     b = torch.exp(log_b).unsqueeze(-1)
     beta = b.clamp_min(1.0)
     t = nodes / beta  # [..., 24]
@@ -350,8 +351,7 @@ def _rest_slope(log_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _integral_gradients(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """dS/dla and dS/dlb of `_log_rest_integral`."""
-    nodes = torch.tensor(_MINUS_LOG_U, dtype=log_a.dtype, device=log_a.device)
-    weights = torch.tensor(_WEIGHTS, dtype=log_a.dtype, device=log_a.device)
+    nodes, weights = _quadrature(log_a.dtype, log_a.device)
     log_a, b = log_a.unsqueeze(-1), torch.exp(log_b).unsqueeze(-1)
     beta = b.clamp_min(1.0)
     t = nodes / beta  # [..., 24]

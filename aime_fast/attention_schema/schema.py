@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,5 +87,5 @@ def diversity_loss(slot_maps: Tensor) -> Tensor:
     overlap = unit @ unit.transpose(1, 2)  # [N, S, S]
     slots = maps.shape[1]
     pairs = (overlap.sum((1, 2)) - overlap.diagonal(dim1=1, dim2=2).sum(1)) / max(slots * (slots - 1), 1)
-    entropy = -(maps * maps.clamp_min(LOG_FLOOR).log()).sum(2).mean(1) / torch.log(torch.tensor(float(maps.shape[2])))
+    entropy = -(maps * maps.clamp_min(LOG_FLOOR).log()).sum(2).mean(1) / math.log(maps.shape[2])
     return (pairs + entropy).mean()

@@ -1,8 +1,8 @@
-"""Training batches: episodes unpacked once into a memory-mapped replay, sequences gathered from it ahead of the step.
+"""Training batches: episodes unpacked once into a replay of uint8 frames, sequences gathered from it ahead of the step.
 
-HDF5 keeps data small; a memory map is twenty times faster to sample. `make_batches` unpacks a data set, split by episode, into
-two `SequenceBatches`. Which frames batch n holds is a function of the seed and of n alone (`windows.py`), so resuming is
-counting.
+HDF5 keeps data small; a memory map is twenty times faster to sample, and frames that lie on the GPU need not travel at all.
+`make_batches` unpacks a data set, split by episode, into two `SequenceBatches`. Which frames batch n holds is a function of the
+seed and of n alone (`windows.py`), wherever the frames lie, so resuming is counting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aime_fast.data.augment import normalise
 from aime_fast.data.dataset import DMCVBDataset
 from aime_fast.data.episodes import DataError
 from aime_fast.data.prefetch import Prefetcher
-from aime_fast.data.replay import EpisodeSource, fill_replay, gather, plain
+from aime_fast.data.replay import EpisodeSource, Replay, lies_on_device, plain, replay_bytes
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
 
@@ -33,11 +33,11 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
     Args:
         config: the data, what it must have been recorded with, and the sizes of sequences and batches.
         seed: of the split and of the order of the training sequences.
-        device: where batches go.
+        device: where batches go; `config.replay` says whether the frames lie there too (`replay.lies_on_device`).
     Returns:
         (training, validation); the episodes of one are never in the other.
     Raises:
-        DataError: the data are unusable, not what the config says, or too few to be split.
+        DataError: the data are unusable, not what the config says, too few to be split, or too many for `--replay device`.
     """
     for name in ("sequence_length", "batch_size", "episodes", "image_size"):
         if getattr(config, name) < 1:
@@ -52,6 +52,8 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
         held_out = min(max(1, round(config.validation_fraction * n)), n - 1)
         order = np.random.default_rng(seed).permutation(n)
         split = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+        needed = replay_bytes(sum(source.lengths), source.image_size, source.action_dim)
+        resident = lies_on_device(config.replay, needed, _free_memory(torch.device(device)))
         return tuple(
             SequenceBatches(
                 source,
@@ -61,11 +63,17 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
                 seed=seed,
                 device=device,
                 prefetch=config.prefetch,
+                resident=resident,
             )
             for episodes in split
         )
     finally:
         source.close()
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes free on a GPU; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _open_source(config: DataConfig, seed: int) -> EpisodeSource:
@@ -91,9 +99,9 @@ class SequenceBatches:
     """An endless iterator of batches: TensorDict [B, T] on `device` with `pixels` uint8 [B, T, 3, H, W], `action` float32
     [B, T, A], `reward` float32 [B, T, 1], `is_init` bool [B, T, 1].
 
-    An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). Batches are
-    gathered by one thread, `prefetch` ahead; with a CUDA device from pinned memory, copied asynchronously. An error in the thread
-    is raised by `next`.
+    An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). One thread works
+    `prefetch` batches ahead (see `Replay` for its share), and `next` never waits for the device. An error in the thread is raised
+    by `next`. A batch is for use on the stream that was current when it was taken.
 
     Args:
         source: episodes to copy into the replay.
@@ -101,10 +109,11 @@ class SequenceBatches:
         sequence_length, batch_size: T, B.
         seed: of offsets and order.
         device: where batches go.
-        prefetch: batches made ready ahead; 0 gathers in the calling thread.
+        prefetch: batches made ready ahead; 0 does all in the calling thread.
+        resident: keep the frames on `device` instead of in a memory map on the host; the batches are the same bit for bit.
     Attributes:
         episodes: indices into the source. steps_per_epoch: batches an epoch, the same in every epoch.
-        action_dim, image_size: A; H = W.
+        action_dim, image_size: A; H = W. resident: as given.
     """
 
     def __init__(
@@ -117,14 +126,16 @@ class SequenceBatches:
         seed: int,
         device: torch.device | str = "cpu",
         prefetch: int = 2,
+        resident: bool = False,
     ):
         self.episodes = list(episodes)
         self.action_dim, self.image_size = source.action_dim, source.image_size
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self._resident = resident
         lengths = [source.lengths[i] for i in self.episodes]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-        self._replay = fill_replay(source, self.episodes, self._offsets)
+        self._replay: Replay | None = Replay(source, self.episodes, self._offsets, self.device, resident)
         self._windows = Windows(lengths, sequence_length, batch_size, seed)
         self.steps_per_epoch = self._windows.steps_per_epoch
         self._consumed = 0
@@ -134,20 +145,26 @@ class SequenceBatches:
         return self
 
     def __next__(self) -> TensorDict:
-        make = partial(_make_batch, self._open_replay(), self._windows, self._pin)
+        replay = self._open_replay()
+        make = partial(_prepare, replay, self._windows)
         if self.prefetch < 1:
-            batch = make(self._consumed)
+            prepared = make(self._consumed)
         else:
             if self._thread is None:
                 self._thread = Prefetcher(make, self._consumed, self.prefetch)
                 weakref.finalize(self, self._thread.stop)
             try:
-                batch = self._thread.next()
+                prepared = self._thread.next()
             except BaseException:
                 self._stop_thread()
                 raise
         self._consumed += 1
-        return self._to_device(batch)
+        return replay.deliver(prepared)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the frames lie in the memory of the device."""
+        return self._resident
 
     @property
     def epoch(self) -> int:
@@ -161,17 +178,16 @@ class SequenceBatches:
         where it is.
         """
         for rows in self._windows.in_order():
-            yield self._to_device(gather(self._open_replay(), rows, self._pin))
+            yield self._batch(rows)
 
     def episode(self, index: int) -> TensorDict:
         """Episode `self.episodes[index]` whole: TensorDict [frames] on the device, keys as in a batch without B."""
         index = range(len(self.episodes))[index]  # negative indices, and IndexError
-        rows = torch.arange(self._offsets[index], self._offsets[index + 1])
-        return self._to_device(gather(self._open_replay(), rows, self._pin))
+        return self._batch(torch.arange(self._offsets[index], self._offsets[index + 1]))
 
     def mean_frame(self) -> Tensor:
         """Mean of all frames, float32 [3, H, W] in [-1, 1], on the device."""
-        pixels = plain(self._open_replay()["pixels"])
+        pixels = plain(self._open_replay().frames["pixels"])
         total = sum(chunk.sum(0, dtype=torch.int64) for chunk in pixels.split(512))
         return normalise(total.double() / len(pixels)).to(self.device)
 
@@ -199,19 +215,16 @@ class SequenceBatches:
             self._thread.stop()
             self._thread = None
 
-    @property
-    def _pin(self) -> bool:
-        return self.device.type == "cuda"
+    def _batch(self, rows: Tensor) -> TensorDict:
+        replay = self._open_replay()
+        return replay.deliver(replay.prepare(rows))
 
-    def _open_replay(self) -> TensorDict:
+    def _open_replay(self) -> Replay:
         if self._replay is None:
             raise RuntimeError("these SequenceBatches were closed; make new ones with make_batches")
         return self._replay
 
-    def _to_device(self, batch: TensorDict) -> TensorDict:
-        return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
 
-
-def _make_batch(replay: TensorDict, windows: Windows, pin: bool, number: int) -> TensorDict:
+def _prepare(replay: Replay, windows: Windows, number: int) -> Any:
     # Not a method: the prefetch thread must not keep the SequenceBatches alive that is to stop it.
-    return gather(replay, windows.batch(number), pin)
+    return replay.prepare(windows.batch(number))

@@ -1,19 +1,21 @@
-"""The replay: episodes unpacked into a memory map, and batches gathered from it."""
+"""The replay: episodes unpacked to uint8 frames, on the device or in a memory map, and batches gathered from it."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from aime_fast.data.episodes import DataError
+from aime_fast.data.prefetch import CopyStream
 
 KEYS = ("pixels", "action", "reward", "is_init")
+DEVICE_SHARE = 0.25  # of the free device memory, the most that "auto" gives to a replay: the rest is the model's and the step's
 
 
 class EpisodeSource(Protocol):
@@ -29,52 +31,134 @@ class EpisodeSource(Protocol):
     def close(self) -> None: ...
 
 
-def fill_replay(source: EpisodeSource, episodes: list[int], offsets: list[int]) -> TensorDict:
-    """A memory-mapped TensorDict [frames of all episodes].
+def replay_bytes(frames: int, image_size: int, action_dim: int) -> int:
+    """Bytes of `frames` unpacked frames: uint8 pixels, float32 actions and rewards, and flags of one byte."""
+    return frames * (3 * image_size**2 + 4 * action_dim + 4 + 1)
 
-    Its files are deleted as soon as they are mapped: the space stays ours while the process lives, and is free after it however
-    it ends.
+
+def lies_on_device(choice: Literal["auto", "device", "host"], needed: int, free: int | None) -> bool:
+    """The rule of `--replay`: whether the frames lie in the memory of the device, or in a memory map on the host.
+
+    "auto" takes the device where the frames need at most `DEVICE_SHARE` of the memory that is free there, "device" where they fit
+    at all. On a CPU the memory map already is where the step runs, so there every choice means the host.
+
+    Args:
+        choice: `--replay`.
+        needed: bytes of all frames, of training and validation together.
+        free: bytes free on the GPU before the model is built; None on a CPU.
+    Raises:
+        DataError: "device", and the GPU has not that much memory.
     """
-    frames, size = offsets[-1], source.image_size
-    folder = Path(tempfile.mkdtemp(prefix="aime_fast-"))
-    try:
-        needed, free = frames * (3 * size * size + 4 * source.action_dim + 5), shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: the unpacked episodes need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-                f"set TMPDIR to a folder on a larger disk"
-            )
-        shapes = {
-            "pixels": ((3, size, size), torch.uint8),
-            "action": ((source.action_dim,), torch.float32),
-            "reward": ((1,), torch.float32),
-            "is_init": ((1,), torch.bool),
-        }
-        replay = TensorDict(
-            {
-                key: MemoryMappedTensor.empty((frames, *shape), dtype=dtype, filename=folder / f"{key}.memmap")
-                for key, (shape, dtype) in shapes.items()
-            },
-            batch_size=[frames],
+    if free is None or choice == "host":
+        return False
+    if choice == "device" and needed > free:
+        raise DataError(
+            f"--replay device: the unpacked episodes need {needed / 2**30:.1f} GiB, the device has {free / 2**30:.1f} GiB free; "
+            f"pass --replay host, or use fewer episodes"
         )
-        for index, begin, end in zip(episodes, offsets[:-1], offsets[1:]):
-            episode = source.read_episode(index)
-            for key in KEYS:
-                replay[key][begin:end] = episode[key]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return replay
+    return choice == "device" or needed <= DEVICE_SHARE * free
+
+
+class Replay:
+    """All frames of some episodes, end to end, and the way from there to batches on the device.
+
+    A batch is made in two halves, so that the first can run ahead in a thread: `prepare` and `deliver`.
+    * Resident: the rows are made ahead; `deliver` sends them from pinned memory and gathers on the device, on the current stream.
+    * In a memory map, for a CPU: the batch is gathered ahead, and `deliver` hands it over.
+    * In a memory map, for a GPU: the batch is gathered into pinned memory and copied on a stream of its own ahead; `deliver` makes
+      the current stream wait for the copy. The host never does. The batches made ahead lie in the device's memory.
+
+    Args:
+        source: episodes to unpack.
+        episodes: indices of those to take.
+        offsets: row of each episode's first frame, and at the end the number of frames.
+        device: where batches go.
+        resident: keep the frames on `device`; on a CPU that is ordinary memory.
+    Attributes:
+        frames: TensorDict [frames] with `pixels` uint8 [., 3, H, W], `action`, `reward`, `is_init`.
+        resident: as given.
+    """
+
+    def __init__(self, source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device, resident: bool):
+        self.resident = resident
+        self._stream = CopyStream(device) if device.type == "cuda" and not resident else None
+        self.frames = _unpack(source, episodes, offsets, device) if resident else _map(source, episodes, offsets)
+
+    def prepare(self, rows: Tensor) -> Any:
+        """What can be done ahead, in any thread, for the batch of frames `rows` int64 of any shape on the host."""
+        if self.resident:
+            return rows
+        batch = gather(self.frames, rows, pin=self._stream is not None)
+        return batch if self._stream is None else self._stream.send(batch)
+
+    def deliver(self, prepared: Any) -> TensorDict:
+        """The batch, TensorDict of the rows' shape on the device, from what `prepare` returned. For use on the current stream."""
+        if self.resident:
+            return gather(self.frames, prepared)
+        return prepared if self._stream is None else self._stream.receive(prepared)
+
+
+def gather(frames: TensorDict, rows: Tensor, pin: bool = False) -> TensorDict:
+    """Frames `rows` int64 [B, T] as a batch [B, T] on the device of `frames`, on a CPU in pinned memory if `pin`."""
+    device = frames["pixels"].device
+    index = rows.flatten()
+    if device.type == "cuda":
+        index = index.pin_memory().to(device, non_blocking=True)
+    batch = {}
+    for key in KEYS:
+        values = plain(frames[key])
+        out = torch.empty(rows.numel(), *values.shape[1:], dtype=values.dtype, device=device, pin_memory=pin)
+        batch[key] = torch.index_select(values, 0, index, out=out).view(*rows.shape, *values.shape[1:])
+    return TensorDict(batch, batch_size=rows.shape, device=device)
 
 
 def plain(mapped: Tensor) -> Tensor:
     return mapped.as_subclass(torch.Tensor)
 
 
-def gather(replay: TensorDict, rows: Tensor, pin: bool) -> TensorDict:
-    """Frames `rows` int64 [B, T] of the replay as a batch [B, T] in ordinary, or pinned, memory."""
-    batch = {}
-    for key in KEYS:
-        frames = plain(replay[key])
-        out = torch.empty(rows.numel(), *frames.shape[1:], dtype=frames.dtype, pin_memory=pin)
-        batch[key] = torch.index_select(frames, 0, rows.flatten(), out=out).view(*rows.shape, *frames.shape[1:])
-    return TensorDict(batch, batch_size=rows.shape, device="cpu")
+def _unpack(source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device) -> TensorDict:
+    """The frames in the device's memory."""
+    layout = _layout(source).items()
+    tensors = {key: torch.empty(offsets[-1], *shape, dtype=dtype, device=device) for key, (shape, dtype) in layout}
+    return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
+
+
+def _map(source: EpisodeSource, episodes: list[int], offsets: list[int]) -> TensorDict:
+    """The frames in a memory map.
+
+    Its files are deleted as soon as they are mapped: the space stays ours while the process lives, and is free after it however
+    it ends. Raises DataError if the disk is too small.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="aime_fast-"))
+    try:
+        needed, free = replay_bytes(offsets[-1], source.image_size, source.action_dim), shutil.disk_usage(folder).free
+        if needed > free:
+            raise DataError(
+                f"{folder}: the unpacked episodes need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+                f"set TMPDIR to a folder on a larger disk"
+            )
+        tensors = {
+            key: MemoryMappedTensor.empty((offsets[-1], *shape), dtype=dtype, filename=folder / f"{key}.memmap")
+            for key, (shape, dtype) in _layout(source).items()
+        }
+        return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _layout(source: EpisodeSource) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of one frame's entries."""
+    return {
+        "pixels": ((3, source.image_size, source.image_size), torch.uint8),
+        "action": ((source.action_dim,), torch.float32),
+        "reward": ((1,), torch.float32),
+        "is_init": ((1,), torch.bool),
+    }
+
+
+def _fill(frames: TensorDict, source: EpisodeSource, episodes: list[int], offsets: list[int]) -> TensorDict:
+    for index, begin, end in zip(episodes, offsets[:-1], offsets[1:]):
+        episode = source.read_episode(index)
+        for key in KEYS:
+            frames[key][begin:end] = episode[key]
+    return frames

@@ -71,8 +71,9 @@ class RGB(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # The sizes of the state are part of it: a fresh RGB takes those of the checkpoint, on its own device.
         for name in ("direction", "angles"):
-            if (saved := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.zeros_like(saved, device=getattr(self, name).device))
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                setattr(self, name, torch.zeros_like(saved, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.task_num = self.angles.numel() or None
 

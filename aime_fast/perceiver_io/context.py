@@ -2,17 +2,29 @@
 
 Learned latents read the tokens of a frame (Perceiver IO; Jaegle et al., arXiv 2107.14795); a causal transformer with rotary positions
 mixes frames. Frames see at most `window` frames back, as in training, so that longer videos ask for nothing that was not learnt.
+`observe` goes on from a `Memory` of fixed size, so that frames may come one by one at the cost of one frame each.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.layers import TransformerBlock, episode_mask, grid_positions, starts
 from aime_fast.perceiver_io.predictor import PerceiverTokenPredictor
 from aime_fast.perceiver_io.tokenizer import VQPTTokenizer
+from aime_fast.roll_out import RollOut, alike
+
+
+class Memory(NamedTuple):
+    """What attention over time keeps of the last window - 1 frames, oldest first."""
+
+    key_value: Tensor  # [B, layers, window - 1, 2 D], keys not yet rotated
+    known: Tensor  # bool [B, window - 1], the entries that hold a frame of this episode
 
 
 class CausalPerceiverIO(nn.Module):
@@ -58,28 +70,67 @@ class CausalPerceiverIO(nn.Module):
         self.predictor = PerceiverTokenPredictor(
             grid, quantizer.heads, quantizer.codebook_size, context_dim, action_dim, **(predictor or {})
         )
-
-    @property
-    def token_reach(self) -> int:
-        """Frames of tokens that one context vector depends on, its own included."""
-        return len(self.time) * (self.window - 1) + 1
+        self.roll_out = RollOut(next_tokens)
 
     def context(self, tokens: Tensor, is_init: Tensor | None = None) -> Tensor:
         """tokens int64 [B, T, Ht, Wt, Q] -> context [B, T, Dc]; c_t depends on frames <= t of the same episode."""
         start = starts(is_init, *tokens.shape[:2], tokens.device)
-        memory = self.embed(rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c")) + self.positions
-        latents = self.read(self.latents.expand(memory.shape[0], -1, -1), memory)
-        x = self.think(latents).mean(1).unflatten(0, tokens.shape[:2])  # [B, T, D]
-        mask = episode_mask(start, self.window)
+        x, mask = self._summarise(tokens), episode_mask(start, self.window)
         for block in self.time:
             x = block(x, mask=mask)
         return self.out(x)
+
+    def extend_context(self, tokens: Tensor, memory: Memory, is_init: Tensor | None = None) -> tuple[Tensor, Memory]:
+        """`context` of T further frames, one or many, after those in `memory`. Returns (context [B, T, Dc], the next memory)."""
+        batch, frames = tokens.shape[:2]
+        past = memory.known.shape[1]
+        start = F.pad(starts(is_init, batch, frames, tokens.device, first=False), (past, 0))  # [B, past + T]
+        known = F.pad(memory.known, (0, frames), value=True)
+        mask = episode_mask(start, self.window)[:, past:] & known[:, None]  # [B, T, past + T]
+        x, key_value = self._summarise(tokens), []
+        for block, old in zip(self.time, memory.key_value.unbind(1)):
+            x, new = block.extend(x, old, mask)
+            key_value.append(new)
+        episode = start.cumsum(1)
+        known = known & (episode == episode[:, -1:])
+        return self.out(x), Memory(torch.stack(key_value, dim=1), known[:, frames:])
+
+    def empty_memory(self, batch: int) -> Memory:
+        """The memory before a first frame."""
+        past, width, like = self.window - 1, 2 * self.latents.shape[1], self.latents
+        return Memory(
+            torch.zeros(batch, len(self.time), past, width, device=like.device, dtype=like.dtype),
+            torch.zeros(batch, past, dtype=torch.bool, device=like.device),
+        )
+
+    def _summarise(self, tokens: Tensor) -> Tensor:
+        """One vector for each frame, of that frame alone: int64 [B, T, Ht, Wt, Q] -> [B, T, D]."""
+        memory = self.embed(rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c")) + self.positions
+        latents = self.read(self.latents.expand(memory.shape[0], -1, -1), memory)
+        return self.think(latents).mean(1).unflatten(0, tokens.shape[:2])
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:
         """video [B, T, 3, H, W] in [-1, 1] -> context [B, T, Dc]."""
         return self.context(self.tokenizer.tokenize(video, is_init).codes, is_init)
 
     forward = extract_context
+
+    def observe(
+        self, video: Tensor, kept: tuple[Tensor, ...], memory: Memory, is_init: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Memory]:
+        """Tokens and context of T further frames, one or many, after those that `kept` and `memory` are of.
+
+        Args: video [B, T, 3, H, W] in [-1, 1]; is_init bool [B, T]; before a first frame `tokenizer.nothing_kept` and `empty_memory`.
+
+        Returns: (tokens int64 [B, T, Ht, Wt, Q], context [B, T, Dc], the next `kept`, the next `memory`).
+        """
+        tokens = self.tokenizer.tokenize(video, is_init, kept)
+        context, memory = self.extend_context(tokens.codes, memory, is_init)
+        return tokens.codes, context, tokens.kept, memory
+
+    def compile_generation(self, mode: str = "on") -> None:
+        """How `generate_tokens` runs a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
+        self.roll_out = RollOut(next_tokens, mode)
 
     @torch.no_grad()
     def generate_tokens(self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
@@ -88,16 +139,14 @@ class CausalPerceiverIO(nn.Module):
         `actions` [B, >= Tc + num_frames - 1, A] holds the actions of the given frames and of all generated frames but the last.
         Raises ValueError when there are fewer.
         """
-        given = tokens.shape[1]
+        batch, given = tokens.shape[:2]
         if actions.shape[1] < given + num_frames - 1:
             raise ValueError(
                 f"generate_autoregressive: {num_frames} frames after {given} need {given + num_frames - 1} actions, got {actions.shape[1]}"
             )
-        for t in range(given - 1, given + num_frames - 1):
-            recent = tokens[:, -self.token_reach :]
-            following = self.predictor.sample(tokens[:, -1], self.context(recent)[:, -1], actions[:, t], temperature, top_p)
-            tokens = torch.cat([tokens, following[:, None]], dim=1)
-        return tokens[:, given:]
+        context, memory = self.extend_context(tokens, self.empty_memory(batch))
+        state = tokens[:, -1].clone(), context[:, -1].clone(), memory
+        return self.roll_out(self, actions[:, given - 1 : given + num_frames - 1], state, temperature, top_p)[0]
 
     @torch.no_grad()
     def generate_autoregressive(
@@ -107,3 +156,18 @@ class CausalPerceiverIO(nn.Module):
         given = self.tokenizer.tokenize(video).codes
         future = self.generate_tokens(given, actions, num_frames, temperature, top_p)
         return self.tokenizer.decode(torch.cat([given, future], dim=1))[:, given.shape[1] :]
+
+
+def next_tokens(
+    perceiver: CausalPerceiverIO, action: Tensor, state: tuple[Tensor, Tensor, Memory], temperature: float, top_p: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Memory]]:
+    """One frame of generation: the predictor draws tokens, the context reads them.
+
+    Args: action [B, A]; state of the frame before: its tokens int64 [B, Ht, Wt, Q], its context [B, Dc], the memory.
+
+    Returns: (tokens int64 [B, Ht, Wt, Q] of the next frame, the next state).
+    """
+    tokens, context, memory = state
+    drawn = perceiver.predictor.sample(tokens, context, action, temperature, top_p)
+    context, memory = perceiver.extend_context(drawn[:, None], memory)
+    return drawn, alike((drawn, context[:, 0], memory), state)

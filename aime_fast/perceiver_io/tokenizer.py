@@ -2,7 +2,8 @@
 
 A causal 3D convolution with a temporal extent of two frames is y_t = W_now * x_t + W_before * x_{t-1}. It is written here as two 2D
 convolutions over B*T frames and one shift: the same function as `nn.Conv3d` on a sequence padded on the left (a test compares them),
-in the layout that 2D convolution libraries are fastest at, and able to restart at an episode's first frame.
+in the layout that 2D convolution libraries are fastest at, able to restart at an episode's first frame and to go on from a kept product
+W_before * x_{t-1}, so that frames may come all at once or one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from aime_fast.layers import Upsample, downsample, group_norm, halvings, previous, starts
+from aime_fast.layers import Upsample, downsample, group_norm, halvings, starts
 from aime_fast.perceiver_io.quantizer import VectorQuantizer
 
 
@@ -25,10 +26,21 @@ class CausalConv3d(nn.Module):
         self.now = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
         self.before = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
-    def forward(self, x: Tensor, start: Tensor) -> Tensor:
-        """x [B*T, C, H, W], start bool [B, T] -> [B*T, C', H', W']."""
+    def forward(self, x: Tensor, start: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolves T frames.
+
+        Args:
+            x: [B*T, C, H, W].
+            start: bool [B, T], frames before which nothing counts.
+            kept: [B, C', H', W'], what the frame before the first one left; without it the first frame is a start.
+
+        Returns:
+            ([B*T, C', H', W'], what the last frame leaves).
+        """
         before = self.before(x).unflatten(0, start.shape)
-        return self.now(x) + previous(before, start).flatten(0, 1)
+        first = torch.zeros_like(before[:, 0]) if kept is None else kept.to(before.dtype)
+        shifted = torch.cat([first[:, None], before[:, :-1]], dim=1).masked_fill(start[..., None, None, None], 0.0)
+        return self.now(x) + shifted.flatten(0, 1), before[:, -1]
 
 
 class CausalCell(nn.Module):
@@ -40,8 +52,9 @@ class CausalCell(nn.Module):
         self.causal = CausalConv3d(channels, channels)
         self.after = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, start: Tensor) -> Tensor:
-        return x + self.after(self.causal(self.before(x), start))
+    def forward(self, x: Tensor, start: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, kept = self.causal(self.before(x), start, kept)
+        return x + self.after(y), kept
 
 
 class Tokens(NamedTuple):
@@ -52,6 +65,7 @@ class Tokens(NamedTuple):
     commitment: Tensor  # scalar
     perplexity: Tensor  # scalar
     usage: Tensor  # scalar
+    kept: tuple[Tensor, ...]  # [B, C, h, w] each: what the encoder's causal convolutions keep of the last frame
 
 
 class VQPTTokenizer(nn.Module):
@@ -62,8 +76,6 @@ class VQPTTokenizer(nn.Module):
         channels: widths at H/2, H/4 and H/8.
         codebook_heads, codebook_size, code_dim: Q, V, d. The code width is Q * d.
     """
-
-    reach = 3  # earlier frames that a frame's tokens depend on: one for each causal convolution of the encoder
 
     def __init__(
         self,
@@ -80,6 +92,7 @@ class VQPTTokenizer(nn.Module):
             raise ValueError(f"tokenizer_channels is {channels}, expected three widths, for H/2, H/4 and H/8")
         low, middle, high = channels
         full, half, quarter, self.grid = halvings(image_size, 3)
+        self.kept_shapes = ((middle, quarter, quarter), (high, self.grid, self.grid), (high, self.grid, self.grid))
         self.image_size, self.width = image_size, codebook_heads * code_dim
         self.quantizer = VectorQuantizer(codebook_heads, codebook_size, code_dim, share_codebook, codebook_decay)
 
@@ -95,20 +108,30 @@ class VQPTTokenizer(nn.Module):
             nn.SiLU(), Upsample(low, 3, full),
         )  # fmt: skip
 
-    def tokenize(self, video: Tensor, is_init: Tensor | None = None) -> Tokens:
-        """video [B, T, 3, H, W] in [-1, 1] -> `Tokens`. In training mode the codebook learns from it."""
+    def nothing_kept(self, batch: int) -> tuple[Tensor, ...]:
+        """`Tokens.kept` before a first frame: zeros."""
+        like = self.quantizer.codebook
+        return tuple(torch.zeros(batch, *shape, device=like.device, dtype=like.dtype) for shape in self.kept_shapes)
+
+    def tokenize(self, video: Tensor, is_init: Tensor | None = None, kept: tuple[Tensor, ...] | None = None) -> Tokens:
+        """video [B, T, 3, H, W] in [-1, 1] -> `Tokens`. In training mode the codebook learns from it.
+
+        With `kept` of the frames before, `video` goes on where they ended: T frames at once or one by one give the same tokens.
+        """
         batch, frames = video.shape[:2]
-        start = starts(is_init, batch, frames, video.device)
+        start = starts(is_init, batch, frames, video.device, first=kept is None)
         x = self.stem(video.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        for layer in self.encoder:
-            x = layer(x, start)
+        left = []
+        for layer, before in zip(self.encoder, kept or (None, None, None)):
+            x, after = layer(x, start, before)
+            left.append(after)
         vectors = rearrange(self.to_codes(x), "n (q d) h w -> (n h w) q d", q=self.quantizer.heads)
         found = self.quantizer(vectors)
         grid = dict(b=batch, t=frames, h=self.grid, w=self.grid)
         return Tokens(
             rearrange(found.codes, "(b t h w) q -> b t h w q", **grid),
             rearrange(found.vectors, "(b t h w) q d -> b t h w (q d)", **grid),
-            found.commitment, found.perplexity, found.usage,
+            found.commitment, found.perplexity, found.usage, tuple(left),
         )  # fmt: skip
 
     def encode(self, video: Tensor, is_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +149,7 @@ class VQPTTokenizer(nn.Module):
         start = starts(is_init, batch, frames, quantized.device)
         x = self.from_codes(rearrange(quantized, "b t h w c -> (b t) c h w"))
         for layer in self.decoder:
-            x = layer(x, start)
+            x, _ = layer(x, start)
         return self.head(x).unflatten(0, (batch, frames))
 
     def decode(self, tokens: Tensor, is_init: Tensor | None = None) -> Tensor:

@@ -173,7 +173,6 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "seed": config.run.seed,
-        "compile": "regions" if config.run.compile else "eager",
         "precision": config.run.precision,
         "threads": torch.get_num_threads(),
         **facts,

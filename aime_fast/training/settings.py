@@ -66,6 +66,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_compile(name: str, device: torch.device) -> str:
+    """`--compile`: off, on or graph; `best` is graph on CUDA and on elsewhere. Raises ConfigError for what the device lacks."""
+    if name == "graph" and device.type != "cuda":
+        raise ConfigError(f"--compile graph: CUDA graphs need a CUDA device, this run is on {device}; use --compile on")
+    return ("graph" if device.type == "cuda" else "on") if name == "best" else name
+
+
 def choose_kernels(name: str | None) -> None:
     """`--kernels`, or the environment variable AIME_KERNELS. Raises ConfigError for a choice that this machine cannot run."""
     try:

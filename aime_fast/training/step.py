@@ -3,27 +3,32 @@
     pixels -> augment -> forward_sequence -> LossAggregator -> four task gradients -> RGB -> clip -> Adam -> EMA
                                         └-> discriminator loss -> Adam      (every n_critic updates)
 
-Schedules come in as tensors and metrics go out as tensors on the device, so that the whole can be compiled and captured as one
-graph. An update whose losses or gradients are not finite changes nothing: the optimizers skip it by their `found_inf` flag,
-buffers that the forward pass learns (codebooks) are put back, and RGB guards its own state. The caller reads
-`metrics["finite"]` and asks `diagnose` what went wrong.
+Two functions of fixed shapes hold all of it: `_gradients` (a batch to flat task gradients) and `_apply` (those to new weights). Eager,
+compiled and captured as one CUDA graph they are the same functions. Schedules come in as tensors and metrics go out as tensors on
+the device. An update whose losses or gradients are not finite changes nothing: weights and averages move by zero, buffers that the
+forward pass learns (codebooks) are put back, and RGB guards its own state. `faults` counts such updates and remembers what was bad,
+to be read when it suits the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from aime_fast.config import Config, to_dict
 from aime_fast.data import augment, normalise
 from aime_fast.multi_task_learning import RGB, LossAggregator
-from aime_fast.multi_task_learning.loss_aggregator import TASKS
+from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
+from aime_fast.spans import span
+from aime_fast.training.adam import Adam
+from aime_fast.training.arena import Arena
 from aime_fast.training.ema import EMA
+from aime_fast.training.faults import Faults, NonFiniteError, first_error
+from aime_fast.training.graph import Captured
 
 BATCH_KEYS = ("pixels", "action", "is_init")
 MONITORS = ("perplexity", "code_usage", "token_accuracy")  # outputs that are logged and not optimised
@@ -34,102 +39,68 @@ COMPUTED = (
     "component_logvars", "slot_maps", "attention", "attention_prior", "movement", "reconstructions",
 )  # fmt: skip
 
+# Scalars that must be finite for an update to be made, in the order of computation.
+CHECKED = (
+    *(f"loss/{name}" for name in (*TERMS, *TASKS)),
+    *(f"loss/{name}" for name in ("discriminator_image", "discriminator_temporal", "discriminator")),
+    *(f"gradient_norm/{name}" for name in (*TASKS, "discriminator")),
+)
 
-class NonFiniteError(FloatingPointError):
-    """A tensor holds nan or infinity. The message names it, the step, how many elements, and where the first one is."""
-
-
-def check_tensor(name: str, tensor: Tensor, step: int | None = None) -> Tensor:
-    """Return `tensor` if every element is finite. Waits for the device: meant for finding a fault, not for the loop.
-
-    Raises:
-        NonFiniteError: "latents at step 12: 3 of 960 elements are not finite (2 nan, 1 inf), the first at index (0, 4, 2)".
-    """
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor
-    bad = ~torch.isfinite(tensor.detach())
-    if count := int(bad.sum()):
-        nans = int(torch.isnan(tensor.detach()).sum())
-        first = tuple(bad.nonzero()[0].tolist())
-        at = "" if step is None else f" at step {step}"
-        where = f", the first at index {first} of shape {list(tensor.shape)}" if tensor.dim() else ""
-        raise NonFiniteError(
-            f"{name}{at}: {count} of {tensor.numel()} elements are not finite ({nans} nan, {count - nans} infinite){where}"
-        )
-    return tensor
-
-
-class GradientRows:
-    """Gradients of several losses over the same parameters: `flat` [rows, P], one row a loss.
-
-    `views[row][i]` is the part of parameter i in that parameter's own memory layout: the fused optimizers read gradients as raw
-    memory and would mix up the elements of a channels-last weight otherwise.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], rows: int):
-        self.parameters = parameters
-        self.flat = torch.zeros(rows, sum(p.numel() for p in parameters), device=parameters[0].device)
-        self.views = [self._split(row) for row in self.flat]
-
-    def _split(self, row: Tensor) -> list[Tensor]:
-        parts = row.split([p.numel() for p in self.parameters])
-        return [part.as_strided(p.shape, p.stride(), part.storage_offset()) for part, p in zip(parts, self.parameters)]
-
-    def add(self, row: int, loss: Tensor, scale: float, retain_graph: bool) -> None:
-        """flat[row] += scale * dloss/dparameters; parameters that the loss does not reach get nothing."""
-        if not loss.requires_grad:
-            return
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=retain_graph, allow_unused=True)
-        reached = [(view, g) for view, g in zip(self.views[row], gradients) if g is not None]
-        torch._foreach_add_([view for view, _ in reached], [g for _, g in reached], alpha=scale)
-
-    def attach(self, row: int = 0) -> None:
-        """Make `flat[row]` the `.grad` of the parameters."""
-        for parameter, view in zip(self.parameters, self.views[row]):
-            parameter.grad = view
+Compile = Literal["off", "on", "graph"]
 
 
 class TrainingStep:
     """Model, EMA copy, optimizers and RGB joined into one update.
 
     Args:
-        model: `DPGMMVariationalRecurrentAutoencoder` on its device.
+        model: `DPGMMVariationalRecurrentAutoencoder` on its device. Its parameters move into flat arenas: do not move the model again.
         config: the run's settings.
+        compile: "off" runs eagerly. "on" compiles: with CUDA everything, on a CPU the regions that gain (`compile_regions`).
+            "graph", CUDA only, compiles everything and captures each kind of update (with and without discriminators) as one CUDA
+            graph. The first call of each kind compiles, which takes minutes; the first calls of a captured step are ordinary updates.
     """
 
-    def __init__(self, model: nn.Module, config: Config):
+    def __init__(self, model: nn.Module, config: Config, compile: Compile = "off"):
         self.model, self.config = model, config
-        self.ema = EMA(model, config.optim.ema_decay)
         self.device = next(model.parameters()).device
         optim = config.optim
+        perceiver = list(model.perceiver_io.parameters())
+        ids = {id(p) for p in perceiver}
+        self.generator = Arena([*(p for p in model.get_share_params() if id(p) not in ids), *perceiver])
+        self.discriminator = Arena(model.discriminator_parameters())
+        self.ema = EMA(model, optim.ema_decay, (self.generator, self.discriminator))
 
-        shared = list(model.get_share_params())
-        perceiver = {id(p) for p in model.perceiver_io.parameters()}
-        self.optimizer = self._adam(
-            optim.adam_beta1,
-            (optim.learning_rate, [p for p in shared if id(p) not in perceiver]),
-            (optim.learning_rate * optim.perceiver_lr_scale, [p for p in shared if id(p) in perceiver]),
-        )
-        self.discriminator_optimizer = self._adam(0.9, (optim.discriminator_lr, list(model.discriminator_parameters())))
-        self.tasks = GradientRows(shared, len(TASKS))
-        self.total = GradientRows(shared, 1)
-        self.discriminator = GradientRows(list(model.discriminator_parameters()), 1)
+        scales = [torch.full_like(p, optim.perceiver_lr_scale if id(p) in ids else 1.0) for p in self.generator.parameters]
+        self.optimizer = Adam(self.generator.flat, optim.adam_beta1, scale=self.generator.flatten(scales))
+        self.discriminator_optimizer = Adam(self.discriminator.flat)
+        self.discriminator_lr = torch.tensor(optim.discriminator_lr, device=self.device)
+        self.gradient = torch.zeros_like(self.generator.flat)  # what RGB made of the task gradients, clipped
 
         self.losses = LossAggregator(**to_dict(config.loss))
         self.rgb = RGB(
             mu=optim.rgb_mu, lam=optim.rgb_lambda, alpha_steps=optim.rgb_alpha_steps, lr_inner=optim.rgb_lr_inner,
             aggregation=optim.aggregation,
         )  # fmt: skip
-        self.rgb.reset(len(TASKS), self.tasks.flat.shape[1], self.device)
-        self._seen: list[tuple[TensorDict, TensorDict, dict[str, Tensor]]] = []
+        self.rgb.reset(len(TASKS), self.generator.flat.numel(), self.device)
+        self.faults = Faults(CHECKED, self.device)
+        self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in dict(model.named_parameters())]
+        self._seen: list[dict[str, dict[str, Tensor]]] = []
+        self._rows: tuple[Tensor, Tensor | None] = (self.gradient.new_zeros(len(TASKS), 0), None)
+        self._captured: dict[bool, Captured] = {}
+        if compile == "on" and self.device.type == "cpu":
+            model.compile_regions()
+        elif compile != "off":
+            self.compile_whole()
+        if compile == "graph":
+            pool = torch.cuda.graph_pool_handle()
+            self._captured = {learns: Captured(self._update_of(learns), self.device, pool) for learns in (False, True)}
 
-    def _adam(self, beta1: float, *groups: tuple[float, list[nn.Parameter]]) -> torch.optim.Adam:
-        # Learning rates are tensors, filled by the schedule at each step: a captured graph reads the new value.
-        return torch.optim.Adam(
-            [{"params": parameters, "lr": torch.tensor(lr, device=self.device)} for lr, parameters in groups],
-            betas=(beta1, 0.999),
-            fused=True,
-        )
+    def compile_whole(self, backend: str | Callable = "inductor") -> None:
+        """`torch.compile` of both halves of the update, each as one graph without breaks."""
+        torch._dynamo.config.trace_autograd_ops = True  # the four task gradients are taken inside the compiled function
+        options = {"fullgraph": True, "dynamic": False, "backend": backend}
+        self._gradients = torch.compile(self._gradients, **options)
+        self._apply = torch.compile(self._apply, **options)
 
     def __call__(
         self,
@@ -150,75 +121,100 @@ class TrainingStep:
 
         Returns:
             TensorDict of scalar tensors on the device: `loss/*`, `model/*`, `gradient_norm/*`, `rgb/*`, the schedules, and
-            `finite` (bool): whether the update was made.
-        """
-        guarded = [*self.model.buffers(), *self.rgb.buffers()]
-        before = [buffer.clone() for buffer in guarded]
-        self.tasks.flat.zero_()
-        self.discriminator.flat.zero_()
-        self._seen.clear()
-        metrics: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, value in self._gradients(batch, beta, adversarial, 1.0 / len(batches), train_discriminator).items():
-                metrics[name] = metrics[name] + value if name in metrics else value
+            `finite` (bool): whether the update was made. A captured step overwrites them at the next update.
 
-        # RGB sees all parameters as one flat vector for each task, and writes the clipped result where `.grad` looks.
-        with record_function("step: RGB"):
-            _, rotation = self.rgb.rotate(self.tasks.flat, max_norm=self.config.optim.grad_clip, out=self.total.flat[0])
-        metrics |= {f"gradient_norm/{task}": norm for task, norm in zip(TASKS, rotation["gradient_norms"].unbind())}
-        if train_discriminator:
-            metrics["gradient_norm/discriminator"] = torch.linalg.vector_norm(self.discriminator.flat)
-        finite = torch.isfinite(torch.stack([v.float() for name, v in metrics.items() if not name.startswith("model/")])).all()
-        metrics |= {f"rgb/angle_{task}": angle for task, angle in zip(TASKS, rotation["angles"].unbind())}
-        metrics["gradient_norm/total"] = rotation["result_norm"]
-        with record_function("step: clip and Adam"):
-            for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.optim.perceiver_lr_scale)):
-                group["lr"].copy_(learning_rate * scale)
-            self._update(self.optimizer, self.total, finite)
-            if train_discriminator:
-                gradient = self.discriminator.flat[0]
-                gradient.mul_((self.config.optim.grad_clip / (metrics["gradient_norm/discriminator"] + 1e-6)).clamp(max=1.0))
-                self._update(self.discriminator_optimizer, self.discriminator, finite)
-        for buffer, old in zip(guarded, before):
-            buffer.copy_(torch.where(finite, buffer, old))
-        with record_function("step: EMA"):
-            self.ema.update(finite)
-        return TensorDict({**metrics, "beta": beta, "learning_rate": learning_rate, "finite": finite}, batch_size=[])
+        Raises:
+            KeyError: a batch lacks a key.
+        """
+        for batch in batches:
+            present = set(batch.keys())
+            if missing := [key for key in BATCH_KEYS if key not in present]:
+                raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
+        inputs = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
+        adversarial = torch.as_tensor(adversarial, dtype=torch.float32, device=self.device)
+        update = self._captured.get(train_discriminator) or self._update_of(train_discriminator)
+        metrics, self._seen, self._rows = update(inputs, beta, learning_rate, adversarial)
+        return TensorDict(metrics, batch_size=[])
+
+    def _update_of(self, train_discriminator: bool) -> Callable:
+        def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, adversarial: Tensor):
+            before = [buffer.clone() for buffer in self._learnt]
+            share, metrics, rows, seen = 1.0 / len(batches), {}, (), []
+            for batch in batches:
+                *new_rows, scalars, outputs = self._gradients(batch, beta, adversarial, share, train_discriminator)
+                rows = [a + b if b is not None else None for a, b in zip(rows, new_rows)] if rows else new_rows
+                metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
+                seen.append({"batch": batch, "output": outputs, "loss": scalars})
+            metrics |= self._apply(*rows, metrics, before, learning_rate)
+            return metrics | {"beta": beta, "learning_rate": learning_rate}, seen, tuple(rows)
+
+        return update
 
     def _gradients(
-        self, batch: TensorDict, beta: Tensor, adversarial: Tensor | float, scale: float, train_discriminator: bool
-    ) -> dict[str, Tensor]:
-        """Forward one batch and add its gradients, times `scale`, to the rows. Returns its metrics, times `scale`."""
-        present = set(batch.keys())
-        if missing := [key for key in BATCH_KEYS if key not in present]:
-            raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
+        self, batch: dict[str, Tensor], beta: Tensor, adversarial: Tensor, share: float, train_discriminator: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+        """A batch -> (task gradients [n, P], discriminator gradient [Pd] or None, scalars; all times `share`), and the outputs."""
         data, pixels = self.config.data, batch["pixels"]
-        with record_function("step: augment"):
+        with span("step: augment"):
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
-        with record_function("step: forward"), self.autocast():
+        with span("step: forward"), self.autocast():
             outputs = self.model.forward_sequence(observations, batch["action"], batch["is_init"], ema=self.ema.model)
         losses, task_losses = self.losses.compute_losses(outputs, beta, adversarial)
-        for row, (task, loss) in enumerate(zip(TASKS, task_losses)):
-            with record_function(f"step: backward {task}"):
-                self.tasks.add(row, loss, scale, retain_graph=row < len(task_losses) - 1)
+        rows = []
+        for task, loss in zip(TASKS, task_losses):
+            with span(f"step: backward {task}"):
+                rows.append(self._flat_gradient(self.generator, loss * share, retain_graph=task != TASKS[-1]))
 
         outputs = outputs.detach()
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
+        discriminator_row = None
         if train_discriminator:
-            with record_function("step: discriminator"):
+            with span("step: discriminator"):
                 with self.autocast():
                     loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-                self.discriminator.add(0, loss, scale, retain_graph=False)
+                discriminator_row = self._flat_gradient(self.discriminator, loss * share, retain_graph=False)
             metrics |= {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
-        self._seen.append((batch, outputs, metrics))
-        return {name: value * scale for name, value in metrics.items()}
+        metrics = {name: value * share for name, value in metrics.items()}
+        return torch.stack(rows), discriminator_row, metrics, {name: outputs[name] for name in COMPUTED}
 
-    def _update(self, optimizer: torch.optim.Adam, gradient: GradientRows, finite: Tensor) -> None:
-        """One step along `gradient`, unless not `finite`."""
-        gradient.attach()
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # read by the fused kernel, on the device
-        optimizer.step()
+    @staticmethod
+    def _flat_gradient(arena: Arena, loss: Tensor, retain_graph: bool) -> Tensor:
+        """dloss/dparameters [P]; zero where the loss does not reach."""
+        if not loss.requires_grad:
+            return torch.zeros_like(arena.flat)
+        return arena.flatten(torch.autograd.grad(loss, arena.parameters, retain_graph=retain_graph, allow_unused=True))
+
+    def _apply(
+        self, tasks: Tensor, discriminator: Tensor | None, metrics: dict[str, Tensor], before: list[Tensor], learning_rate: Tensor
+    ) -> dict[str, Tensor]:
+        """Gradients to new weights: tasks [n, P], discriminator [Pd]; `before` are the learnt buffers as they were."""
+        optim = self.config.optim
+        checked = {name: metrics[name] for name in CHECKED if name in metrics}
+        if discriminator is not None:
+            checked["gradient_norm/discriminator"] = torch.linalg.vector_norm(discriminator)
+        # RGB keeps its state where its own result is not finite; a fault that its gradients do not show is shown to it.
+        good = torch.isfinite(torch.stack(list(checked.values()))).all()
+        tasks[0, 0] = torch.where(good, tasks[0, 0], torch.nan)
+        with span("step: RGB"):
+            _, rotation = self.rgb.rotate(tasks, max_norm=optim.grad_clip, out=self.gradient)
+        checked |= {f"gradient_norm/{task}": norm for task, norm in zip(TASKS, rotation["gradient_norms"].unbind())}
+        finite = self.faults.record(checked)
+        with span("step: Adam"):
+            self.optimizer.update(self.gradient, learning_rate, finite)
+            if discriminator is not None:
+                clip = (optim.grad_clip / (checked["gradient_norm/discriminator"] + 1e-6)).clamp(max=1.0)
+                self.discriminator_optimizer.update(discriminator * clip, self.discriminator_lr, finite)
+        for buffer, old in zip(self._learnt, before):
+            buffer.copy_(torch.where(finite, buffer, old))
+        with span("step: EMA"):
+            self.ema.update(finite)
+        return {
+            **{name: value for name, value in checked.items() if name not in metrics},
+            **{f"rgb/angle_{task}": angle for task, angle in zip(TASKS, rotation["angles"].unbind())},
+            "gradient_norm/total": rotation["result_norm"],
+            "finite": finite,
+        }
 
     def autocast(self) -> torch.autocast:
         """The mixed precision of `--precision`."""
@@ -226,26 +222,28 @@ class TrainingStep:
 
     def diagnose(self, step: int) -> NonFiniteError:
         """The first bad term of the update just made, in the order of computation. Call it where `finite` came out false."""
-        bad_parameter = _first_error(((f"parameter {n}", p) for n, p in self.model.named_parameters()), step)
-        error = _first_error(self._terms(), step)
+        bad_parameter = first_error(((f"parameter {n}", p) for n, p in self.model.named_parameters()), step)
+        error = first_error(self._terms(), step)
         if error is None:
             error = NonFiniteError(f"gradient norm at step {step}: overflows although every element is finite")
         return error if bad_parameter is None else NonFiniteError(f"{error}. Its source may be {bad_parameter}")
 
     def _terms(self) -> Iterator[tuple[str, Tensor]]:
-        for batch, outputs, metrics in self._seen:
-            yield from ((f"batch {key!r}", batch[key]) for key in BATCH_KEYS)
-            yield from ((f"output {key!r}", outputs[key]) for key in COMPUTED)
-            yield from ((name, value) for name, value in metrics.items() if name.startswith("loss/"))
+        for seen in self._seen:
+            yield from ((f"batch {key!r}", seen["batch"][key]) for key in BATCH_KEYS)
+            yield from ((f"output {key!r}", seen["output"][key]) for key in COMPUTED)
+            yield from ((name, value) for name, value in seen["loss"].items() if name.startswith("loss/"))
         names = {id(p): name for name, p in self.model.named_parameters()}
-        for row, task in enumerate(TASKS):
-            for parameter, view in zip(self.tasks.parameters, self.tasks.views[row]):
-                yield f"gradient of task {task!r} for {names[id(parameter)]}", view
-        for parameter, view in zip(self.discriminator.parameters, self.discriminator.views[0]):
-            yield f"gradient of the discriminator loss for {names[id(parameter)]}", view
+        tasks, discriminator = self._rows
+        # The discriminators first: `_apply` marks the tasks' rows where the fault is elsewhere.
+        rows = [("the discriminator loss", self.discriminator, discriminator)] if discriminator is not None else []
+        rows += [(f"task {task!r}", self.generator, row) for task, row in zip(TASKS, tasks)]
+        for whose, arena, row in rows:
+            for parameter, view in zip(arena.parameters, arena.split(row)):
+                yield f"gradient of {whose} for {names[id(parameter)]}", view
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, EMA, both optimizers and RGB."""
+        """Weights, EMA, both optimizers, RGB and the count of updates not made."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
@@ -253,6 +251,7 @@ class TrainingStep:
             "optimizer": self.optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "rgb": self.rgb.state_dict(),
+            "faults": self.faults.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -261,16 +260,6 @@ class TrainingStep:
         self.ema.model.load_state_dict(state["ema"])
         self.ema.updates.copy_(state["ema_updates"])
         self.rgb.load_state_dict(state["rgb"])
-        for optimizer, key in ((self.optimizer, "optimizer"), (self.discriminator_optimizer, "discriminator_optimizer")):
-            optimizer.load_state_dict(state[key])
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].to(self.device)
-
-
-def _first_error(terms: Iterator[tuple[str, Tensor]], step: int) -> NonFiniteError | None:
-    for name, tensor in terms:
-        try:
-            check_tensor(name, tensor, step)
-        except NonFiniteError as error:
-            return error
-    return None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.faults.load_state_dict(state["faults"])

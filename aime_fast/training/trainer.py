@@ -13,11 +13,20 @@ from aime_fast.cli import ConfigError
 from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
+from aime_fast.training.faults import NonFiniteError
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
-from aime_fast.training.settings import choose_device, choose_kernels, data_file, default_run_dir, how_long, keep_freed_memory
-from aime_fast.training.step import NonFiniteError, TrainingStep
+from aime_fast.training.settings import (
+    choose_compile,
+    choose_device,
+    choose_kernels,
+    data_file,
+    default_run_dir,
+    how_long,
+    keep_freed_memory,
+)
+from aime_fast.training.step import TrainingStep
 from aime_fast.training.validation import draw_prediction, draw_samples, validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import kernels_on
@@ -55,6 +64,7 @@ class DMCVBTrainer:
         length = how_long(config)
         self.device = choose_device(run.device)
         choose_kernels(run.kernels)
+        self.compile = choose_compile(run.compile, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         check_loggers(run.logger)
@@ -76,17 +86,18 @@ class DMCVBTrainer:
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)
         self.mean_frame = self.batches.mean_frame().to(self.device)
         self.model.initialise_background(self.mean_frame)
-        self.training_step = TrainingStep(self.model, config)
+        self.training_step = TrainingStep(self.model, config, self.compile)
         self.ema = self.training_step.ema.model
-        if run.compile:
-            self.model.compile_regions()
 
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
         self.adversarial = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
-        self.step, self.seconds, self.skipped, self.skips_in_a_row = 0, 0.0, 0, 0
+        # Whether an update was made is known on the device. On a CPU it is asked each time, for nothing; on CUDA where metrics are read.
+        self.looks_for_faults = Every(run.log_every if self.device.type == "cuda" else 1)
+        self.step, self.seconds = 0, 0.0
         self.saved: Path | None = None
+        self.skipped = 0
         if resumed is not None:
             self._load(resumed)
 
@@ -109,7 +120,10 @@ class DMCVBTrainer:
             with StopSignals() as stop:
                 while self.step < self.total_steps and stop.signum is None:
                     metrics = self._update()
-                    if should_log(self.step) or self.step == self.total_steps:
+                    last = self.step == self.total_steps
+                    if last or self.looks_for_faults(self.step) or should_save(self.step):
+                        self._look_for_faults()
+                    if last or should_log(self.step):
                         self._log(metrics)
                     if should_validate(self.step) and self.step < self.total_steps:
                         self._validate()
@@ -128,7 +142,7 @@ class DMCVBTrainer:
             self._close()
 
     def _update(self) -> TensorDict:
-        """One update of the weights. Raises NonFiniteError where it cannot be made."""
+        """One update of the weights. With CUDA it returns before the device is done."""
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
         metrics = self.training_step(
@@ -138,34 +152,43 @@ class DMCVBTrainer:
             train_discriminator=self.trains_discriminator(self.step + 1),
             adversarial=torch.full((), self.adversarial(self.step), device=self.device),
         )
-        finite = bool(metrics["finite"])  # the one wait for the device in an update
         self.seconds += time.perf_counter() - began
-        if not finite:
-            self._non_finite()
-        else:
-            self.skips_in_a_row = 0
         self.step += 1
         self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches)
         self.console.advance(self.step)
         return metrics
 
-    def _non_finite(self) -> None:
-        """Stop, or count a skipped update."""
-        error = self.training_step.diagnose(self.step + 1)
-        self.skipped, self.skips_in_a_row = self.skipped + 1, self.skips_in_a_row + 1
+    def _look_for_faults(self) -> None:
+        """Read whether updates were left out since the last look; then stop, or say so. The one wait for the device in the loop."""
+        began = time.perf_counter()
+        report = self.training_step.faults.read()
+        self.seconds += time.perf_counter() - began
+        if not report.terms:
+            return
+        step = self.step - report.ago
+        if report.ago == 0:
+            error = self.training_step.diagnose(step)
+        else:
+            error = NonFiniteError(
+                f"{', '.join(report.terms)} at step {step}: not finite (seen at step {self.step}; --log-every 1 --compile off also tells "
+                "which tensor and element)"
+            )
         last = f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
         if self.config.run.on_nan == "stop":
             raise NonFiniteError(
                 f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over "
                 "such updates; if it comes back, start anew with a lower --learning-rate or with --precision fp32"
             )
+        self.skipped = report.skipped
         self.console.line(f"skipped the update: {error}")
-        if self.skips_in_a_row >= MAX_SKIPS:
-            raise NonFiniteError(f"{error}; {self.skips_in_a_row} updates in a row were skipped, this will not mend itself; {last}")
+        if report.in_a_row >= MAX_SKIPS:
+            raise NonFiniteError(f"{error}; {report.in_a_row} updates in a row were skipped, this will not mend itself; {last}")
 
     def _log(self, metrics: TensorDict) -> None:
+        began = time.perf_counter()
         values = metrics.exclude("finite").to_dict()
-        numbers = torch.stack([value.float() for value in values.values()]).tolist()
+        numbers = torch.stack([value.float() for value in values.values()]).tolist()  # waits for the device
+        self.seconds += time.perf_counter() - began
         row = {**self._progress(), **dict(zip(values, numbers)), "skipped_updates": self.skipped}
         self.logger.log(self.step, row)
         self.frames, self.frames_since = 0, self.seconds
@@ -213,8 +236,6 @@ class DMCVBTrainer:
         state = {
             "epoch": self.step / self.updates_per_epoch,
             "seconds": self.seconds,
-            "skipped": self.skipped,
-            "skips_in_a_row": self.skips_in_a_row,
             "action_dim": self.batches.action_dim,
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),
@@ -230,8 +251,8 @@ class DMCVBTrainer:
             )
         self.training_step.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
-        self.skips_in_a_row = state["skips_in_a_row"]
+        self.skipped = self.training_step.faults.read().skipped
+        self.step, self.seconds = state["step"], state["seconds"]
         checkpoint.set_rng_state(state["rng"])
 
     def _find_resume(self, resume: bool) -> dict | None:
@@ -260,6 +281,7 @@ class DMCVBTrainer:
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         facts = {
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "compile": self.compile,
             "kernels": kernels_on(self.device),
             "data": self.config.data.data,
             "render_quality": self.config.data.render_quality,

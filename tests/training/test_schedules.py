@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from aime_fast.config import OptimConfig
+from aime_fast.training.arena import Arena
 from aime_fast.training.ema import EMA
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
 
@@ -52,7 +53,7 @@ def test_the_learning_rate_rises_over_its_warm_up():
 @given(decay=st.floats(0.0, 0.999), steps=st.integers(0, 5))
 def test_ema_is_the_weighted_mean_of_all_weights_and_copies_buffers(decay, steps):
     model = nn.BatchNorm1d(3)
-    ema = EMA(model, decay)
+    ema = EMA(model, decay, [Arena([model.bias]), Arena([model.weight])])
     expected = model.weight.detach().clone()
     for step in range(steps):
         with torch.no_grad():

@@ -1,0 +1,107 @@
+"""The world model one frame at a time: `step` sees the frame, `imagine` draws it.
+
+Both map a `State` of fixed shape to the next one and cost one frame, however long the video is: perception keeps one product for each
+causal convolution and the keys and values of the attention window. `step` is the definition that the parallel path is tested against.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aime_fast.inference import Inference, draw_latents, recurrent_input
+from aime_fast.perceiver_io.context import Memory
+from aime_fast.roll_out import alike
+
+if TYPE_CHECKING:
+    from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder as WorldModel
+
+
+class State(NamedTuple):
+    """What one frame leaves for the next. Shapes, dtypes and strides are the same after any number of frames."""
+
+    lstm: Tensor  # [B, layers, 2, Dh], hidden and cell
+    hidden: Tensor  # [B, Dh], h_t
+    latents: Tensor  # [B, Z], z_t
+    context: Tensor  # [B, Dc], c_t
+    attention: Tensor  # [B, Ha, Wa], A_t
+    kept: tuple[Tensor, ...]  # [B, C, h, w] each, of the tokenizer's causal convolutions
+    memory: Memory  # of the context's attention over time
+
+
+def initial_state(model: WorldModel, batch: int) -> State:
+    """The empty memory before a first frame."""
+    like, perceiver = model.decoder.background, model.perceiver_io
+
+    def zeros(width: int) -> Tensor:
+        return torch.zeros(batch, width, device=like.device, dtype=like.dtype)
+
+    return State(
+        lstm=model.dynamics.initial_state(batch, like.device, like.dtype),
+        hidden=zeros(model.dynamics.hidden_dim),
+        latents=zeros(model.latent_dim),
+        context=zeros(perceiver.out[-1].out_features),
+        attention=model.attention.uniform(batch).to(like.dtype),
+        kept=perceiver.tokenizer.nothing_kept(batch),
+        memory=perceiver.empty_memory(batch),
+    )
+
+
+def step(model: WorldModel, frame: Tensor, action: Tensor, state: State, init: Tensor) -> tuple[dict[str, Tensor], State]:
+    """One frame, with the posterior.
+
+    Args: frame float [B, 3, H, W]; action [B, A], taken after it; state of the frame before; init bool [B], where an episode begins.
+
+    Returns: (the per-frame outputs of `forward_sequence` without the T axis, the next state).
+    """
+    given, state = state, _restart(model, state, init)
+    codes, context, kept, memory = model.perceiver_io.observe(frame.unsqueeze(1), state.kept, state.memory, init.unsqueeze(1))
+    codes, context = codes[:, 0], context[:, 0]
+    posterior = model.encoder(frame, context)
+    z = draw_latents(posterior, model.training)
+    hidden, lstm = _recur(model, z, context, action, state.lstm)
+    prior = model.prior(state.hidden, context if model.prior_context == "current" else state.context, sample=model.training)
+    maps = model.attention.look(frame, hidden, context)
+    expected = model.attention.expect(state.attention, state.hidden, state.latents)
+    drawn = model.decoder(z, maps.attention)
+    seen = Inference(posterior, z, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
+    out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
+    return out, alike(State(lstm, hidden, z, context, maps.attention, kept, memory), given)
+
+
+def imagine(model: WorldModel, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
+    """One frame without seeing it: latent and attention from their priors, the frame drawn, the context read from the drawing.
+
+    With `prior_context="current"` too the prior is given c_{t-1}: c_t is read from a frame that is drawn only after z_t.
+
+    Args: action [B, A], taken after the imagined frame; state of the frame before; sample: draw from the priors, otherwise the mean of
+    the likeliest component.
+
+    Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
+    """
+    p = model.prior(state.hidden, state.context, sample=sample)
+    z = p.sample(sample)
+    attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention.exp()
+    frame = model.decoder.likelihood.mean(model.decoder(z, attention))
+    _, context, kept, memory = model.perceiver_io.observe(frame.clamp(-1, 1).unsqueeze(1), state.kept, state.memory)
+    context = context[:, 0]
+    hidden, lstm = _recur(model, z, context, action, state.lstm)
+    out = dict(reconstructions=frame, latents=z, mixture_weights=p.log_weights.exp(), attention=attention)
+    return out, alike(State(lstm, hidden, z, context, attention, kept, memory), state)
+
+
+def _recur(model: WorldModel, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
+    x = recurrent_input(z, context, action).unsqueeze(1)
+    going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
+    hidden, lstm = model.dynamics(x, going_on, lstm)
+    return hidden[:, 0], lstm
+
+
+def _restart(model: WorldModel, state: State, init: Tensor) -> State:
+    """Empties the memory of the batch rows where an episode begins, but for perception, which is told of it."""
+    empty = initial_state(model, init.shape[0])
+    names = ("lstm", "hidden", "latents", "context", "attention")
+    pairs = {name: (getattr(empty, name), getattr(state, name)) for name in names}
+    return state._replace(**{name: torch.where(init.reshape(-1, *(1,) * (old.dim() - 1)), new, old) for name, (new, old) in pairs.items()})

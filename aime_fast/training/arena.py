@@ -1,0 +1,66 @@
+"""Arena: many parameters side by side in one flat buffer, so that an optimizer or an average is one kernel instead of hundreds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 32  # elements: each parameter begins on a boundary of 128 bytes, as vector loads and matrix libraries like it
+
+
+class Arena:
+    """Parameters whose memory is one flat tensor; the parameters themselves become views of it, values and layouts unchanged.
+
+    A parameter keeps its own memory layout (channels-last weights stay so): `flatten` brings gradients, whatever their layout, into
+    the same order. The padding between parameters stays zero. Move a model to its device before its arena is made, not after.
+
+    Args:
+        parameters: of one dtype and device, dense (no expanded or sliced tensors).
+
+    Attributes:
+        parameters: in the order given.
+        flat: [P], P being the number of elements with padding.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        self._orders = [memory_order(p) for p in self.parameters]
+        self._padding = [-p.numel() % ALIGNMENT for p in self.parameters]
+        like = self.parameters[0]
+        self.flat = torch.zeros(
+            sum(p.numel() + pad for p, pad in zip(self.parameters, self._padding)), dtype=like.dtype, device=like.device
+        )
+        for parameter, view in zip(self.parameters, self.split(self.flat)):
+            view.copy_(parameter.detach())
+            parameter.data = view
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor [P] that belong to the parameters, as views in their shapes and layouts."""
+        views, offset = [], flat.storage_offset()
+        for parameter, padding in zip(self.parameters, self._padding):
+            views.append(flat.as_strided(parameter.shape, parameter.stride(), offset))
+            offset += parameter.numel() + padding
+        return views
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One tensor a parameter, of its shape -> flat [P]; None counts as zero."""
+        like, pieces = self.flat, []
+        for tensor, parameter, order, padding in zip(tensors, self.parameters, self._orders, self._padding):
+            missing = padding
+            if tensor is None:
+                missing += parameter.numel()
+            else:
+                pieces.append(tensor.permute(order).reshape(-1).to(like.dtype))
+            if missing:
+                pieces.append(like.new_zeros(missing))
+        return torch.cat(pieces)
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """The axes of a dense tensor from the slowest to the fastest in memory. Raises ValueError if its memory has gaps or overlaps."""
+    order = tuple(sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis)))
+    if not tensor.permute(order).is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense; make it contiguous first")
+    return order
