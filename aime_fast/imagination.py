@@ -2,21 +2,19 @@
 
 Both map a `State` of fixed shape to the next one and cost one frame, however long the video is: perception keeps one product for each
 causal convolution and the keys and values of the attention window. `step` is the definition that the parallel path is tested against.
+`model` is always the world model, whose methods of the same names are the public ones.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aime_fast.inference import Inference, draw_latents, recurrent_input
 from aime_fast.perceiver_io.context import Memory
 from aime_fast.roll_out import alike
-
-if TYPE_CHECKING:
-    from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder as WorldModel
 
 
 class State(NamedTuple):
@@ -31,7 +29,7 @@ class State(NamedTuple):
     memory: Memory  # of the context's attention over time
 
 
-def initial_state(model: WorldModel, batch: int) -> State:
+def initial_state(model: nn.Module, batch: int) -> State:
     """The empty memory before a first frame."""
     like, perceiver = model.decoder.background, model.perceiver_io
 
@@ -49,7 +47,7 @@ def initial_state(model: WorldModel, batch: int) -> State:
     )
 
 
-def step(model: WorldModel, frame: Tensor, action: Tensor, state: State, init: Tensor) -> tuple[dict[str, Tensor], State]:
+def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Tensor) -> tuple[dict[str, Tensor], State]:
     """One frame, with the posterior.
 
     Args: frame float [B, 3, H, W]; action [B, A], taken after it; state of the frame before; init bool [B], where an episode begins.
@@ -71,7 +69,7 @@ def step(model: WorldModel, frame: Tensor, action: Tensor, state: State, init: T
     return out, alike(State(lstm, hidden, z, context, maps.attention, kept, memory), given)
 
 
-def imagine(model: WorldModel, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
+def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
     """One frame without seeing it: latent and attention from their priors, the frame drawn, the context read from the drawing.
 
     With `prior_context="current"` too the prior is given c_{t-1}: c_t is read from a frame that is drawn only after z_t.
@@ -92,14 +90,14 @@ def imagine(model: WorldModel, action: Tensor, state: State, sample: bool = Fals
     return out, alike(State(lstm, hidden, z, context, attention, kept, memory), state)
 
 
-def _recur(model: WorldModel, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
+def _recur(model: nn.Module, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
     x = recurrent_input(z, context, action).unsqueeze(1)
     going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
     hidden, lstm = model.dynamics(x, going_on, lstm)
     return hidden[:, 0], lstm
 
 
-def _restart(model: WorldModel, state: State, init: Tensor) -> State:
+def _restart(model: nn.Module, state: State, init: Tensor) -> State:
     """Empties the memory of the batch rows where an episode begins, but for perception, which is told of it."""
     empty = initial_state(model, init.shape[0])
     names = ("lstm", "hidden", "latents", "context", "attention")

@@ -53,12 +53,12 @@ def grid_positions(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def rotate_by_time(x: Tensor, first: int = 0) -> Tensor:
-    """Rotary position embedding over the time axis of x [B, heads, T, head_dim], from time `first` on (Su et al., arXiv 2104.09864)."""
+def rotate_by_time(x: Tensor, begin: int = 0) -> Tensor:
+    """Rotary position embedding over the time axis of x [B, heads, T, head_dim], from time `begin` on (Su et al., arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     exact = full_precision(x[:0]).dtype  # angles of late frames need more digits than bf16 has
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
-    angle = torch.arange(first, first + x.shape[-2], device=x.device, dtype=exact)[:, None] * frequency  # [T, half]
+    angle = torch.arange(begin, begin + x.shape[-2], device=x.device, dtype=exact)[:, None] * frequency  # [T, half]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half : 2 * half]
     return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., 2 * half :]], dim=-1)
@@ -103,9 +103,7 @@ class Attention(nn.Module):
         split = "b n (h d) -> b h n d"
         query = rearrange(self.query(x), split, h=self.heads)
         key, value = (rearrange(t, split, h=self.heads) for t in key_value.chunk(2, -1))
-        if (
-            self.rotary
-        ):  # only distances count: keys are kept unrotated and time begins anew at the oldest, so that no late angle loses digits
+        if self.rotary:  # only distances count: kept keys are not rotated and time begins at the oldest, so late angles lose no digits
             query, key = rotate_by_time(query, key.shape[-2] - query.shape[-2]), rotate_by_time(key)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None])
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))

@@ -25,7 +25,7 @@ class RollOut:
     """Calls `frame(module, action, state, *options) -> (outputs, state)` for one action after another.
 
     Args:
-        frame: a function of nested tensors of fixed shapes; it reads all weights through `module` and returns a state `alike` the given one.
+        frame: a function of nested tensors of fixed shapes that reads all weights through `module` and returns a state `alike` its own.
         mode: "off"; "on": `torch.compile`, once for each batch size and options; "graph": compiled, then captured as a CUDA graph.
 
     A copy or a pickle holds nothing compiled, and compiles for itself.
@@ -54,11 +54,13 @@ class RollOut:
 
         Returns: (outputs of all frames, stacked on axis 1: [B, F, ...]; the last state). With "graph" no gradient passes.
         """
+        if actions.shape[1] == 0:
+            raise ValueError("roll-out: there are no actions, expected one for each frame")
         if self.mode == "graph":
             frames, state = self._captured_frame(module, actions, state, options).run(actions, state)
         else:
             frames = []
-            for action in actions.unbind(1):
+            for action in actions.transpose(0, 1).contiguous():  # strides that do not depend on F
                 outputs, state = self._advance(module, action, state, *options)
                 frames.append(outputs)
         return pytree.tree_map(lambda *tensors: torch.stack(tensors, dim=1), *frames), state
@@ -95,7 +97,7 @@ class _CapturedFrame:
                 frame()
         torch.cuda.current_stream(action.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):  # a loader's thread may go on copying
             self._outputs = frame()
 
     def _load(self, state: Any) -> None:

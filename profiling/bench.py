@@ -1,27 +1,42 @@
-"""Measure speed: `python -m profiling.bench kernels [--kernel NAME ...] [--device cpu|cuda] [--quick] [--json FILE] [--picture FILE]`."""
+"""Measure speed: `python -m profiling.bench kernels|train|data|collect [OPTION ...]`; --help after each of them says more."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from profiling import bench_kernels
+# Each is a module `profiling.bench_NAME` with `add_options(parser)` and `bench(options, usage_error) -> exit status`, imported when it is
+# asked for: the kernels are to be measured on machines that have little but PyTorch.
+BENCHES = {
+    "kernels": "each kernel against eager PyTorch, torch.compile and the best public peer",
+    "train": "the training step by tier, precision, kernels and compile mode",
+    "data": "the loader, with prefetch and without",
+    "collect": "recording episodes of a dm_control task",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options and run one benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.bench", description="Measure speed.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
-    kernels = commands.add_parser(
-        "kernels",
-        help="each kernel against eager PyTorch, torch.compile and the best public peer",
-        description=bench_kernels.__doc__,
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    about = "\n".join(f"  {name:<8} {text}" for name, text in BENCHES.items())
+    chooser = argparse.ArgumentParser(
+        prog="python -m profiling.bench",
+        description=f"Measure speed. WHAT is one of\n\n{about}\n\nand takes options of its own: WHAT --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench_kernels.add_options(kernels)
-    options = parser.parse_args(argv)
-    return bench_kernels.bench(options, kernels.error)
+    chooser.add_argument("what", choices=tuple(BENCHES), metavar="WHAT")
+    what = chooser.parse_args(arguments[:1]).what
+    try:
+        module = importlib.import_module(f"profiling.bench_{what}")
+    except ModuleNotFoundError as error:
+        chooser.error(f"{what}: {error}; install it, or choose another bench")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m profiling.bench {what}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_options(parser)
+    return module.bench(parser.parse_args(arguments[1:]), parser.error)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,37 @@
 """Where a training step spends its time: `python -m profiling.trace --tier 1 [--trace-steps N] [--out FILE] [any setting of train]`.
 
-Prints the phases of a step and its largest operators, after warm-up, and with --out writes a trace for chrome://tracing or Perfetto.
-The frames are synthetic: the time of a step does not depend on what they show.
+Prints the step's time by pillar, forward and backward, and its largest operators, after warm-up, and with --out writes a trace for
+chrome://tracing or Perfetto. The frames are synthetic: the time of a step does not depend on what they show. With --nvtx the steps run
+with NVTX ranges instead, and the command that records them with Nsight Systems is printed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import profile, record_function
 
-from aime_fast.cli import parse_arguments, run_command, tier_from
+from aime_fast.cli import ConfigError, parse_arguments, run_command, tier_from
 from aime_fast.config import Config, preset
-from aime_fast.data import make_batches
-from aime_fast.training.schedules import Every
-from aime_fast.training.settings import choose_device, choose_kernels, keep_freed_memory
-from aime_fast.training.step import TrainingStep
-from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+from aime_fast.provenance import command_line
+from aime_fast.spans import use_nvtx
+from aime_fast.training.settings import choose_compile, choose_device
+from profiling.machine import title
+from profiling.steps import Updates, synchronize
 
-WARM_UP = 3  # steps before the first that counts
+PROFILED = "profiled steps"
+OUTSIDE = "outside any range"
+UNLINKED = "kernels of no operator (graph replays)"
+IDLE = "no kernel running"
+PILLARS = (
+    "perceiver_io", "generative_prior", "encoder_decoder", "temporal_dynamics", "attention_schema", "multi_task_learning",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,68 +41,193 @@ class TraceConfig:
     config: Config
     trace_steps: int = 4  # steps that are profiled, and as many that are timed without the profiler
     out: str | None = None  # trace file to write (JSON)
+    nvtx: bool = False  # name the ranges for Nsight Systems instead, and print the command that records them
 
 
-def make_step(config: Config) -> tuple[TrainingStep, list]:
-    """A training step and a few batches of the config's shape."""
-    device = choose_device(config.run.device)
-    choose_kernels(config.run.kernels)
-    if device.type == "cpu":
-        keep_freed_memory()
-    data = dataclasses.replace(config.data, data="synthetic", episodes=4)
-    batches, validation = make_batches(data, config.run.seed, device)
-    validation.close()
-    torch.manual_seed(config.run.seed)
-    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, batches.action_dim).to(device)
-    step = TrainingStep(model, config)  # before compiling: it copies the model
-    if config.run.compile:
-        model.compile_regions()
-    ready = [next(batches) for _ in range(2 * config.optim.accumulate)]
-    batches.close()
-    return step, ready
+@dataclasses.dataclass
+class Share:
+    """Microseconds of a range, its operators' backward included."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
 
 
-def run_steps(step: TrainingStep, batches: list, count: int) -> list[float]:
-    """Seconds of each of `count` updates; the discriminator learns as often as in training."""
-    optim, seconds = step.config.optim, []
-    one = torch.ones((), device=step.device)
-    for i in range(count):
+def by_range(events: Sequence[FunctionEvent], cuda: bool = False) -> dict[str, Share]:
+    """The profiled time by the innermost range (`a: b`) around each operator; a node of the backward counts with the operator that made it.
+
+    Args:
+        events: of `profiler.events()`, recorded inside one range called `PROFILED`.
+        cuda: count the time of kernels on the GPU instead of that of operators on the CPU.
+
+    Returns:
+        Shares that add up to the duration of `PROFILED`. `OUTSIDE` is what no range encloses. On CUDA `UNLINKED` are kernels that no
+        operator launched, `IDLE` is what the kernels' times leave of the duration (less than nothing where kernels overlap).
+    """
+    # An operator peeks at the number that the next autograd node gets: of all that saw it, the last one made the node.
+    makers: dict[tuple[int, int], FunctionEvent] = {}
+    for event in events:
+        if event.sequence_nr >= 0 and event.scope == 0 and not _is_node(event):
+            key = event.thread, event.sequence_nr
+            if key not in makers or event.time_range.start >= makers[key].time_range.start:
+                makers[key] = event
+
+    known: dict[int, tuple[str, bool]] = {}
+
+    def place(event: FunctionEvent | None) -> tuple[str, bool]:
+        """(range, whether in its backward)."""
+        if event is None:
+            return OUTSIDE, False
+        if id(event) not in known:
+            maker = makers.get((event.fwd_thread, event.sequence_nr)) if _is_node(event) else None
+            if maker is not None and (found := place(maker)[0]) != OUTSIDE:
+                known[id(event)] = found, True
+            elif event.is_user_annotation and ": " in event.name:
+                known[id(event)] = event.name, False
+            else:
+                known[id(event)] = place(event.cpu_parent)
+        return known[id(event)]
+
+    whole = next(event for event in events if event.name == PROFILED and event.device_type == DeviceType.CPU)
+    shares: dict[str, Share] = {}
+    for event in events:
+        own = _kernel_time(event) if cuda else event.self_cpu_time_total if event.thread == whole.thread else 0.0
+        if event.device_type != DeviceType.CPU or event.is_async or not own:
+            continue
+        if not cuda and not (whole.time_range.start <= event.time_range.start <= whole.time_range.end):
+            continue
+        name, backward = place(event)
+        share = shares.setdefault(name, Share())
+        if backward:
+            share.backward += own
+        else:
+            share.forward += own
+    if cuda:
+        kernels = sum(e.time_range.elapsed_us() for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+        shares[UNLINKED] = Share(kernels - sum(share.total for share in shares.values()))
+        shares[IDLE] = Share(whole.time_range.elapsed_us() - kernels)
+    return shares
+
+
+def _is_node(event: FunctionEvent) -> bool:
+    return event.name.startswith("autograd::engine::evaluate_function")
+
+
+def _kernel_time(event: FunctionEvent) -> float:
+    """Microseconds of the kernels that the operator launched itself; among a range's is its own shadow on the GPU, which is none."""
+    return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
+
+
+def pillar_table(shares: dict[str, Share], steps: int) -> str:
+    """Shares as text, milliseconds an update: the pillars by part, then what lies outside any of them, then the sum."""
+    total = sum(share.total for share in shares.values())
+
+    def line(name: str, share: Share) -> str:
+        each = [value / 1e3 / steps for value in (share.forward, share.backward, share.total)]
+        return f"  {name:<42} {each[0]:9.2f} {each[1]:9.2f} {each[2]:9.2f} {share.total / total:8.1%}"
+
+    lines = [f"{'pillar, ms an update':<44} {'forward':>9} {'backward':>9} {'both':>9} {'share':>8}"]
+    largest_first = sorted(shares.items(), key=lambda item: -item[1].total)
+    outside = {name: share for name, share in largest_first if name.split(": ")[0] not in PILLARS}
+    for pillar in (*PILLARS, "outside any pillar"):
+        parts = {name: share for name, share in largest_first if name.startswith(f"{pillar}: ")} if pillar in PILLARS else outside
+        if parts:
+            lines.append(line(pillar, Share(sum(s.forward for s in parts.values()), sum(s.backward for s in parts.values()))))
+            lines += [line(f"  {name.removeprefix(f'{pillar}: ')}", share) for name, share in parts.items()]
+    return "\n".join([*lines, line("sum", Share(sum(s.forward for s in shares.values()), sum(s.backward for s in shares.values())))])
+
+
+def timed(updates: Updates, count: int) -> list[float]:
+    """Seconds of each of `count` updates, the wait for the device included."""
+    seconds = []
+    for _ in range(count):
         began = time.perf_counter()
-        chosen = [batches[(i + j) % len(batches)] for j in range(optim.accumulate)]
-        bool(step(chosen, one, one * optim.learning_rate, Every(optim.n_critic)(i))["finite"])  # waits for the device
+        updates()
+        synchronize(updates.device)
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
 def trace(options: TraceConfig) -> None:
     """Times and profiles a step, and prints both."""
-    config = options.config
-    step, batches = make_step(config)
-    run_steps(step, batches, WARM_UP)
-    seconds = sorted(run_steps(step, batches, options.trace_steps))
-    with profile() as profiler:
-        run_steps(step, batches, options.trace_steps)
+    config, steps = options.config, options.trace_steps
+    if steps < 1:
+        raise ConfigError(f"--trace-steps {steps}: expected at least 1")
+    device = choose_device(config.run.device)
+    compile = choose_compile(config.run.compile, device)
+    if options.nvtx and device.type != "cuda":
+        raise ConfigError("--nvtx: Nsight Systems records CUDA programs, and this run is on the CPU; leave --nvtx out")
+    updates = Updates(config)
+    try:
+        timed(updates, updates.warm_up)
+        seconds = sorted(timed(updates, steps))
+        low, middle, high = (1e3 * seconds[i] for i in (0, len(seconds) // 2, -1))
+        frames = updates.frames
+        print(f"tier {config.tier}, {title(device)}, torch {torch.__version__}, compile {compile}")
+        print(f"{frames} frames an update, median {middle:.1f} ms ({low:.1f} to {high:.1f}), {1e3 * frames / middle:.0f} frames/s")
+        if options.nvtx:
+            run_for_nsight(updates, steps)
+        else:
+            run_profiled(updates, steps, compile, options.out)
+    finally:
+        updates.close()
 
-    frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
-    low, middle, high = (1e3 * seconds[i] for i in (0, len(seconds) // 2, -1))
-    print(f"tier {config.tier}, {step.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, compile {config.run.compile}")
-    print(f"{frames} frames an update, median {middle:.0f} ms ({low:.0f} to {high:.0f}), {1e3 * frames / middle:.0f} frames/s")
 
-    events = profiler.key_averages()
-    cuda = ProfilerActivity.CUDA in profiler.activities and step.device.type == "cuda"
-    total = (lambda e: e.device_time_total) if cuda else (lambda e: e.cpu_time_total)
-    own = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
-    print("\nphase                          ms an update")
-    for event in sorted((e for e in events if e.key.startswith("step: ")), key=total, reverse=True):
-        print(f"  {event.key.removeprefix('step: '):<28} {total(event) / 1e3 / options.trace_steps:8.1f}")
-    print("\noperator                                            ms an update   calls    share")
-    everything = sum(own(e) for e in events)
-    for event in sorted((e for e in events if not e.key.startswith("step: ")), key=own, reverse=True)[:15]:
-        count = event.count / options.trace_steps
-        print(f"  {event.key[:48]:<48} {own(event) / 1e3 / options.trace_steps:12.1f} {count:7.0f} {own(event) / everything:8.1%}")
-    if options.out:
-        profiler.export_chrome_trace(options.out)
-        print(f"\ntrace written to {options.out}")
+def run_profiled(updates: Updates, steps: int, compile: str, out: str | None) -> None:
+    """Profiles `steps` updates with torch.profiler and prints the tables."""
+    cuda = updates.device.type == "cuda"
+    with profile() as profiler, record_function(PROFILED):
+        for _ in range(steps):
+            updates()
+        synchronize(updates.device)
+    events = list(profiler.events())
+    shares = by_range(events, cuda)
+    whole = sum(share.total for share in shares.values()) / 1e3 / steps
+    print(f"an update took {whole:.1f} ms under the profiler; below is the time of {'kernels on the GPU' if cuda else 'operators'}\n")
+    print(pillar_table(shares, steps))
+    if compile != "off":
+        print("Compiled regions have no ranges inside: their time counts with the range around them. For all pillars: --compile off.")
+    print("\n" + operator_table(events, cuda, steps))
+    if out:
+        profiler.export_chrome_trace(out)
+        print(f"\ntrace written to {out}")
+
+
+def run_for_nsight(updates: Updates, steps: int) -> None:
+    """Runs `steps` updates with NVTX ranges, marked for Nsight Systems. Without torch.profiler: one program at a time can use CUPTI."""
+    use_nvtx(True)
+    try:
+        torch.cuda.profiler.start()
+        for _ in range(steps):
+            updates()
+        synchronize(updates.device)
+        torch.cuda.profiler.stop()
+    finally:
+        use_nvtx(False)
+    print(
+        f"\n{steps} updates ran with NVTX ranges. To record them:\n  nsys profile --trace=cuda,nvtx,cublas,cudnn --cuda-graph-trace=node "
+        f"--capture-range=cudaProfilerApi --capture-range-end=stop --output=aime-tier{updates.config.tier} {command_line()}\n"
+        "The tables by pillar and operator come without --nvtx: torch.profiler and Nsight cannot record at the same time."
+    )
+
+
+def operator_table(events: Sequence[FunctionEvent], cuda: bool, steps: int, rows: int = 15) -> str:
+    """The operators with the most time of their own, as text."""
+    own: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == DeviceType.CPU and not event.is_async and not event.is_user_annotation:
+            own[event.name] += _kernel_time(event) if cuda else event.self_cpu_time_total
+            calls[event.name] += 1
+    everything = sum(own.values())
+    lines = [f"{'operator':<50} {'ms an update':>12} {'calls':>7} {'share':>8}"]
+    for name, microseconds in own.most_common(rows):
+        share = microseconds / everything if everything else 0.0
+        lines.append(f"  {name[:48]:<48} {microseconds / 1e3 / steps:12.2f} {calls[name] / steps:7.0f} {share:8.1%}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -44,15 +44,19 @@ ALLOWED = {
     "kernels": {"kernels"},
     "config": set(),
     "layers": set(),
+    "spans": set(),
+    "roll_out": set(),
     "provenance": set(),
     "cli": {"config", "data", "aime_fast"},
-    "pillar": {"pillar", "kernels", "layers"},
-    "world_model": {"pillar", "layers", "config"},
+    "pillar": {"pillar", "kernels", "layers", "roll_out"},
+    "inference": {"pillar"},
+    "imagination": {"pillar", "inference", "roll_out"},
+    "world_model": {"pillar", "layers", "config", "spans", "inference", "imagination", "roll_out", "aime_fast"},
     "data": {"data", "config"},
-    "training": {"training", "kernels", "world_model", "data", "config", "cli", "pillar", "provenance"},
+    "training": {"training", "kernels", "world_model", "data", "config", "cli", "pillar", "provenance", "spans"},
     "command": {"training", "data", "cli", "config", "pillar", "provenance"},
     "aime_fast": set(),
-    "profiling": {"profiling", "kernels", "training", "world_model", "data", "config", "cli", "pillar", "layers", "provenance"},
+    "profiling": {"profiling", "kernels", "training", "world_model", "data", "config", "cli", "pillar", "layers", "provenance", "spans"},
 }
 
 

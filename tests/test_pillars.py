@@ -32,7 +32,7 @@ def test_causal_convolution_is_conv3d_padded_on_the_left(stride):
     start = starts(None, 2, 4, x.device)
     padded = nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 0, 1, 0))
     expected = theirs(padded).transpose(1, 2)
-    torch.testing.assert_close(ours(x.flatten(0, 1), start).unflatten(0, (2, 4)), expected)
+    torch.testing.assert_close(ours(x.flatten(0, 1), start)[0].unflatten(0, (2, 4)), expected)
 
 
 @torch.no_grad()
@@ -72,6 +72,25 @@ def test_generation_runs_past_the_trained_length_is_causal_in_actions_and_determ
     assert torch.isfinite(drawn).all()
     with pytest.raises(ValueError, match="20 frames after 3 need 22 actions, got 14"):
         perceiver.generate_tokens(tokens, actions, 20)
+
+
+@settings(deadline=None, max_examples=10)
+@given(cut=st.integers(1, 11), mark=st.integers(0, 11), seed=st.integers(0, 1000))
+@torch.no_grad()
+def test_perception_in_pieces_equals_perception_at_once(model, cut, mark, seed):
+    """12 frames, a window of 5: the first piece may be longer or shorter than the window, and an episode may begin anywhere."""
+    perceiver = model.perceiver_io
+    video, _ = make_batch(model, 2, 12, seed)
+    is_init = torch.zeros(2, 12, dtype=torch.bool)
+    is_init[1, mark] = True
+    tokens = perceiver.tokenizer.tokenize(video, is_init).codes
+    kept, memory, pieces = perceiver.tokenizer.nothing_kept(2), perceiver.empty_memory(2), []
+    for piece in (slice(0, cut), slice(cut, 12)):
+        *seen, kept, memory = perceiver.observe(video[:, piece], kept, memory, is_init[:, piece])
+        pieces.append(seen)
+    assert torch.equal(torch.cat([codes for codes, _ in pieces], 1), tokens)
+    context = torch.cat([context for _, context in pieces], 1)
+    torch.testing.assert_close(context, perceiver.context(tokens, is_init), rtol=1e-9, atol=1e-10)
 
 
 def test_predictor_learns_to_copy_and_counts_only_frames_with_a_past():

@@ -93,7 +93,7 @@ class CausalPerceiverIO(nn.Module):
             key_value.append(new)
         episode = start.cumsum(1)
         known = known & (episode == episode[:, -1:])
-        return self.out(x), Memory(torch.stack(key_value, dim=1), known[:, frames:])
+        return self.out(x), Memory(torch.stack(key_value, dim=1), known[:, frames:].contiguous())
 
     def empty_memory(self, batch: int) -> Memory:
         """The memory before a first frame."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from aime_fast.spans import span
+
 ALIGNMENT = 32  # elements: each parameter begins on a boundary of 128 bytes, as vector loads and matrix libraries like it
 
 
@@ -56,6 +58,51 @@ class Arena:
             if missing:
                 pieces.append(like.new_zeros(missing))
         return torch.cat(pieces)
+
+
+class GradientRows:
+    """Gradients of several losses over the parameters of an arena: [n, P], a row for each loss.
+
+    Eagerly the rows lie in one buffer that is kept from step to step; in compiled code they are new, since there writing into slices
+    of a buffer would copy the whole of it.
+
+    Args:
+        arena: the parameters.
+        losses: n.
+    """
+
+    def __init__(self, arena: Arena, losses: int):
+        self.arena = arena
+        self._flat = arena.flat.new_zeros(losses, arena.flat.numel())
+        self._views = [arena.split(row) for row in self._flat]
+
+    def gather(self, losses: dict[str, Tensor], before: Tensor | None = None) -> Tensor:
+        """Gradients of scalar losses of one graph, which is freed -> [n, P], zero where a loss does not reach.
+
+        Args:
+            losses: by name, in the order of the rows.
+            before: rows to add to, as an earlier `gather` returned them; they are overwritten.
+        """
+        rows, last = [], [name for name, loss in losses.items() if loss.requires_grad][-1]
+        for i, (name, loss) in enumerate(losses.items()):
+            gradients: Sequence[Tensor | None] = [None] * len(self.arena.parameters)
+            with span(f"step: backward {name}"):
+                if loss.requires_grad:
+                    gradients = torch.autograd.grad(loss, self.arena.parameters, retain_graph=name != last, allow_unused=True)
+                if torch.compiler.is_compiling():
+                    rows.append(self.arena.flatten(gradients))
+                else:
+                    self._add(i, gradients, before is None)
+        if not rows:
+            return self._flat
+        return torch.stack(rows) if before is None else before + torch.stack(rows)
+
+    def _add(self, row: int, gradients: Sequence[Tensor | None], anew: bool) -> None:
+        if anew:
+            self._flat[row].zero_()
+        reached = [(view, gradient) for view, gradient in zip(self._views[row], gradients) if gradient is not None]
+        if reached:
+            torch._foreach_add_([view for view, _ in reached], [gradient for _, gradient in reached])
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
         "steps", "epochs", "device", "precision", "compile", "threads", "run_dir", "resume", "logger", "log_every",
         "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
     )
-) | {"data.data", "data.workers", "data.prefetch"}  # fmt: skip
+) | {"data.data", "data.workers", "data.prefetch", "data.replay"}  # fmt: skip
 
 
 class CheckpointError(ValueError):

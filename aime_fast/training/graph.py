@@ -45,7 +45,7 @@ class Captured:
             return self._run_on_side_stream()
         if self.calls == WARM_UP + 1:
             torch.cuda.synchronize(self.device)
-            with torch.cuda.graph(self._graph, pool=self.pool, stream=self._stream):
+            with torch.cuda.graph(self._graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self.function(*pytree.tree_unflatten(self._inputs, self._structure))
         self._graph.replay()
         return self._outputs

@@ -25,7 +25,7 @@ from aime_fast.multi_task_learning import RGB, LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
 from aime_fast.spans import span
 from aime_fast.training.adam import Adam
-from aime_fast.training.arena import Arena
+from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
 from aime_fast.training.faults import Faults, NonFiniteError, first_error
 from aime_fast.training.graph import Captured
@@ -74,6 +74,7 @@ class TrainingStep:
         self.optimizer = Adam(self.generator.flat, optim.adam_beta1, scale=self.generator.flatten(scales))
         self.discriminator_optimizer = Adam(self.discriminator.flat)
         self.discriminator_lr = torch.tensor(optim.discriminator_lr, device=self.device)
+        self._task_rows, self._discriminator_row = GradientRows(self.generator, len(TASKS)), GradientRows(self.discriminator, 1)
         self.gradient = torch.zeros_like(self.generator.flat)  # what RGB made of the task gradients, clipped
 
         self.losses = LossAggregator(**to_dict(config.loss))
@@ -85,7 +86,7 @@ class TrainingStep:
         self.faults = Faults(CHECKED, self.device)
         self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in dict(model.named_parameters())]
         self._seen: list[dict[str, dict[str, Tensor]]] = []
-        self._rows: tuple[Tensor, Tensor | None] = (self.gradient.new_zeros(len(TASKS), 0), None)
+        self._rows: tuple[Tensor | None, Tensor | None] = (None, None)
         self._captured: dict[bool, Captured] = {}
         if compile == "on" and self.device.type == "cpu":
             model.compile_regions()
@@ -139,56 +140,53 @@ class TrainingStep:
     def _update_of(self, train_discriminator: bool) -> Callable:
         def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, adversarial: Tensor):
             before = [buffer.clone() for buffer in self._learnt]
-            share, metrics, rows, seen = 1.0 / len(batches), {}, (), []
+            share, metrics, rows, seen = 1.0 / len(batches), {}, (None, None), []
             for batch in batches:
-                *new_rows, scalars, outputs = self._gradients(batch, beta, adversarial, share, train_discriminator)
-                rows = [a + b if b is not None else None for a, b in zip(rows, new_rows)] if rows else new_rows
+                rows, scalars, outputs = self._gradients(batch, beta, adversarial, share, train_discriminator, rows)
                 metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
                 seen.append({"batch": batch, "output": outputs, "loss": scalars})
             metrics |= self._apply(*rows, metrics, before, learning_rate)
-            return metrics | {"beta": beta, "learning_rate": learning_rate}, seen, tuple(rows)
+            return metrics | {"beta": beta, "learning_rate": learning_rate}, seen, rows
 
         return update
 
     def _gradients(
-        self, batch: dict[str, Tensor], beta: Tensor, adversarial: Tensor, share: float, train_discriminator: bool
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
-        """A batch -> (task gradients [n, P], discriminator gradient [Pd] or None, scalars; all times `share`), and the outputs."""
+        self,
+        batch: dict[str, Tensor],
+        beta: Tensor,
+        adversarial: Tensor,
+        share: float,
+        train_discriminator: bool,
+        before: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[tuple[Tensor, Tensor | None], dict[str, Tensor], dict[str, Tensor]]:
+        """A batch -> (gradients of the tasks [n, P], of the discriminators [1, Pd] or None), scalars; outputs of the model.
+
+        Losses count times `share`, and so do scalars; gradients are added to those `before`.
+        """
         data, pixels = self.config.data, batch["pixels"]
         with span("step: augment"):
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
         with span("step: forward"), self.autocast():
             outputs = self.model.forward_sequence(observations, batch["action"], batch["is_init"], ema=self.ema.model)
         losses, task_losses = self.losses.compute_losses(outputs, beta, adversarial)
-        rows = []
-        for task, loss in zip(TASKS, task_losses):
-            with span(f"step: backward {task}"):
-                rows.append(self._flat_gradient(self.generator, loss * share, retain_graph=task != TASKS[-1]))
+        tasks = self._task_rows.gather({task: loss * share for task, loss in zip(TASKS, task_losses)}, before[0])
 
         outputs = outputs.detach()
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
-        discriminator_row = None
+        discriminator = None
         if train_discriminator:
-            with span("step: discriminator"):
-                with self.autocast():
-                    loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-                discriminator_row = self._flat_gradient(self.discriminator, loss * share, retain_graph=False)
+            with span("step: forward discriminator"), self.autocast():
+                loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
+            discriminator = self._discriminator_row.gather({"discriminator": loss * share}, before[1])
             metrics |= {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
         metrics = {name: value * share for name, value in metrics.items()}
-        return torch.stack(rows), discriminator_row, metrics, {name: outputs[name] for name in COMPUTED}
-
-    @staticmethod
-    def _flat_gradient(arena: Arena, loss: Tensor, retain_graph: bool) -> Tensor:
-        """dloss/dparameters [P]; zero where the loss does not reach."""
-        if not loss.requires_grad:
-            return torch.zeros_like(arena.flat)
-        return arena.flatten(torch.autograd.grad(loss, arena.parameters, retain_graph=retain_graph, allow_unused=True))
+        return (tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
 
     def _apply(
         self, tasks: Tensor, discriminator: Tensor | None, metrics: dict[str, Tensor], before: list[Tensor], learning_rate: Tensor
     ) -> dict[str, Tensor]:
-        """Gradients to new weights: tasks [n, P], discriminator [Pd]; `before` are the learnt buffers as they were."""
+        """Gradients to new weights: tasks [n, P], discriminator [1, Pd]; `before` are the learnt buffers as they were."""
         optim = self.config.optim
         checked = {name: metrics[name] for name in CHECKED if name in metrics}
         if discriminator is not None:
@@ -204,7 +202,7 @@ class TrainingStep:
             self.optimizer.update(self.gradient, learning_rate, finite)
             if discriminator is not None:
                 clip = (optim.grad_clip / (checked["gradient_norm/discriminator"] + 1e-6)).clamp(max=1.0)
-                self.discriminator_optimizer.update(discriminator * clip, self.discriminator_lr, finite)
+                self.discriminator_optimizer.update(discriminator[0] * clip, self.discriminator_lr, finite)
         for buffer, old in zip(self._learnt, before):
             buffer.copy_(torch.where(finite, buffer, old))
         with span("step: EMA"):
@@ -236,7 +234,7 @@ class TrainingStep:
         names = {id(p): name for name, p in self.model.named_parameters()}
         tasks, discriminator = self._rows
         # The discriminators first: `_apply` marks the tasks' rows where the fault is elsewhere.
-        rows = [("the discriminator loss", self.discriminator, discriminator)] if discriminator is not None else []
+        rows = [("the discriminator loss", self.discriminator, discriminator[0])] if discriminator is not None else []
         rows += [(f"task {task!r}", self.generator, row) for task, row in zip(TASKS, tasks)]
         for whose, arena, row in rows:
             for parameter, view in zip(arena.parameters, arena.split(row)):

@@ -1,0 +1,105 @@
+"""How many frames a second does the loader serve, with nothing else to do?
+
+Without --data the frames are synthetic and have the shape of the tier; with it they are those of an HDF5 file or a folder of them. The
+frames lie on the host, and with CUDA also on the device; batches are made when asked for, or ahead by a thread. A sample of the
+speed is what arrives in a tenth of a second or a little more. `unpack_seconds` is the time in which the replay is filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from aime_fast.config import PRESETS, DataConfig, preset
+from aime_fast.data import DataError, DMCVBDataset, make_batches
+from profiling.machine import describe, title
+from profiling.rows import spread, write_rows
+from profiling.steps import synchronize, synthetic
+
+WINDOW = 0.1  # seconds
+RECORDED = ("domain", "task", "image_size", "frame_skip", "render_quality")  # taken from a file instead of the tier
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `profiling.bench data`."""
+    parser.add_argument("--tier", choices=tuple(PRESETS), nargs="+", default=["1", "2", "3"], help="default: 1 2 3")
+    parser.add_argument("--data", metavar="FILE", help="HDF5 file or folder; default: synthetic frames")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sample", type=float, default=2.0, metavar="N", help="seconds a row; default 2")
+    parser.add_argument("--json", metavar="FILE", help="write the rows here, each with machine, versions, commit and command")
+
+
+def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    """Measure, print and write; returns the exit status."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        usage_error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    device = torch.device(options.device)
+    print(f"{title(device)}\n{'tier':<6}{'source':<12}{'replay':<8}{'prefetch':>8}{'frames/s':>12}{'p20':>12}{'p80':>12}{'unpack s':>10}")
+    head, rows = describe(device), []
+    for tier in options.tier:
+        try:
+            data = _data(tier, options.data)
+            for replay in ("host", "device") if device.type == "cuda" else ("host",):
+                for ahead in (0, preset(tier).data.prefetch):
+                    row = {"tier": tier} | measure(dataclasses.replace(data, replay=replay, prefetch=ahead), device, options.sample)
+                    rows.append(row)
+                    speed = row["frames_per_second"]
+                    print(
+                        f"{tier:<6}{row['source']:<12}{replay:<8}{ahead:>8}{speed['median']:>12.0f}{speed['p20']:>12.0f}"
+                        f"{speed['p80']:>12.0f}{row['unpack_seconds']:>10.2f}",
+                        flush=True,
+                    )
+        except DataError as error:
+            usage_error(f"tier {tier}: {error}")
+    write_rows(options.json, head, rows)
+    return 0
+
+
+def _data(tier: str, path: str | None) -> DataConfig:
+    """The tier's sequences and batches, cut from a file if there is one."""
+    config = preset(tier)
+    if path is None:
+        return synthetic(config).data
+    recorded = DMCVBDataset(path, config.data.sequence_length).attributes
+    return dataclasses.replace(config.data, data=path, **{name: recorded[name] for name in RECORDED if name in recorded})
+
+
+def measure(data: DataConfig, device: torch.device, seconds: float) -> dict[str, Any]:
+    """One row: batches as fast as they come, for `seconds`."""
+    began = time.perf_counter()
+    batches, validation = make_batches(data, seed=0, device=device)
+    validation.close()
+    unpacked = time.perf_counter() - began
+    try:
+        for _ in range(2 + data.prefetch):
+            next(batches)
+        synchronize(device)
+        rates, began = [], time.perf_counter()
+        while not rates or time.perf_counter() - began < seconds:
+            rates.append(_frames_per_second(batches, device))
+    finally:
+        batches.close()
+    return {
+        "device": device.type,
+        "source": "synthetic" if data.data == "synthetic" else "HDF5",
+        "replay": data.replay,
+        "prefetch": data.prefetch,
+        "frames_per_second": spread(rates),
+        "frames_per_batch": data.batch_size * data.sequence_length,
+        "image_size": data.image_size,
+        "unpack_seconds": unpacked,
+    }
+
+
+def _frames_per_second(batches: Any, device: torch.device) -> float:
+    """Over one window; the last batch has arrived on the device."""
+    frames, began = 0, time.perf_counter()
+    while time.perf_counter() - began < WINDOW:
+        frames += next(batches)["pixels"].shape[:2].numel()
+    synchronize(device)
+    return frames / (time.perf_counter() - began)

@@ -1,0 +1,204 @@
+"""How fast is a training step, and what holds it back?
+
+One row a configuration: tier, compile mode, precision and kernels. Frames come from the real loader (synthetic episodes), and the
+device is not waited for inside a step, as in training. A sample of the speed is one cycle of updates with and without discriminators;
+median, 20th and 80th percentile are over those. Warm-up, in which the step compiles, is not counted; `compile_seconds` is how much
+longer it took than as many later updates. On a CPU the configurations of a tier take turns, since the machine's speed wanders.
+
+On CUDA the default is a ladder, each rung with one thing more: eager fp32 with the reference kernels, bf16, compile, Triton kernels,
+graph. Operations are those of matrix products and convolutions (and, on CUDA, attention), counted by PyTorch over eager updates with the
+reference kernels and compared with the rate of a matrix product of the same precision measured here. `gpu_busy` is the time in which
+some kernel ran, by the profiler, as a share of the time of an update without it. What a device cannot know is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from aime_fast.cli import ConfigError
+from aime_fast.config import PRESETS, preset
+from kernels.backend import CHOICES
+from profiling.machine import describe, title
+from profiling.rows import write_rows
+from profiling.steps import Updates
+from profiling.throughput import PRECISIONS, Measured, Setting, clear, matmul_rates, sample
+
+MODES = ("off", "on", "graph")
+LADDER = (
+    ("off", "fp32", "reference"),
+    ("off", "bf16", "reference"),
+    ("on", "bf16", "reference"),
+    ("on", "bf16", "triton"),
+    ("graph", "bf16", "triton"),
+)
+
+
+def count_flops(tier: str, device: torch.device) -> tuple[int | None, int]:
+    """Floating-point operations of an update, the mean of a cycle of eager updates with the reference kernels; and 1 if that failed."""
+    clear(device)
+    updates = None
+    try:
+        updates = Updates(Setting(tier, "off", "fp32", "reference").config(str(device)))
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(updates.cycle):
+                updates()
+        return counter.get_total_flops() // updates.cycle, 0
+    except Exception as error:
+        return None, _report(f"tier {tier}, counting operations", error)
+    finally:
+        if updates is not None:
+            updates.close()
+
+
+def settings(options: argparse.Namespace) -> list[Setting]:
+    """What to measure, in order."""
+    found = []
+    for tier in options.tier:
+        precisions = options.precision or (PRECISIONS if options.ladder else [preset(tier).run.precision])
+        if options.ladder:
+            found += [Setting(tier, *rung) for rung in LADDER if rung[0] in options.compile and rung[1] in precisions]
+        else:
+            found += [Setting(tier, mode, precision, options.kernels) for precision in precisions for mode in options.compile]
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `profiling.bench train`."""
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--tier", choices=tuple(PRESETS), nargs="+", help="default: 1 2 3 on CUDA, debug 1 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--compile", choices=MODES, nargs="+", help="default: off on graph on CUDA, off on on a CPU")
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="default: both in the ladder, else that of the tier")
+    parser.add_argument("--kernels", choices=CHOICES, default="auto", help="without the ladder")
+    parser.add_argument(
+        "--ladder",
+        action=argparse.BooleanOptionalAction,
+        help="one thing more a rung, cut down by --compile and --precision; default on CUDA",
+    )
+    parser.add_argument("--sample", type=float, metavar="N", help="seconds of updates a row; default 10 on CUDA, 20 on a CPU")
+    parser.add_argument("--seconds", type=float, metavar="N", help="start no configuration after this time")
+    parser.add_argument("--quick", action="store_true", help="the debug tier alone, one second a row")
+    parser.add_argument("--json", metavar="FILE", help="write the rows here, each with machine, versions, commit and command")
+
+
+def _fill_in(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
+    """Defaults that depend on the device."""
+    cuda = options.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        usage_error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    if options.ladder and not cuda:
+        usage_error("--ladder: its rungs need CUDA; leave it out, or use --device cuda")
+    options.ladder = cuda if options.ladder is None else options.ladder
+    options.tier = ["debug"] if options.quick else options.tier or (["1", "2", "3"] if cuda else ["debug", "1"])
+    options.compile = options.compile or list(MODES if cuda else MODES[:2])
+    options.sample = options.sample or (1.0 if options.quick else 10.0 if cuda else 20.0)
+
+
+def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    """Measure, print and write; returns the exit status."""
+    _fill_in(options, usage_error)
+    device, began = torch.device(options.device), time.perf_counter()
+    rates = matmul_rates(device)
+    print(f"{title(device)}, torch {torch.__version__}: matmul {', '.join(f'{n} {r / 1e12:.2f} TFLOP/s' for n, r in rates.items())}")
+    head, rows, failed = describe(device), [], 0
+    waiting = [setting for setting in settings(options) if _possible(setting, device)]
+    for tier, of_tier in itertools.groupby(waiting, key=lambda setting: setting.tier):
+        print(f"\ntier {tier}\n{HEADER}", flush=True)
+        flops, failures = count_flops(tier, device)
+        failed += failures
+        first = None
+        for together in _together(list(of_tier), device):
+            if options.seconds is not None and time.perf_counter() - began > options.seconds:
+                print(f"  left out after {options.seconds:g} s: {'; '.join(setting.title for setting in together)}")
+                continue
+            measured, failures = measure_together(together, device, options.sample, flops, rates)
+            failed += failures
+            for row in measured:
+                first = first or row
+                row["speedup"] = row["frames_per_second"]["median"] / first["frames_per_second"]["median"]
+                rows.append(row)
+                print(line(row), flush=True)
+            write_rows(options.json, head, rows)  # now: what was measured outlives a kill
+    write_rows(options.json, head, rows)
+    print(f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s, {failed} failed")
+    return int(failed > 0)
+
+
+def measure_together(
+    together: Sequence[Setting], device: torch.device, seconds: float, flops: int | None, rates: dict[str, float]
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows of configurations that take turns, and how many failed. Everything that they held on the device is let go."""
+    clear(device)
+    measured: list[Measured] = []
+    rows, failed = [], 0
+    try:
+        for setting in together:
+            try:
+                measured.append(Measured(setting, str(device)))
+            except Exception as error:
+                failed += _report(setting.title, error)
+        sample(measured, seconds)
+        for one in measured:
+            rows.append(one.row(flops, rates[one.setting.precision]))
+    except Exception as error:
+        failed += _report("; ".join(one.setting.title for one in measured), error)
+    finally:
+        for one in measured:
+            one.close()
+    return rows, failed
+
+
+def _possible(setting: Setting, device: torch.device) -> bool:
+    """Whether this device has the mode; says so where not."""
+    if setting.compile == "graph" and device.type != "cuda":
+        print(f"left out: {setting.title}: CUDA graphs need a CUDA device")
+        return False
+    return True
+
+
+def _together(of_tier: list[Setting], device: torch.device) -> Iterator[list[Setting]]:
+    """On a CPU those of one precision take turns; on CUDA each has the memory to itself."""
+    if device.type == "cuda":
+        yield from ([setting] for setting in of_tier)
+    else:
+        yield from (list(group) for _, group in itertools.groupby(of_tier, key=lambda setting: setting.precision))
+
+
+def _report(what: str, error: Exception) -> int:
+    """Say what failed; the bench goes on."""
+    kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+    print(f"  FAILED: {what}: {kind}: {(str(error).strip().splitlines() or [''])[0][:200]}", flush=True)
+    if not isinstance(error, (ConfigError, torch.OutOfMemoryError)):
+        traceback.print_exception(error)
+    return 1
+
+
+HEADER = (
+    f"  {'compile':<8}{'precision':<10}{'kernels':<10} frames/s     p20     p80 speed-up"
+    "  compile s  cache  GiB  launches  syncs   busy    MFU  data ms"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+
+    def show(value: float | None, form: str) -> str:
+        width = int(form.split(".")[0])
+        return format(value, form) if value is not None else f"{'-':>{width}}"
+
+    speed = row["frames_per_second"]
+    memory = None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 2**30
+    return (
+        f"  {row['compile']:<8}{row['precision']:<10}{row['kernels']:<10}{speed['median']:9.1f}{speed['p20']:8.1f}{speed['p80']:8.1f}"
+        f"{row['speedup']:8.2f}x{show(row['compile_seconds'], '11.1f')}  {row['inductor_cache'] or '-':<5}{show(memory, '5.1f')}"
+        f"{show(row['launches_per_step'], '10.0f')}{show(row['host_syncs_per_step'], '7.1f')}{show(row['gpu_busy'], '7.1%')}"
+        f"{show(row['model_flops_utilisation'], '7.1%')}{1e3 * row['data_wait_seconds']:9.2f}"
+    )

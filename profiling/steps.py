@@ -1,0 +1,83 @@
+"""A training step fed by the real loader, as the trainer does it, for measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from tensordict import TensorDict
+
+from aime_fast.config import Config
+from aime_fast.data import make_batches
+from aime_fast.spans import span
+from aime_fast.training.graph import WARM_UP
+from aime_fast.training.schedules import Every
+from aime_fast.training.settings import choose_compile, choose_device, choose_kernels, keep_freed_memory
+from aime_fast.training.step import TrainingStep
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+UPDATE = "step: update"  # the range of a call to the step, loader excluded
+EPISODES = 16  # synthetic ones: enough for a batch of every tier
+
+
+def synthetic(config: Config) -> Config:
+    """The config with synthetic frames: the time of a step does not depend on what they show."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", episodes=EPISODES))
+
+
+class Updates:
+    """Updates one after another, from synthetic frames that the loader serves. The device is never waited for.
+
+    Args:
+        config: the run's settings; `run.compile`, `run.kernels`, `run.precision` and `run.device` are obeyed.
+
+    Attributes:
+        step, device, frames: the training step, its device, frames of an update.
+        cycle: updates after which the kinds of update come round again: discriminators learn in one of `n_critic`.
+        warm_up: updates before the first that is like all later ones: compiled, captured, memory allocated.
+        made: updates so far. waited: seconds spent so far in waiting for the loader.
+
+    Raises:
+        ConfigError: a device, kernels or compile mode that this machine lacks.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = choose_device(config.run.device)
+        compile = choose_compile(config.run.compile, self.device)
+        choose_kernels(config.run.kernels)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.batches, validation = make_batches(synthetic(config).data, config.run.seed, self.device)
+        validation.close()
+        torch.manual_seed(config.run.seed)
+        model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)
+        self.step = TrainingStep(model, config, compile)
+        self.frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
+        self.cycle = config.optim.n_critic
+        self.warm_up = self.cycle * (WARM_UP + 2 if compile == "graph" else 2)
+        self.made, self.waited = 0, 0.0
+        self._one = torch.ones((), device=self.device)
+        self._learning_rate = self._one * config.optim.learning_rate
+        self._trains_discriminator = Every(self.cycle)
+
+    def __call__(self) -> TensorDict:
+        """One update; its metrics, still on the device."""
+        began = time.perf_counter()
+        with span("loader: next batch"):
+            batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
+        self.waited += time.perf_counter() - began
+        self.made += 1
+        with span(UPDATE):
+            return self.step(batches, self._one, self._learning_rate, self._trains_discriminator(self.made), adversarial=self._one)
+
+    def close(self) -> None:
+        """Stop the loader."""
+        self.batches.close()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,162 @@
+"""Measured speed of a training step in one configuration, or in several that take turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from aime_fast.config import Config, preset
+from kernels.backend import kernels_on
+from profiling.bench_kernels import measure
+from profiling.observe import FIELDS, observe
+from profiling.rows import spread
+from profiling.steps import Updates, synchronize
+
+PRECISIONS = ("fp32", "bf16")
+TURN = {"cpu": 2, "cuda": 5}  # cycles of one configuration before the next has its turn
+TURNS = 3  # at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured in a row."""
+
+    tier: str
+    compile: str
+    precision: str
+    kernels: str
+
+    @property
+    def title(self) -> str:
+        return f"tier {self.tier}, compile {self.compile}, {self.precision}, {self.kernels} kernels"
+
+    def config(self, device: str) -> Config:
+        base = preset(self.tier)
+        run = dataclasses.replace(base.run, device=device, compile=self.compile, precision=self.precision, kernels=self.kernels)
+        return dataclasses.replace(base, run=run)
+
+
+class Measured:
+    """A configuration that is warm, and the samples taken of it so far."""
+
+    def __init__(self, setting: Setting, device: str):
+        self.setting = setting
+        cache_before = _cache_counters()
+        self.updates = Updates(setting.config(device))
+        self.device, self.kernels = self.updates.device, kernels_on(self.updates.device)
+        try:
+            began = time.perf_counter()
+            for _ in range(self.updates.warm_up):
+                self.updates()
+            synchronize(self.device)
+            self.warm_up_seconds = time.perf_counter() - began
+        except BaseException:
+            self.close()
+            raise
+        self.inductor_cache = _cache_state(cache_before, _cache_counters()) if setting.compile != "off" else None
+        self.samples: list[float] = []  # seconds of a cycle
+        self.waited, self.counted = 0.0, 0
+
+    def take(self) -> None:
+        """Add the samples of a turn. On CUDA the device's own clock stamps them, and only the end is waited for."""
+        before, made = self.updates.waited, self.updates.made
+        stamps = [_stamp(self.device)]
+        for _ in range(TURN[self.device.type]):
+            for _ in range(self.updates.cycle):
+                self.updates()
+            stamps.append(_stamp(self.device))
+        synchronize(self.device)
+        self.samples += [_between(a, b) for a, b in itertools.pairwise(stamps)]
+        self.waited += self.updates.waited - before
+        self.counted += self.updates.made - made
+
+    @property
+    def update_seconds(self) -> float:
+        """Median time of an update."""
+        return statistics.median(self.samples) / self.updates.cycle
+
+    def row(self, flops: int | None, matmul: float | None) -> dict[str, Any]:
+        """The row of these samples, with what only CUDA can tell."""
+        rates = [self.updates.cycle / seconds for seconds in self.samples]
+        per_second = statistics.median(rates)
+        steady = self.updates.warm_up * self.update_seconds
+        cuda = self.device.type == "cuda"
+        row = {
+            **dataclasses.asdict(self.setting),
+            "device": self.device.type,
+            "kernels": self.kernels,
+            "frames_per_second": spread([self.updates.frames * rate for rate in rates]),
+            "updates_per_second": spread(rates),
+            "compile_seconds": max(0.0, self.warm_up_seconds - steady) if self.setting.compile != "off" else None,
+            "inductor_cache": self.inductor_cache,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            "data_wait_seconds": self.waited / self.counted,
+            "steps": self.counted,
+            "frames_per_step": self.updates.frames,
+            "model_flops_per_step": flops,
+            "matmul_flops": matmul,
+            "model_flops_utilisation": flops * per_second / matmul if flops and matmul else None,
+        }
+        return row | (observe(self.updates, self.update_seconds) if cuda else dict.fromkeys(FIELDS))
+
+    def close(self) -> None:
+        """Stop the loader."""
+        self.updates.close()
+
+
+def _stamp(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
+def _cache_counters() -> tuple[int, int]:
+    inductor = counters["inductor"]
+    return inductor["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"], inductor["fxgraph_cache_miss"]
+
+
+def _cache_state(before: tuple[int, int], after: tuple[int, int]) -> str | None:
+    """What Inductor's cache on disk had: "warm" all, "cold" none, "mixed" some; None where it was not asked."""
+    hits, misses = after[0] - before[0], after[1] - before[1]
+    return {(True, False): "warm", (False, True): "cold", (True, True): "mixed"}.get((hits > 0, misses > 0))
+
+
+def sample(measured: Sequence[Measured], seconds: float) -> None:
+    """Fill the samples: about `seconds` for each, in turns, and at least `TURNS` turns."""
+    began, turns = time.perf_counter(), 0
+    while measured and (turns < TURNS or time.perf_counter() - began < seconds * len(measured)):
+        for one in measured:
+            one.take()
+        turns += 1
+
+
+def clear(device: torch.device) -> None:
+    """Let go of earlier weights, graphs and compiled code, and start the count of memory anew."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def matmul_rates(device: torch.device) -> dict[str, float]:
+    """FLOP/s of a large matrix product, by precision."""
+    size, rates = 8192 if device.type == "cuda" else 1024, {}
+    for name, dtype in zip(PRECISIONS, (torch.float32, torch.bfloat16)):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates[name] = 2 * size**3 / (1e-3 * measure(lambda left=left, right=right: left @ right, device)[0])
+    return rates

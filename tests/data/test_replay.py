@@ -1,0 +1,140 @@
+"""Where the frames lie changes no batch: in a memory map, in the memory of the device, or on the way between them."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from aime_fast.config import DataConfig
+from aime_fast.data import DataError, SyntheticEpisodes, make_batches
+from aime_fast.data.batches import SequenceBatches
+from aime_fast.data.replay import DEVICE_SHARE, KEYS, Replay, lies_on_device, replay_bytes
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+SMALL = DataConfig(data="synthetic", episodes=6, image_size=16, sequence_length=7, batch_size=4, validation_fraction=0.3)
+
+
+def equal(a, b) -> bool:
+    return a.shape == b.shape and all(a[key].dtype == b[key].dtype and torch.equal(a[key].cpu(), b[key].cpu()) for key in KEYS)
+
+
+@pytest.fixture
+def batches():
+    made = []
+
+    def make(source=None, **changed):
+        source = source or SyntheticEpisodes(4, 16, seed=0)
+        settings = {"sequence_length": 7, "batch_size": 4, "seed": 3, **changed}
+        made.append(SequenceBatches(source, [2, 0, 3], **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_auto_takes_the_gpu_up_to_its_share_and_device_up_to_all():
+    free = 1000
+    share = int(DEVICE_SHARE * free)
+    assert [lies_on_device("auto", needed, free) for needed in (0, share, share + 1, free)] == [True, True, False, False]
+    assert [lies_on_device("device", needed, free) for needed in (share + 1, free)] == [True, True]
+    assert not lies_on_device("host", 0, free)
+    with pytest.raises(DataError, match=r"--replay device: .* need 3\.0 GiB, the device has 2\.0 GiB free; pass --replay host"):
+        lies_on_device("device", 3 * 2**30, 2 * 2**30)
+
+
+@pytest.mark.parametrize("choice", ["auto", "device", "host"])
+def test_on_a_cpu_the_frames_are_mapped_whatever_is_chosen(choice):
+    pair = make_batches(dataclasses.replace(SMALL, replay=choice), 0, "cpu")
+    assert [each.resident for each in pair] == [False, False]
+    for each in pair:
+        each.close()
+
+
+def test_the_rule_weighs_what_the_frames_take():
+    source = SyntheticEpisodes(2, 16, seed=0)
+    for resident in (False, True):
+        frames = Replay(source, [0, 1], [0, 100, 200], torch.device("cpu"), resident).frames
+        assert sum(frames[key].numel() * frames[key].element_size() for key in KEYS) == replay_bytes(200, 16, source.action_dim)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resident_frames_give_the_same_bits(batches, prefetch):
+    mapped, resident = batches(), batches(resident=True, prefetch=prefetch)
+    assert (mapped.resident, resident.resident) == (False, True)
+    for _ in range(mapped.steps_per_epoch + 2):
+        assert equal(next(mapped), next(resident))
+    assert mapped.state_dict() == resident.state_dict()
+    everything = zip(mapped.one_pass(), resident.one_pass(), strict=True)
+    assert all(equal(a, b) for a, b in everything)
+    assert all(equal(mapped.episode(i), resident.episode(i)) for i in range(3))
+    assert torch.equal(mapped.mean_frame(), resident.mean_frame())
+
+
+def test_a_run_resumes_where_the_frames_lie_elsewhere(batches):
+    mapped, resident = batches(), batches(resident=True)
+    for _ in itertools.islice(mapped, mapped.steps_per_epoch + 3):
+        pass
+    resident.load_state_dict(mapped.state_dict())
+    assert equal(next(mapped), next(resident))
+
+
+@needs_cuda
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_gpu_gets_the_bits_of_the_cpu(batches, resident, prefetch):
+    cpu, gpu = batches(), batches(device="cuda", resident=resident, prefetch=prefetch)
+    for _ in range(cpu.steps_per_epoch + 2):
+        batch = next(gpu)
+        assert all(batch[key].is_cuda for key in KEYS)
+        assert equal(next(cpu), batch)
+    assert all(equal(a, b) for a, b in zip(cpu.one_pass(), gpu.one_pass(), strict=True))
+    assert equal(cpu.episode(1), gpu.episode(1))
+    assert torch.equal(cpu.mean_frame(), gpu.mean_frame().cpu())
+
+
+@needs_cuda
+@pytest.mark.parametrize("resident", [True, False])
+def test_no_batch_is_read_too_early_or_overwritten_too_soon_and_the_host_never_waits(batches, resident):
+    source = SyntheticEpisodes(4, 64, seed=0)
+    cpu, gpu = batches(source, batch_size=8), batches(source, batch_size=8, device="cuda", resident=resident)
+    next(cpu), next(gpu)
+    copies, slow = gpu._replay._stream, 10_000_000  # clock cycles: milliseconds, far longer than a copy
+    taken = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(12):
+            if copies is not None:
+                with torch.cuda.stream(copies._stream):
+                    torch.cuda._sleep(slow)  # a consumer that did not wait would read before the copy
+            batch = next(gpu)
+            torch.cuda._sleep(slow)  # and memory given back too soon would be filled again before it is read
+            taken.append(batch.clone())
+            del batch
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(equal(next(cpu), batch) for batch in taken)
+
+
+@needs_cuda
+def test_batches_are_made_while_a_graph_is_captured(batches):
+    cpu, gpu = batches(), batches(device="cuda", resident=False, prefetch=2)
+    assert equal(next(cpu), next(gpu))
+    count, graph = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        count += 1
+        sent = [gpu._thread.next() for _ in range(8)]  # more than were made ahead: the thread copies now
+    graph.replay()
+    assert int(count) == 1
+    assert all(equal(next(cpu), gpu._replay.deliver(each)) for each in sent)
+
+
+@needs_cuda
+def test_the_rule_looks_at_the_gpu():
+    for choice, expected in {"auto": True, "device": True, "host": False}.items():
+        pair = make_batches(dataclasses.replace(SMALL, replay=choice), 0, "cuda")
+        assert [each.resident for each in pair] == [expected, expected]
+        assert all(next(each)["pixels"].is_cuda for each in pair)
+        for each in pair:
+            each.close()

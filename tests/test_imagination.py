@@ -1,0 +1,178 @@
+"""One frame at a time: caches against computations without any, fixed shapes, compiled and captured frames against plain ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import ACTIONS, debug_config, make_batch, make_model
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+from aime_fast.inference import recurrent_input
+from aime_fast.layers import starts
+from aime_fast.perceiver_io.context import next_tokens
+from aime_fast.roll_out import RollOut
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+FRAMES = 14  # more than the window of 5 frames and than two layers of attention can reach back
+
+
+@torch.no_grad()
+def predict_without_caches(model, video, actions, future):
+    """`predict_future` by the parallel functions alone, each run over the whole video again for every frame."""
+    seen = model.forward_sequence(video, actions)
+    z, attention, h = seen["latents"], seen["attention"][:, -1], seen["hidden"]
+    drawn = []
+    for t in range(future.shape[1]):
+        context = model.extract_context(video)
+        p = model.prior(h[:, -1], context[:, -1], sample=False)
+        expected = model.attention.expect(attention, h[:, -1], z[:, -1])
+        attention = expected.log_attention.exp()
+        z = torch.cat([z, p.sample(False)[:, None]], 1)
+        drawn.append(model.decoder.likelihood.mean(model.decoder(z[:, -1], attention)))
+        video = torch.cat([video, drawn[-1].clamp(-1, 1)[:, None]], 1)
+        actions = torch.cat([actions, future[:, t : t + 1]], 1)
+        h, _ = model.dynamics(recurrent_input(z, model.extract_context(video), actions), starts(None, *z.shape[:2], z.device))
+    return torch.stack(drawn, 1), z[:, -future.shape[1] :], model.extract_context(video)
+
+
+@pytest.mark.parametrize("shown", [1, 7])
+@torch.no_grad()
+def test_predict_future_equals_a_computation_without_caches(model, shown):
+    video, actions = make_batch(model, 2, shown)
+    future = make_batch(model, 2, FRAMES, seed=1)[1]
+    drawn, latents, context = predict_without_caches(model, video, actions, future)
+    predicted = model.predict_future(video, actions, future)
+    torch.testing.assert_close(predicted["reconstructions"], drawn, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(predicted["latents"], latents, rtol=1e-9, atol=1e-10)
+
+    state, contexts = model.initial_state(2), []
+    for t in range(shown):
+        _, state = model.step(video[:, t], actions[:, t], state)
+        contexts.append(state.context)
+    for action in future.unbind(1):
+        _, state = model.imagine(action, state)
+        contexts.append(state.context)
+    torch.testing.assert_close(torch.stack(contexts, 1), context, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_generated_tokens_equal_those_without_a_cache(model):
+    perceiver, actions = model.perceiver_io, make_batch(model, 2, FRAMES + 2)[1]
+    tokens = perceiver.tokenizer.tokenize(make_batch(model, 2, 3)[0]).codes
+    cached = perceiver.generate_tokens(tokens, actions, FRAMES, temperature=0)
+    for t in range(2, FRAMES + 2):
+        context = perceiver.context(tokens)[:, -1]
+        tokens = torch.cat([tokens, perceiver.predictor.sample(tokens[:, -1], context, actions[:, t], 0.0)[:, None]], 1)
+    assert torch.equal(cached, tokens[:, 3:])
+    assert len(cached.unique(dim=1).unbind(1)) > 1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_state_keeps_its_form(model, batch):
+    def form(state):
+        return [(x.shape, x.dtype, x.stride()) for x in pytree.tree_leaves(state)]
+
+    video, actions = make_batch(model, batch, 1)
+    empty = model.initial_state(batch)
+    _, seen = model.step(video[:, 0], actions[:, 0], empty)
+    _, imagined = model.imagine(actions[:, 0], seen)
+    assert form(empty) == form(seen) == form(imagined)
+    assert empty.memory.known.sum() == 0
+    assert imagined.memory.known.sum() == 2 * batch
+
+
+@torch.no_grad()
+def test_imagination_compiles_once_into_one_graph(model):
+    video, actions = make_batch(model, 2, 3)
+    future = make_batch(model, 2, 20, seed=1)[1]
+    state = model.initial_state(2)
+    _, state = model.step(video[:, 0], actions[:, 0], state)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(model.imagine)(future[:, 0], state).graph_break_count == 0
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model.imagine, backend="aot_eager", fullgraph=True, dynamic=False)
+    expected = state
+    for action in future.unbind(1):
+        out, state = compiled(action, state)
+        plain, expected = model.imagine(action, expected)
+        torch.testing.assert_close(out["reconstructions"], plain["reconstructions"], rtol=1e-9, atol=1e-10)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("refinement_steps", [0, 3])
+@torch.no_grad()
+def test_generation_compiles_once_into_one_graph(refinement_steps):
+    perceiver = make_model(refinement_steps=refinement_steps).perceiver_io
+    tokens = torch.randint(perceiver.tokenizer.quantizer.codebook_size, (2, 1, 4, 4, 2))
+    actions = torch.rand(2, 20, ACTIONS, dtype=torch.float64)
+    plain = perceiver.generate_tokens(tokens, actions, 20, temperature=0)
+    torch._dynamo.reset()
+    counters.clear()
+    perceiver.roll_out = RollOut(torch.compile(next_tokens, backend="aot_eager", fullgraph=True, dynamic=False))
+    for frames in (20, 6):
+        assert torch.equal(perceiver.generate_tokens(tokens, actions[:, :frames], frames, temperature=0), plain[:, :frames])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def decay(module, action, state, gain):
+    """A frame small enough to be compiled in a test."""
+    state = module(state) * gain + action
+    return {"doubled": 2 * state}, state
+
+
+@torch.no_grad()
+def test_compiled_roll_out_equals_the_plain_one_and_a_copy_is_its_own():
+    module, actions, state = torch.nn.Linear(3, 3), torch.rand(2, 5, 3), torch.rand(2, 3)
+    plain, last = RollOut(decay)(module, actions, state, 0.5)
+    compiled = RollOut(decay, "on")
+    copied = copy.deepcopy(compiled)
+    assert (copied.mode, copied.frame) == ("on", decay)
+    assert copied._advance is not compiled._advance
+    for roll_out in (compiled, copied):
+        outputs, end = roll_out(module, actions, state, 0.5)
+        torch.testing.assert_close(outputs["doubled"], plain["doubled"])
+        torch.testing.assert_close(end, last)
+    assert plain["doubled"].shape == (2, 5, 3)
+
+
+def test_wrong_modes_are_named(model):
+    with pytest.raises(ValueError, match="roll-out mode is 'fast', expected one of off, on, graph"):
+        RollOut(decay, "fast")
+    with pytest.raises(ValueError, match="'graph' needs a CUDA device, the actions are on cpu; use 'on'"):
+        RollOut(decay, "graph")(torch.nn.Linear(3, 3), torch.rand(2, 5, 3), torch.rand(2, 3), 0.5)
+    with pytest.raises(ValueError, match="no actions"):
+        RollOut(decay)(torch.nn.Linear(3, 3), torch.rand(2, 0, 3), torch.rand(2, 3), 0.5)
+
+
+@needs_cuda
+@torch.no_grad()
+def test_captured_imagination_equals_the_plain_one():
+    """For two batch sizes, again after the weights have changed in place, and with other noise in every frame."""
+    model = DPGMMVariationalRecurrentAutoencoder.from_config(debug_config(), ACTIONS).cuda().eval()
+    captured = copy.deepcopy(model)
+    captured.compile_imagination("graph")
+    for batch in (2, 1, 2):
+        video, actions = (x.float().cuda() for x in make_batch(model, batch, 3))
+        future = make_batch(model, batch, FRAMES, seed=1)[1].float().cuda()
+        for name, value in model.predict_future(video, actions, future).items():
+            torch.testing.assert_close(
+                captured.predict_future(video, actions, future)[name], value, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        tokens = model.perceiver_io.tokenizer.tokenize(video).codes
+        plain, replayed = (m.perceiver_io.generate_tokens(tokens, future, 5, temperature=0) for m in (model, captured))
+        assert (plain == replayed).float().mean() > 0.9  # codes are discrete: the nearest of two may change with rounding
+        drawn = captured.predict_future(video, actions, future, sample=True)["latents"]
+        assert (drawn[:, 1:] - drawn[:, :-1]).abs().amax(-1).min() > 0
+        for parameter, twin in zip(model.parameters(), captured.parameters()):
+            noise = 0.02 * torch.randn_like(parameter)
+            parameter += noise
+            twin += noise
+    assert len(captured.roll_out._captured) == 4  # two batch sizes, with and without noise
