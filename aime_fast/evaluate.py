@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -27,6 +28,7 @@ class EvaluateConfig:
     out: str | None = None  # folder for the results; none: evaluation/ in the run directory
     data: str | None = None  # other data of the same task; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
+    compile: Literal["off", "on", "graph", "best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
     ema: bool = True  # the moving average of the weights, or the weights themselves
 
 
@@ -36,14 +38,16 @@ def evaluate(options: EvaluateConfig) -> dict:
     from aime_fast.provenance import git_commit, version
     from aime_fast.training import evaluation
     from aime_fast.training.checkpoint import load_model
-    from aime_fast.training.settings import choose_device, choose_kernels
+    from aime_fast.training.settings import choose_compile, choose_device, choose_kernels
     from aime_fast.training.validation import draw_prediction
 
     device = choose_device(options.device)
     choose_kernels(None)
     model, config, info = load_model(options.run, device, ema=options.ema)
     model.eval()
-    training, validation = make_batches(replace(config.data, data=options.data or config.data.data), config.run.seed, device)
+    model.compile_imagination(choose_compile(options.compile, device))
+    data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
+    training, validation = make_batches(data, config.run.seed, device)
     try:
         mean_frame = training.mean_frame()
         episodes = evaluation.held_out_episodes(validation, options.episodes)

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from aime_fast.graph import Captured
+
 MODES = ("off", "on", "graph")
-WARM_UP = 3  # frames before a capture: they compile, choose algorithms and allocate, none of which may happen inside
 
 
 def alike(new: Any, old: Any) -> Any:
     """Nested tensors `new` with dtypes and strides of `old`: compiled code, which looks at both, sees the same state at every frame."""
     return pytree.tree_map(lambda value, like: torch.empty_like(like).copy_(value), new, old)
+
+
+def kept(replayed: Any) -> Any:
+    """A copy of nested tensors that the next replay of a graph overwrites."""
+    return pytree.tree_map(torch.clone, replayed)
 
 
 class RollOut:
@@ -42,7 +48,7 @@ class RollOut:
             raise ValueError(f"roll-out mode is {mode!r}, expected one of {', '.join(MODES)}")
         self.frame, self.mode = frame, mode
         self._advance = frame if mode == "off" else torch.compile(frame, fullgraph=True, dynamic=False)
-        self._captured: dict[Any, _CapturedFrame] = {}
+        self._captured: dict[Any, Captured] = {}
 
     def __reduce__(self) -> tuple:
         return RollOut, (self.frame, self.mode)
@@ -56,17 +62,15 @@ class RollOut:
         """
         if actions.shape[1] == 0:
             raise ValueError("roll-out: there are no actions, expected one for each frame")
-        if self.mode == "graph":
-            frames, state = self._captured_frame(module, actions, state, options).run(actions, state)
-        else:
-            frames = []
-            for action in actions.transpose(0, 1).contiguous():  # strides that do not depend on F
-                outputs, state = self._advance(module, action, state, *options)
-                frames.append(outputs)
-        return pytree.tree_map(lambda *tensors: torch.stack(tensors, dim=1), *frames), state
+        captured = self._graph_for(module, actions, state, options) if self.mode == "graph" else None
+        frames = []
+        for action in actions.transpose(0, 1).contiguous():  # strides that do not depend on F
+            outputs, state = captured(action, state) if captured else self._advance(module, action, state, *options)
+            frames.append(kept(outputs) if captured else outputs)
+        return pytree.tree_map(lambda *tensors: torch.stack(tensors, dim=1), *frames), kept(state) if captured else state
 
-    def _captured_frame(self, module: nn.Module, actions: Tensor, state: Any, options: tuple) -> _CapturedFrame:
-        """The graph for these shapes and for weights where they now lie; made at the first call."""
+    def _graph_for(self, module: nn.Module, actions: Tensor, state: Any, options: tuple) -> Captured:
+        """The graph for these shapes and for weights where they now lie; made at the first calls."""
         if not actions.is_cuda:
             raise ValueError(f"roll-out mode 'graph' needs a CUDA device, the actions are on {actions.device}; use 'on'")
         inputs = pytree.tree_leaves((actions[:, 0], state))
@@ -74,44 +78,6 @@ class RollOut:
         amp = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = weights, tuple((tensor.shape, tensor.dtype) for tensor in inputs), options, module.training, amp
         if key not in self._captured:
-            self._captured[key] = _CapturedFrame(lambda a, s: self._advance(module, a, s, *options), actions[:, 0], state)
+            frame = torch.no_grad()(lambda action, before: self._advance(module, action, before, *options))
+            self._captured[key] = Captured(frame, actions.device)
         return self._captured[key]
-
-
-class _CapturedFrame:
-    """One frame as a CUDA graph that reads its action and its state from buffers and leaves the next state there."""
-
-    @torch.no_grad()
-    def __init__(self, advance: Callable, action: Tensor, state: Any):
-        self._action, self._state = action.clone(), pytree.tree_map(torch.clone, state)
-
-        def frame() -> Any:
-            outputs, following = advance(self._action, self._state)
-            self._load(following)
-            return outputs
-
-        stream = torch.cuda.Stream(action.device)
-        stream.wait_stream(torch.cuda.current_stream(action.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                frame()
-        torch.cuda.current_stream(action.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):  # a loader's thread may go on copying
-            self._outputs = frame()
-
-    def _load(self, state: Any) -> None:
-        """Copies a state to where the graph reads it."""
-        for buffer, value in zip(pytree.tree_leaves(self._state), pytree.tree_leaves(state)):
-            buffer.copy_(value)
-
-    @torch.no_grad()
-    def run(self, actions: Tensor, state: Any) -> tuple[list[Any], Any]:
-        """Frames of actions [B, F, A] from `state`: (outputs of each, the last state)."""
-        self._load(state)
-        frames = []
-        for action in actions.unbind(1):
-            self._action.copy_(action)
-            self._graph.replay()
-            frames.append(pytree.tree_map(torch.clone, self._outputs))
-        return frames, pytree.tree_map(torch.clone, self._state)

@@ -13,7 +13,7 @@ One frame, in order (docs/architecture.md draws it):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -147,12 +147,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             self.decoder.background.copy_(mean_frame)
 
     def compile_regions(self) -> None:
-        """`torch.compile`, in place, of the regions that gain from it: slot attention, attention prior, mixture prior, recurrence.
+        """`torch.compile`, in place, of the regions that gain from it on a CPU: those of many small operators.
 
-        Convolutions stay with cuDNN and oneDNN. Several backward passes go through one compiled forward, so donated buffers are off.
+        Mixture prior, recurrence, slot attention, attention modulation. Convolutions and the transformers stay with oneDNN and MKL,
+        which Inductor does not beat (docs/performance.md). Several backward passes go through one compiled forward, so donated
+        buffers are off.
         """
         torch._functorch.config.donated_buffer = False
-        for region in (self.attention.posterior.slot_attention, self.attention.prior, self.prior, self.dynamics):
+        for region in (self.prior, self.dynamics, self.attention.posterior.slot_attention, *self.decoder.modulations):
             region.compile(dynamic=False)
 
     def compile_imagination(self, mode: str = "on") -> None:
@@ -181,6 +183,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         Raises:
             ValueError: a shape does not fit the model.
         """
+        return TensorDict(self.infer_and_score(observations, actions, is_init, ema), batch_size=[])
+
+    forward = forward_sequence
+
+    def infer_and_score(
+        self, observations: Tensor, actions: Tensor, is_init: Tensor | None = None, ema: DPGMMVariationalRecurrentAutoencoder | None = None
+    ) -> dict[str, Tensor]:
+        """`forward_sequence` into a plain dictionary, for compiled code: Dynamo guards TensorDict's global state and recompiles."""
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
@@ -209,9 +219,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         out = seen.describe(tokens.codes, self.decoder.likelihood, start.shape)
         with span("encoder_decoder: adversarial"):
             terms |= self._adversarial(out["reconstructions"], video, out["latents"])
-        return TensorDict(out | terms, batch_size=[])
-
-    forward = forward_sequence
+        return out | terms
 
     def _infer(self, video: Tensor, actions: Tensor, start: Tensor) -> tuple[Tokens, Inference]:
         """Everything but the losses; only the line with `dynamics` is sequential."""
@@ -242,7 +250,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return tokens, Inference(posterior, latents, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
 
     def discriminator_loss(
-        self, outputs: TensorDict, observations: Tensor, gradient_penalty: float = 0.0
+        self, outputs: Mapping[str, Tensor], observations: Tensor, gradient_penalty: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of both discriminators on the frames and reconstructions of a batch, which get no gradient.
 

@@ -70,7 +70,7 @@ def test_compiled_regions_train_on_a_cpu(tmp_path):
     done = command("train", "--tier", "debug", "--data", "synthetic", "--steps", "2", "--compile", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = next((tmp_path / "runs").iterdir())
-    assert json.loads((run / "run.json").read_text())["compile"] == "regions"
+    assert json.loads((run / "run.json").read_text())["compile"] == "on"
 
 
 @pytest.mark.parametrize(

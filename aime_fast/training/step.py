@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from aime_fast.config import Config, to_dict
 from aime_fast.data import augment, normalise
+from aime_fast.graph import Captured
 from aime_fast.multi_task_learning import RGB, LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
 from aime_fast.spans import span
@@ -28,7 +29,6 @@ from aime_fast.training.adam import Adam
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
 from aime_fast.training.faults import Faults, NonFiniteError, first_error
-from aime_fast.training.graph import Captured
 
 BATCH_KEYS = ("pixels", "action", "is_init")
 MONITORS = ("perplexity", "code_usage", "token_accuracy")  # outputs that are logged and not optimised
@@ -167,11 +167,11 @@ class TrainingStep:
         with span("step: augment"):
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
         with span("step: forward"), self.autocast():
-            outputs = self.model.forward_sequence(observations, batch["action"], batch["is_init"], ema=self.ema.model)
+            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], ema=self.ema.model)
         losses, task_losses = self.losses.compute_losses(outputs, beta, adversarial)
         tasks = self._task_rows.gather({task: loss * share for task, loss in zip(TASKS, task_losses)}, before[0])
 
-        outputs = outputs.detach()
+        outputs = {name: output.detach() for name, output in outputs.items()}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
         discriminator = None

@@ -88,6 +88,8 @@ class DMCVBTrainer:
         self.model.initialise_background(self.mean_frame)
         self.training_step = TrainingStep(self.model, config, self.compile)
         self.ema = self.training_step.ema.model
+        if self.device.type == "cuda":  # on a CPU a compiled roll-out gains nothing
+            self.ema.compile_imagination(self.compile)
 
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
         self.adversarial = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
@@ -284,6 +286,7 @@ class DMCVBTrainer:
             "compile": self.compile,
             "kernels": kernels_on(self.device),
             "data": self.config.data.data,
+            "replay": "device" if self.batches.resident else "host",
             "render_quality": self.config.data.render_quality,
             "renderer": self._renderer(),
             "parameters": sum(p.numel() for p in self.model.parameters()),

@@ -118,7 +118,7 @@ def test_on_nan_skip_passes_over_a_bad_batch_and_gives_up_on_bad_weights(tmp_pat
     poison(trainer, at_step=2)
     with pytest.raises(NonFiniteError, match="20 updates in a row"):
         trainer.train()
-    assert trainer.step == 20
+    assert trainer.step == 21
 
 
 def test_tensorboard_and_wandb_write_offline(tmp_path, monkeypatch):

@@ -1,0 +1,151 @@
+"""Eager, compiled and captured are the same update, traced once and without breaks, and none of them waits for the device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aime_fast.config import Config, preset
+from aime_fast.data import make_batches
+from aime_fast.training import TrainingStep
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEPS = 5
+
+
+def config_of(accumulate: int = 1) -> Config:
+    config = preset("debug")
+    data = dataclasses.replace(config.data, data="synthetic", prefetch=0)
+    return dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, accumulate=accumulate))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    train, validation = make_batches(config_of().data, 0, DEVICE)
+    yield [next(train) for _ in range(STEPS)]
+    train.close()
+    validation.close()
+
+
+def make_step(compile: str = "off", accumulate: int = 1) -> TrainingStep:
+    torch.manual_seed(0)
+    config = config_of(accumulate)
+    return TrainingStep(DPGMMVariationalRecurrentAutoencoder.from_config(config, 2).to(DEVICE), config, compile)
+
+
+def update(step: TrainingStep, group, i: int, train_discriminator: bool = True) -> dict[str, torch.Tensor]:
+    """Update i, with a beta and a learning rate of its own."""
+    beta, rate = torch.tensor(0.1 * i, device=DEVICE), torch.tensor(1e-4 * (i + 1), device=DEVICE)
+    torch.manual_seed(i)
+    return {name: value.clone() for name, value in step(group, beta, rate, train_discriminator, float(i > 1)).items()}
+
+
+def assert_same_training(step: TrainingStep, batches, steps: int = STEPS) -> None:
+    """`step` does what the eager step does: losses, RGB's state, and the weights' movement."""
+    eager = make_step()
+    start = eager.generator.flat.clone()
+    for i in range(steps):
+        batch = batches[i % STEPS]
+        ours, theirs = update(step, [batch], i), update(eager, [batch], i)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name, s=i: f"step {s}, {n}: {m}")
+    for ours, theirs in zip(step.rgb.state_dict().values(), eager.rgb.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+    # Adam turns a gradient of rounding noise into a whole step of either sign: single weights may differ, the movement may not.
+    movement = (eager.generator.flat - start).norm()
+    assert movement > 0
+    assert (step.generator.flat - eager.generator.flat).norm() < 0.05 * movement
+
+
+def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
+    torch._dynamo.reset()
+    counters.clear()
+    step = make_step()
+    step.compile_whole(backend="aot_eager")
+    assert_same_training(step, batches)
+    assert not counters["graph_break"]
+    # The gradients and the update: two graphs, however beta, the learning rate and the adversarial weight move.
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_without_discriminators_there_is_no_graph_break_either(batches):
+    step = make_step()
+    torch._dynamo.config.trace_autograd_ops = True
+    batch = {key: batches[0][key] for key in ("pixels", "action", "is_init")}
+    one = torch.ones((), device=DEVICE)
+    found = torch._dynamo.explain(step._gradients)(batch, one, one, 1.0, False, (None, None))
+    assert (found.graph_break_count, found.graph_count) == (0, 1)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a CUDA device compiles the whole step instead")
+def test_compiled_regions_train_alike(batches):
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):  # Inductor has random numbers of its own otherwise
+        step = make_step("on")
+        counters.clear()
+        assert_same_training(step, batches, 2)
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled > 0
+        assert all(bool(update(step, [batches[i]], i)["finite"]) for i in (2, 3))
+        assert counters["stats"]["unique_graphs"] == compiled
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """Fails at any operation that brings a value to the host or has an output of a data-dependent shape."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"the training step calls {name}: a wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_reads_nothing_back(batches, accumulate):
+    step = make_step(accumulate=accumulate)
+    with NothingIsReadBack(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        bool(torch.ones(()))
+    group = batches[:accumulate]
+    with NothingIsReadBack():
+        for train_discriminator in (False, True):
+            metrics = update(step, group, 1, train_discriminator)
+    assert bool(metrics["finite"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("mode", ["on", "graph"])
+def test_compiled_and_captured_train_alike_on_a_gpu(batches, mode):
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):
+        step = make_step(mode)
+        assert_same_training(step, batches, STEPS + 3)  # a captured step replays from its fifth update on
+    state = copy.deepcopy(step.state_dict())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one = torch.ones((), device=DEVICE)
+        metrics = step(batches[:1], one, 1e-4 * one, True, one)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(metrics["finite"])
+    assert not torch.equal(state["optimizer"]["updates"], step.state_dict()["optimizer"]["updates"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_captured_update_skips_what_is_not_finite(batches):
+    step = make_step("graph")
+    for i in range(6):
+        update(step, batches[:1], i)
+    before = step.generator.flat.clone()
+    bad = batches[1].clone()
+    bad["action"][0, 0, 0] = float("nan")
+    assert not bool(update(step, [bad], 7)["finite"])
+    assert torch.equal(before, step.generator.flat)
+    assert step.faults.read().skipped == 1
