@@ -23,16 +23,19 @@ class Captured:
     Args:
         function: takes nested tuples, lists and dictionaries of tensors, returns such; waits for nothing; changes tensors in place only.
         device: CUDA.
-        pool: memory shared with other graphs that are never replayed at the same time.
+        memory_of: another one, never replayed at the same time, whose memory this one uses too; outputs of either hold until the next
+            call of either.
 
     Raises:
         ValueError: a later call has inputs of another structure, shape or dtype.
     """
 
-    def __init__(self, function: Callable, device: torch.device, pool: Any = None):
-        self.function, self.device, self.pool = function, device, pool
+    def __init__(self, function: Callable, device: torch.device, memory_of: Captured | None = None):
+        self.function, self.device = function, device
         self.calls = 0
-        self._stream = torch.cuda.Stream(device)
+        # Memory is shared by those who share pool and stream: the allocator keeps the blocks of each stream apart.
+        self._pool = memory_of._pool if memory_of else torch.cuda.graph_pool_handle()
+        self._stream = memory_of._stream if memory_of else torch.cuda.Stream(device)
         self._graph = torch.cuda.CUDAGraph()
         self._inputs: list[Tensor] = []
         self._structure: pytree.TreeSpec | None = None
@@ -40,13 +43,15 @@ class Captured:
 
     def __call__(self, *arguments: Any) -> Any:
         self._fill(arguments)
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            return self._run_on_side_stream()
-        if self.calls == WARM_UP + 1:
+        if self.calls < WARM_UP:
+            outputs = self._run_on_side_stream()
+            self.calls += 1
+            return outputs
+        if self.calls == WARM_UP:
             torch.cuda.synchronize(self.device)
-            with torch.cuda.graph(self._graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self.function(*pytree.tree_unflatten(self._inputs, self._structure))
+        self.calls += 1
         self._graph.replay()
         return self._outputs
 

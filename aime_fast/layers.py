@@ -15,6 +15,11 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def outside_autocast(x: Tensor) -> torch.autocast:
+    """A context in which matrix products of x's device keep their inputs' precision. Inputs leave through `full_precision`."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def starts(is_init: Tensor | None, batch: int, frames: int, device: torch.device, first: bool = True) -> Tensor:
     """Where memory is empty: every frame marked by `is_init` and, if `first`, the first one of the sequence. bool [B, T]."""
     zeros = torch.zeros(batch, frames, dtype=torch.bool, device=device)

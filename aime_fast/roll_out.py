@@ -48,6 +48,8 @@ class RollOut:
             raise ValueError(f"roll-out mode is {mode!r}, expected one of {', '.join(MODES)}")
         self.frame, self.mode = frame, mode
         self._advance = frame if mode == "off" else torch.compile(frame, fullgraph=True, dynamic=False)
+        if mode != "off":
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # each batch size and option is one
         self._captured: dict[Any, Captured] = {}
 
     def __reduce__(self) -> tuple:

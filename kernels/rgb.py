@@ -363,7 +363,8 @@ def rgb_rotate_(
     flat = isinstance(gradients, Tensor)
     dtype = gradients.dtype if flat else direction.dtype
     result = torch.empty(direction.shape, dtype=dtype, device=direction.device) if out is None else out
-    if _takes_kernel(columns, direction):
+    # Compiled code calls the operation even where it runs the reference, whose writes by blocks would be traced into copies of all of P.
+    if _takes_kernel(columns, direction) or (flat and torch.compiler.is_compiling()):
         rows = gradients if flat else _arena(columns)
         gram, norm = torch.ops.aime_fast.rgb_rotate_(rows, direction, angles, has_direction, result, *settings, max_norm)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aime_fast.attention_schema.posterior import AttentionMaps, AttentionPosterior
 from aime_fast.attention_schema.prior import AttentionPrior, PredictedAttention
+from aime_fast.layers import outside_autocast
 
 LOG_FLOOR = 1e-8  # keeps log A finite where a map is zero
 
@@ -52,7 +53,8 @@ class AttentionSchema(nn.Module):
 
     def centre(self, attention: Tensor) -> Tensor:
         """Centre of mass (x, y), as a share of the image: [..., Ha, Wa] -> [..., 2]."""
-        return torch.einsum("...hw,chw->...c", attention, self.coordinates.to(attention.dtype))
+        with outside_autocast(attention):
+            return torch.einsum("...hw,chw->...c", attention, self.coordinates.to(attention.dtype))
 
     def dynamics_loss(self, attention: Tensor, before: Tensor, movement: Tensor, start: Tensor) -> Tensor:
         """Smooth L1 between the predicted movement, averaged under the old map, and that of the centre of mass.
@@ -62,7 +64,8 @@ class AttentionSchema(nn.Module):
         Args: attention, before [B, T, Ha, Wa]; movement [B, T, 2, Ha, Wa]; start bool [B, T], frames without a past.
         """
         target = (self.centre(attention) - self.centre(before)).detach()
-        predicted = torch.einsum("bthw,btchw->btc", before, movement)
+        with outside_autocast(before):
+            predicted = torch.einsum("bthw,btchw->btc", before, movement)
         error = F.smooth_l1_loss(predicted, target, reduction="none", beta=0.05).sum(-1)
         weight = (~start).to(error.dtype)
         return (error * weight).sum() / weight.sum().clamp_min(1.0)
@@ -84,7 +87,8 @@ def diversity_loss(slot_maps: Tensor) -> Tensor:
     """Mean pairwise cosine overlap of slot maps plus their mean entropy (as a share of the largest): [N, S, Ha, Wa] -> scalar."""
     maps = slot_maps.flatten(2)
     unit = F.normalize(maps, dim=2)
-    overlap = unit @ unit.transpose(1, 2)  # [N, S, S]
+    with outside_autocast(unit):
+        overlap = unit @ unit.transpose(1, 2)  # [N, S, S]
     slots = maps.shape[1]
     pairs = (overlap.sum((1, 2)) - overlap.diagonal(dim1=1, dim2=2).sum(1)) / max(slots * (slots - 1), 1)
     entropy = -(maps * maps.clamp_min(LOG_FLOOR).log()).sum(2).mean(1) / math.log(maps.shape[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.layers import full_precision
@@ -35,6 +36,14 @@ class SlotAttention(nn.Module):
             share = full_precision(query @ key.transpose(1, 2)).softmax(dim=1) + 1e-8  # over slots: [N, S, M]
             maps = share / share.sum(dim=2, keepdim=True)
             seen = maps.to(value.dtype) @ value  # [N, S, Ds]
-            slots = self.update(seen.flatten(0, 1), slots.flatten(0, 1).to(seen.dtype)).view_as(slots)
+            slots = gru(self.update, seen, slots.to(seen.dtype))
             slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, maps
+
+
+def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
+    """`cell`, written out: PyTorch's fused CUDA cell cannot be traced into a compiled step. x, h [..., D] -> [..., D]."""
+    x_reset, x_update, x_new = F.linear(x, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
+    h_reset, h_update, h_new = F.linear(h, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
+    new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()
+    return new + (x_update + h_update).sigmoid() * (h - new)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aime_fast.layers import full_precision
+from aime_fast.layers import full_precision, outside_autocast
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
@@ -37,5 +37,6 @@ def gram_distance(features: Tensor, anchor: Tensor) -> Tensor:
     Args: features, anchor [N, C, h, w]; the anchor gets no gradient.
     """
     unit = [F.normalize(full_precision(f).flatten(2), dim=1) for f in (features, anchor.detach())]
-    ours, theirs = (f.transpose(1, 2) @ f for f in unit)  # [N, P, P]
+    with outside_autocast(features):
+        ours, theirs = (f.transpose(1, 2) @ f for f in unit)  # [N, P, P]
     return (ours - theirs).square().mean()

@@ -73,8 +73,13 @@ class GradientRows:
 
     def __init__(self, arena: Arena, losses: int):
         self.arena = arena
-        self._flat = arena.flat.new_zeros(losses, arena.flat.numel())
-        self._views = [arena.split(row) for row in self._flat]
+        self.losses = losses
+        self._flat: Tensor | None = None
+        self._views: list[list[Tensor]] = []
+
+    def zeros(self) -> Tensor:
+        """New rows [n, P] to add to."""
+        return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
     def gather(self, losses: dict[str, Tensor], before: Tensor | None = None) -> Tensor:
         """Gradients of scalar losses of one graph, which is freed -> [n, P], zero where a loss does not reach.
@@ -83,7 +88,7 @@ class GradientRows:
             losses: by name, in the order of the rows.
             before: rows to add to, as an earlier `gather` returned them; they are overwritten.
         """
-        rows, last = [], [name for name, loss in losses.items() if loss.requires_grad][-1]
+        rows, last = [], next((name for name in reversed(losses) if losses[name].requires_grad), None)
         for i, (name, loss) in enumerate(losses.items()):
             gradients: Sequence[Tensor | None] = [None] * len(self.arena.parameters)
             with span(f"step: backward {name}"):
@@ -98,6 +103,9 @@ class GradientRows:
         return torch.stack(rows) if before is None else before + torch.stack(rows)
 
     def _add(self, row: int, gradients: Sequence[Tensor | None], anew: bool) -> None:
+        if self._flat is None:
+            self._flat = self.zeros()
+            self._views = [self.arena.split(row) for row in self._flat]
         if anew:
             self._flat[row].zero_()
         reached = [(view, gradient) for view, gradient in zip(self._views[row], gradients) if gradient is not None]

@@ -43,8 +43,10 @@ COMPUTED = (
 CHECKED = (
     *(f"loss/{name}" for name in (*TERMS, *TASKS)),
     *(f"loss/{name}" for name in ("discriminator_image", "discriminator_temporal", "discriminator")),
-    *(f"gradient_norm/{name}" for name in (*TASKS, "discriminator")),
+    *(f"gradient_norm/{name}" for name in ("discriminator", *TASKS, "total")),
 )
+
+RECOMPILE_LIMIT = 64  # Dynamo's 8 is for all steps of a process together; each has up to four kinds of call
 
 Compile = Literal["off", "on", "graph"]
 
@@ -84,21 +86,27 @@ class TrainingStep:
         )  # fmt: skip
         self.rgb.reset(len(TASKS), self.generator.flat.numel(), self.device)
         self.faults = Faults(CHECKED, self.device)
-        self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in dict(model.named_parameters())]
+        parameters = {name for name, _ in model.named_parameters()}
+        self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in parameters]
         self._seen: list[dict[str, dict[str, Tensor]]] = []
         self._rows: tuple[Tensor | None, Tensor | None] = (None, None)
         self._captured: dict[bool, Captured] = {}
+        self._compiled = False
         if compile == "on" and self.device.type == "cpu":
             model.compile_regions()
         elif compile != "off":
             self.compile_whole()
         if compile == "graph":
-            pool = torch.cuda.graph_pool_handle()
-            self._captured = {learns: Captured(self._update_of(learns), self.device, pool) for learns in (False, True)}
+            plain = Captured(self._update_of(False), self.device)
+            self._captured = {False: plain, True: Captured(self._update_of(True), self.device, memory_of=plain)}
 
     def compile_whole(self, backend: str | Callable = "inductor") -> None:
         """`torch.compile` of both halves of the update, each as one graph without breaks."""
+        if self.config.optim.gradient_penalty > 0:
+            raise ValueError("--gradient-penalty differentiates twice, which cannot be traced; use it with --compile off")
         torch._dynamo.config.trace_autograd_ops = True  # the four task gradients are taken inside the compiled function
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        self._compiled = True
         options = {"fullgraph": True, "dynamic": False, "backend": backend}
         self._gradients = torch.compile(self._gradients, **options)
         self._apply = torch.compile(self._apply, **options)
@@ -141,6 +149,8 @@ class TrainingStep:
         def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, adversarial: Tensor):
             before = [buffer.clone() for buffer in self._learnt]
             share, metrics, rows, seen = 1.0 / len(batches), {}, (None, None), []
+            if self._compiled and len(batches) > 1:  # adding to zeros from the first batch on saves compiling that batch by itself
+                rows = self._task_rows.zeros(), self._discriminator_row.zeros() if train_discriminator else None
             for batch in batches:
                 rows, scalars, outputs = self._gradients(batch, beta, adversarial, share, train_discriminator, rows)
                 metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
@@ -196,7 +206,9 @@ class TrainingStep:
         tasks[0, 0] = torch.where(good, tasks[0, 0], torch.nan)
         with span("step: RGB"):
             _, rotation = self.rgb.rotate(tasks, max_norm=optim.grad_clip, out=self.gradient)
-        checked |= {f"gradient_norm/{task}": norm for task, norm in zip(TASKS, rotation["gradient_norms"].unbind())}
+        norms = dict(zip(TASKS, torch.where(good, rotation["gradient_norms"], 0.0).unbind()))  # no blame for the mark above
+        checked |= {f"gradient_norm/{task}": norm for task, norm in norms.items()}
+        checked["gradient_norm/total"] = torch.where(good, rotation["result_norm"], 0.0)
         finite = self.faults.record(checked)
         with span("step: Adam"):
             self.optimizer.update(self.gradient, learning_rate, finite)
@@ -210,7 +222,6 @@ class TrainingStep:
         return {
             **{name: value for name, value in checked.items() if name not in metrics},
             **{f"rgb/angle_{task}": angle for task, angle in zip(TASKS, rotation["angles"].unbind())},
-            "gradient_norm/total": rotation["result_norm"],
             "finite": finite,
         }
 

@@ -110,7 +110,8 @@ class DMCVBTrainer:
             `run_dir`, `checkpoint`, `video` (paths), `step`, and `validation` (the last table).
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite. The weights are still those before that update.
+            NonFiniteError: a loss or gradient was not finite; the weights never took that update. With CUDA it may be noticed up to
+                `log_every` updates later, which were made.
             TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
         """
         run = self.config.run
@@ -123,7 +124,8 @@ class DMCVBTrainer:
                 while self.step < self.total_steps and stop.signum is None:
                     metrics = self._update()
                     last = self.step == self.total_steps
-                    if last or self.looks_for_faults(self.step) or should_save(self.step):
+                    reads = any(should(self.step) for should in (self.looks_for_faults, should_validate, should_sample, should_save))
+                    if last or reads or stop.signum is not None:
                         self._look_for_faults()
                     if last or should_log(self.step):
                         self._log(metrics)
@@ -253,7 +255,7 @@ class DMCVBTrainer:
             )
         self.training_step.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
-        self.skipped = self.training_step.faults.read().skipped
+        self.skipped = int(state["faults"]["skipped"])
         self.step, self.seconds = state["step"], state["seconds"]
         checkpoint.set_rng_state(state["rng"])
 

@@ -46,15 +46,20 @@ def update(step: TrainingStep, group, i: int, train_discriminator: bool = True) 
     return {name: value.clone() for name, value in step(group, beta, rate, train_discriminator, float(i > 1)).items()}
 
 
-def assert_same_training(step: TrainingStep, batches, steps: int = STEPS) -> None:
-    """`step` does what the eager step does: losses, RGB's state, and the weights' movement."""
-    eager = make_step()
+DISCRETE = ("model/perplexity", "model/code_usage", "model/token_accuracy")  # one code chosen otherwise is a jump
+
+
+def assert_same_training(step: TrainingStep, batches, steps: int = STEPS, eager: TrainingStep | None = None) -> None:
+    """`step` does what `eager` does: losses, RGB's state, and the weights' movement."""
+    eager = eager or make_step()
     start = eager.generator.flat.clone()
     for i in range(steps):
-        batch = batches[i % STEPS]
-        ours, theirs = update(step, [batch], i), update(eager, [batch], i)
+        group = [batches[(i + j) % STEPS] for j in range(step.config.optim.accumulate)]
+        ours, theirs = update(step, group, i), update(eager, group, i)
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
+            if DEVICE.type == "cuda" and name in DISCRETE:
+                continue
             torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name, s=i: f"step {s}, {n}: {m}")
     for ours, theirs in zip(step.rgb.state_dict().values(), eager.rgb.state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
@@ -72,6 +77,15 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     assert_same_training(step, batches)
     assert not counters["graph_break"]
     # The gradients and the update: two graphs, however beta, the learning rate and the adversarial weight move.
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_accumulated_batches_compile_once(batches):
+    torch._dynamo.reset()
+    counters.clear()
+    step = make_step(accumulate=2)
+    step.compile_whole(backend="aot_eager")
+    assert_same_training(step, batches, 2, eager=make_step(accumulate=2))
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -121,12 +135,11 @@ def test_an_update_reads_nothing_back(batches, accumulate):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("mode", ["on", "graph"])
-def test_compiled_and_captured_train_alike_on_a_gpu(batches, mode):
+def test_captured_training_is_compiled_training(batches):
+    # The same generated code with the same seeds: also the random numbers agree. A captured step replays from its fourth update on.
     torch._dynamo.reset()
-    with torch._inductor.config.patch(fallback_random=True):
-        step = make_step(mode)
-        assert_same_training(step, batches, STEPS + 3)  # a captured step replays from its fifth update on
+    step = make_step("graph")
+    assert_same_training(step, batches, STEPS + 3, eager=make_step("on"))
     state = copy.deepcopy(step.state_dict())
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -136,6 +149,21 @@ def test_compiled_and_captured_train_alike_on_a_gpu(batches, mode):
         torch.cuda.set_sync_debug_mode("default")
     assert bool(metrics["finite"])
     assert not torch.equal(state["optimizer"]["updates"], step.state_dict()["optimizer"]["updates"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_compiled_training_is_eager_training_on_a_gpu(batches, monkeypatch):
+    # Inductor draws, and orders draws, in its own way: in eval mode only the KL's sample is drawn, which no other term depends on.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch._dynamo.reset()
+    steps = []
+    for mode in ("on", "off"):
+        step = make_step(mode)
+        step.config = dataclasses.replace(step.config, data=dataclasses.replace(step.config.data, augment=False))
+        step.model.eval()
+        steps.append(step)
+    with torch._inductor.config.patch(fallback_random=True):
+        assert_same_training(steps[0], batches, eager=steps[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
