@@ -25,7 +25,7 @@ class Collection:
     frame_skip: int  # simulator steps for one agent step; one frame is rendered for each agent step
     image_size: int  # H = W, pixels
     render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
-    policy: Literal["random", "ou"]  # uniform noise or an Ornstein-Uhlenbeck process
+    policy: Literal["random", "ou", "swing", "mixed"]  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
     workers: int  # collector processes
     seed: int = 0  # seed of initial states and actions
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5

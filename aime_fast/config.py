@@ -29,7 +29,7 @@ class DataConfig:
     frame_skip: int = 4  # simulator steps for one agent step; one frame is rendered for each agent step
     image_size: int = 64  # H = W, pixels
     render_quality: Literal["fast", "full"] = "fast"  # fast: no anti-aliasing, shadows or reflections
-    policy: Literal["random", "ou"] = "ou"  # data policy: uniform noise or an Ornstein-Uhlenbeck process
+    policy: Literal["random", "ou", "swing", "mixed"] = "ou"  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
     workers: int = 2  # collector processes
     validation_fraction: float = 0.1  # share of the episodes held out (at least one)
     sequence_length: int = 10  # T
@@ -76,6 +76,7 @@ class ModelConfig:
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: float = 0.1  # share of input tokens replaced by random codes when training the predictor
+    overshoot_frames: int = 5  # frames of the model's own roll-out that are scored in training
     refinement_steps: int = 0  # MaskGIT rounds for one frame of generated tokens; 0 draws all tokens at once
 
 
@@ -87,6 +88,7 @@ class LossConfig:
     beta: float = 1.0  # KL terms, after warm-up
     entropy_weight: float = 0.1  # entropy of the mixture weights
     lambda_gram: float = 0.05  # Gram distance to the EMA encoder
+    lambda_overshoot: float = 0.5  # the model's own roll-out of a few frames
     lambda_commitment: float = 0.25  # VQ commitment
     lambda_att_dyn: float = 0.1  # attention dynamics
     lambda_gan: float = 0.1  # generator GAN loss
@@ -107,6 +109,8 @@ class OptimConfig:
     lr_warmup_steps: int = 20  # the learning rate rises to its value over these updates: Adam's first ones are all of full size
     grad_clip: float = 5.0  # global norm
     beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
+    own_tokens: float = 0.5  # share of frames that the token predictor reads as it predicted them, after its warm-up
+    own_tokens_warmup_epochs: float = 10.0  # that share rises from 0 over this many epochs
     ema_decay: float = 0.995  # EMA of the weights, every step
     n_critic: int = 2  # generator steps for one discriminator step
     gradient_penalty: float = 0.0  # R1 penalty on real frames, 0 turns it off

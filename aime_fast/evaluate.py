@@ -1,19 +1,41 @@
-"""Evaluate a run on its held-out episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT [--context 8 --horizon 16 ...]`.
+"""Evaluate a run on its held-out episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT [--context 8 --horizon 50 --samples 10 ...]`.
 
-Writes evaluation.json, prediction.png and prediction.mp4, and prints the tables.
+Writes evaluation.json, prediction.png and prediction.mp4, and prints the tables. docs/evaluation.md says what each number means.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from aime_fast.cli import ConfigError, parse_arguments, run_command
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+    from aime_fast.config import DataConfig
+    from aime_fast.data import SequenceBatches
+    from aime_fast.training.evaluation import Clips
+    from aime_fast.training.positions import PositionReader
+    from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+SHOWN_STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 35, 50)  # rows of the printed tables; the file has every step
+# What drew the frames, as the tables call it.
+FILMS = {
+    "model": "model",
+    "sample_mean": "mean of samples",
+    "sample_best": "best sample",
+    "token_model": "token model",
+    "repeat_last_frame": "repeat-last-frame",
+    "mean_frame": "mean frame",
+    "tokenizer": "tokenizer",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +46,10 @@ class EvaluateConfig:
     episodes: int | None = None  # held-out episodes; none: all
     clips: int = 8  # open-loop clips cut from each episode
     context: int = 8  # frames shown
-    horizon: int = 16  # frames predicted from actions alone
+    horizon: int = 50  # frames predicted from actions alone
+    samples: int = 10  # sampled predictions of each clip
+    seed: int = 0  # of the samples
+    batch: int = 16  # clips predicted at once
     out: str | None = None  # folder for the results; none: evaluation/ in the run directory
     data: str | None = None  # other data of the same task; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
@@ -34,42 +59,57 @@ class EvaluateConfig:
 
 def evaluate(options: EvaluateConfig) -> dict:
     """Runs the evaluation and writes its files. Returns the content of evaluation.json."""
+    import torch
+
     from aime_fast.data import make_batches
     from aime_fast.provenance import git_commit, version
     from aime_fast.training import evaluation
     from aime_fast.training.checkpoint import load_model
-    from aime_fast.training.settings import choose_compile, choose_device, choose_kernels
+    from aime_fast.training.lpips import find_lpips
+    from aime_fast.training.settings import choose_compile, choose_device, choose_kernels, keep_freed_memory
     from aime_fast.training.validation import draw_prediction
 
+    check(options)
+    began = time.perf_counter()
     device = choose_device(options.device)
     choose_kernels(None)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(options.seed)
     model, config, info = load_model(options.run, device, ema=options.ema)
-    model.eval()
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
     training, validation = make_batches(data, config.run.seed, device)
     try:
         mean_frame = training.mean_frame()
-        episodes = evaluation.held_out_episodes(validation, options.episodes)
+        episodes, reader = held_out(data, training, validation, options.episodes)
         try:
             clips = evaluation.cut_clips(episodes, options.context, options.horizon, options.clips)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        lpips = find_lpips(device)
+        missing = {name: found for name, found in (("lpips", lpips), ("positions", reader)) if isinstance(found, str)}
+        open_loop = evaluation.evaluate_prediction(
+            model, clips, mean_frame, options.samples, options.batch,
+            reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips,
+        )  # fmt: skip
         result = {
             "checkpoint": str(info["checkpoint"]),
             "step": info["step"],
             "ema": options.ema,
-            "data": options.data or config.data.data,
+            "data": data.data,
             "held_out_episodes": len(episodes),
+            "seed": options.seed,
             "device": str(device),
             "torch": version("torch"),
             "commit": git_commit(),
-            "reconstruction": evaluation.evaluate_reconstruction(model, validation.one_pass(), mean_frame, config.model.codebook_size),
-            "open_loop": evaluation.evaluate_prediction(model, clips),
+            **evaluation.evaluate_sequences(model, validation.one_pass(), mean_frame, config.model.codebook_size),
+            "open_loop": open_loop | missing,
+            "seconds": time.perf_counter() - began,
         }
         out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        (out / "evaluation.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
         draw_clip(model, clips, out / "prediction.png")
         draw_prediction(model, episodes[:4], out / "prediction.mp4", device, options.context, options.horizon)
     finally:
@@ -80,35 +120,88 @@ def evaluate(options: EvaluateConfig) -> dict:
     return result
 
 
-def draw_clip(model, clips, path: Path, columns: int = 8) -> None:
+def check(options: EvaluateConfig) -> None:
+    """Raises ConfigError for a number out of range; `cut_clips` looks at the clips."""
+    for name, least in (("episodes", 1), ("samples", 0), ("batch", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: expected at least {least}")
+
+
+def held_out(
+    data: DataConfig, training: SequenceBatches, validation: SequenceBatches, limit: int | None
+) -> tuple[list[TensorDict], PositionReader | str]:
+    """The first `limit` held-out episodes, or all, on the host, and a reader of positions, or why there is none: "not measured: ..." """
+    from aime_fast.data import DMCVBDataset
+    from aime_fast.training.positions import make_reader
+
+    chosen = range(len(validation.episodes))[:limit]
+    if data.data == "synthetic":
+        return [validation.episode(i).cpu() for i in chosen], "not measured: synthetic data have no positions"
+    dataset = DMCVBDataset(data.data, data.sequence_length)
+    episodes = [dataset.read_episode(validation.episodes[i]) for i in chosen]
+    if not dataset.position_names:
+        return episodes, f"not measured: {data.data} has no 'positions'; collect the data anew with this version"
+    return episodes, make_reader(dataset, training.episodes, training.device)
+
+
+def draw_clip(model: DPGMMVariationalRecurrentAutoencoder, clips: Clips, path: Path, columns: int = 8) -> None:
     """A sheet of the first clip's predicted frames: truth | prediction | error | attention overlay, evenly spaced in the horizon."""
-    from aime_fast.training.evaluation import Clips, predict
+    from aime_fast.data import normalise
+    from aime_fast.training.evaluation import predict
     from aime_fast.training.pictures import save_samples
 
-    first = Clips(clips.video[:1], clips.actions[:1], clips.context)
-    out = predict(model, first, first.actions[:, clips.context :])
-    horizon = out["reconstructions"].shape[1]
-    shown = [round(i * (horizon - 1) / max(min(columns, horizon) - 1, 1)) for i in range(min(columns, horizon))]
-    save_samples(path, first.video[0, clips.context :][shown], out["reconstructions"][0, shown], out["attention"][0, shown])
+    first = clips[:1].to(model.decoder.background.device)
+    out = predict(model, first)
+    shown = [round(i * (first.horizon - 1) / max(min(columns, first.horizon) - 1, 1)) for i in range(min(columns, first.horizon))]
+    truth = normalise(first.pixels[0, clips.context :])
+    save_samples(path, truth[shown], out["reconstructions"][0, shown], out["attention"][0, shown])
 
 
 def print_tables(result: dict) -> None:
-    """The two tables a person reads."""
-    r, o = result["reconstruction"], result["open_loop"]
-    print(f"{result['checkpoint']}, step {result['step']}, {result['held_out_episodes']} held-out episodes\n")
+    """The tables a person reads."""
+    r, o, c = result["reconstruction"], result["open_loop"], result["calibration"]
+    print(f"{result['checkpoint']}, step {result['step']}, {result['held_out_episodes']} held-out episodes, {result['seconds']:.0f} s\n")
     print("reconstruction        PSNR dB    SSIM")
     print(f"  model              {r['psnr']:8.2f}  {r['ssim']:6.3f}")
     print(f"  mean frame         {r['psnr_mean_frame']:8.2f}  {r['ssim_mean_frame']:6.3f}")
     print(f"codes in use {r['code_usage']:.1%} (perplexity {r['code_perplexity']:.1f}), ", end="")
     print(f"effective components {r['effective_components']:.2f} ({r['components_used']} the likeliest somewhere), ", end="")
     print(f"next-token accuracy {r['token_accuracy']:.1%}")
+    print(f"\ncalibration of the prior: log p(z) minus that of its own samples {c['log_prob_difference']:+.2f} nats, shares of the ranks")
+    print(f"  {' '.join(f'{share:.2f}' for share in c['rank_histogram'])}  (0.10 each where calibrated)")
     print(f"\nopen loop, context {o['context']}, {o['clips']} clips")
-    print("  step   model PSNR    SSIM   repeat-last-frame PSNR    SSIM")
-    ours, repeat = o["model"], o["repeat_last_frame"]
-    for i in range(o["horizon"]):
-        print(f"  {i + 1:4d}   {ours['psnr'][i]:10.2f}  {ours['ssim'][i]:6.3f}   {repeat['psnr'][i]:22.2f}  {repeat['ssim'][i]:6.3f}")
-    ratio = o["action_shuffle_ratio"]
-    print(f"action-shuffle ratio {'not defined for one clip' if ratio is None else f'{ratio:.3f}'}")
+    films = [name for name in FILMS if name in o]
+    steps = [step for step in SHOWN_STEPS if step < o["horizon"]] + [o["horizon"]]
+    for kind, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
+        if kind in o["model"]:
+            print_curves(kind, {FILMS[name]: o[name][kind] for name in films}, steps, digits)
+    print_curves("token accuracy", {label(name): curve for name, curve in o["tokens"].items()}, steps, 3)
+    if isinstance(o["positions"], dict):
+        curves = {label(name): curve for name, curve in o["positions"].items() if isinstance(curve, list)}
+        print_curves("position error, pixels", curves, steps, 2)
+    for name in ("lpips", "positions"):
+        if isinstance(o.get(name), str):
+            print(f"{name} {o[name]}")
+    print("\ntargets                                value   wanted")
+    for name, target in o["targets"].items():
+        value = "    none" if target["value"] is None else f"{target['value']:8.3f}"
+        verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
+        print(f"  {name:35s} {value}  >= {target['wanted']:5.2f}  {verdict}")
+
+
+def label(name: str) -> str:
+    """A key of the file as the tables call it."""
+    return FILMS.get(name, name.replace("_", " "))
+
+
+def print_curves(title: str, curves: dict[str, list[float | None]], steps: list[int], digits: int) -> None:
+    """A table with one row for each of `steps`, one column for each curve; a dash where nothing could be measured."""
+    width = max(map(len, curves)) + 2
+    print(f"\n{title}\n  step" + "".join(f"{name:>{width}s}" for name in curves))
+    for step in steps:
+        values = (curve[step - 1] for curve in curves.values())
+        print(f"  {step:4d}" + "".join(f"{'-':>{width}s}" if value is None else f"{value:{width}.{digits}f}" for value in values))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

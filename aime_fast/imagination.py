@@ -2,6 +2,7 @@
 
 Both map a `State` of fixed shape to the next one and cost one frame, however long the video is: perception keeps one product for each
 causal convolution and the keys and values of the attention window. `step` is the definition that the parallel path is tested against.
+`imagine` looks at nothing: latent, attention and context come from their predictions, so what is drawn never feeds back.
 `model` is always the world model, whose methods of the same names are the public ones.
 """
 
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.generative_prior.dpgmm_prior import Mixture
 from aime_fast.inference import Inference, draw_latents, recurrent_input
 from aime_fast.perceiver_io.context import Memory
 from aime_fast.roll_out import alike
@@ -70,31 +72,40 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
 
 
 def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
-    """One frame without seeing it: latent and attention from their priors, the frame drawn, the context read from the drawing.
+    """One frame without seeing it: latent and attention from their priors, the context from its own prediction, the frame drawn.
 
-    With `prior_context="current"` too the prior is given c_{t-1}: c_t is read from a frame that is drawn only after z_t.
+    With `prior_context="current"` too the prior is given c_{t-1}: c_t is predicted only after z_t. What perception keeps (`kept`,
+    `memory`) stays that of the last frame seen.
 
     Args: action [B, A], taken after the imagined frame; state of the frame before; sample: draw from the priors, otherwise the mean of
     the likeliest component.
 
     Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
     """
+    p, _, following = dream(model, action, state, sample)
+    drawn = model.decoder(following.latents, following.attention)
+    out = dict(
+        reconstructions=model.decoder.likelihood.mean(drawn), latents=following.latents, mixture_weights=p.log_weights.exp(),
+        attention=following.attention,
+    )  # fmt: skip
+    return out, alike(following, state)
+
+
+def dream(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[Mixture, Tensor, State]:
+    """`imagine` without the drawing, differentiable: (prior of z_t, log of the expected attention [B, Ha, Wa], the next state)."""
     p = model.prior(state.hidden, state.context, sample=sample)
     z = p.sample(sample)
-    attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention.exp()
-    frame = model.decoder.likelihood.mean(model.decoder(z, attention))
-    _, context, kept, memory = model.perceiver_io.observe(frame.clamp(-1, 1).unsqueeze(1), state.kept, state.memory)
-    context = context[:, 0]
+    log_attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention
+    context = model.expect_context(state.hidden, state.context, z)
     hidden, lstm = _recur(model, z, context, action, state.lstm)
-    out = dict(reconstructions=frame, latents=z, mixture_weights=p.log_weights.exp(), attention=attention)
-    return out, alike(State(lstm, hidden, z, context, attention, kept, memory), state)
+    return p, log_attention, state._replace(lstm=lstm, hidden=hidden, latents=z, context=context, attention=log_attention.exp())
 
 
 def _recur(model: nn.Module, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
     x = recurrent_input(z, context, action).unsqueeze(1)
     going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
     hidden, lstm = model.dynamics(x, going_on, lstm)
-    return hidden[:, 0], lstm
+    return hidden[:, 0], lstm[:, 0]
 
 
 def _restart(model: nn.Module, state: State, init: Tensor) -> State:

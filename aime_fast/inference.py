@@ -21,7 +21,7 @@ class Inference(NamedTuple):
     prior: Mixture
     context: Tensor  # [B, T, Dc]; [B, Dc] in a step
     hidden: Tensor  # [B, T, Dh]; [B, Dh] in a step
-    lstm: Tensor  # [B, layers, 2, Dh], after the last frame
+    lstm: Tensor  # [B, T, layers, 2, Dh], after each frame; [B, layers, 2, Dh] in a step
     maps: AttentionMaps
     attention_before: Tensor  # [N, Ha, Wa]
     expected: PredictedAttention

@@ -14,6 +14,7 @@ from aime_fast.cli import parse_config, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse a config, train, say where everything is."""
     config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
+    from aime_fast.report import ReportConfig, report
     from aime_fast.training import DMCVBTrainer, NonFiniteError, TrainingInterrupted
 
     try:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
     print_result(result)
+    report(ReportConfig(str(result["run_dir"]), device=config.run.device))
 
 
 def print_result(result: dict) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from aime_fast import imagination
 from aime_fast.attention_schema import AttentionSchema
-from aime_fast.attention_schema.schema import attention_kl, diversity_loss
+from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
 from aime_fast.config import Config
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
@@ -31,11 +31,12 @@ from aime_fast.imagination import State
 from aime_fast.inference import Inference, draw_latents, recurrent_input
 from aime_fast.layers import full_precision, previous, starts
 from aime_fast.multi_task_learning import losses
+from aime_fast.overshooting import overshoot
 from aime_fast.perceiver_io import CausalPerceiverIO
 from aime_fast.perceiver_io.tokenizer import Tokens
 from aime_fast.roll_out import RollOut, alike
 from aime_fast.spans import span
-from aime_fast.temporal_dynamics import LSTMLayer
+from aime_fast.temporal_dynamics import ContextPrior, LSTMLayer
 
 
 class DPGMMVariationalRecurrentAutoencoder(nn.Module):
@@ -90,12 +91,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         kl: str = "exact",
         token_corruption: float = 0.1,
         refinement_steps: int = 0,
+        overshoot_frames: int = 5,
     ):
         super().__init__()
         if prior_context not in ("previous", "current"):
             raise ValueError(f"prior_context is {prior_context!r}, expected 'previous' or 'current'")
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
-        self.prior_context = prior_context
+        self.prior_context, self.overshoot_frames = prior_context, overshoot_frames
         self.perceiver_io = CausalPerceiverIO(
             (sequence_length, 3, image_size, image_size), num_latents, num_latent_channels, 2 * num_latent_channels, context_dim,
             action_dim, context_layers,
@@ -111,6 +113,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self.decoder = VAEDecoder(image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components)
         self.prior = DPGMMPrior(hidden_dim, context_dim, latent_dim, max_components, kl)
         self.dynamics = LSTMLayer(latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
+        self.expect_context = ContextPrior(hidden_dim, context_dim, latent_dim)
         self.attention = AttentionSchema(
             image_size, hidden_dim, context_dim, latent_dim, attention_dim, num_attention_slots, slot_iterations, attention_fusion,
             attention_prior_dim,
@@ -163,7 +166,12 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self.perceiver_io.compile_generation(mode)
 
     def forward_sequence(
-        self, observations: Tensor, actions: Tensor, is_init: Tensor | None = None, ema: DPGMMVariationalRecurrentAutoencoder | None = None
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        is_init: Tensor | None = None,
+        ema: DPGMMVariationalRecurrentAutoencoder | None = None,
+        own_tokens: Tensor | float = 0.0,
     ) -> TensorDict:
         """Infers, reconstructs and scores a batch of sequences, in parallel over time.
 
@@ -172,23 +180,29 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             actions: [B, T, A]; a_t is taken after seeing x_t.
             is_init: bool [B, T] or [B, T, 1]; memory is empty before these frames and before frame 0.
             ema: the EMA copy of this model, whose encoder anchors the Gram term; without it the term is 0.
+            own_tokens: share of frames whose tokens the predictor reads as it predicted them itself, in training mode.
 
         Returns:
             TensorDict without batch size: reconstructions [B, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z],
             mixture_weights [B, T, K], component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc],
             slot_maps [B, T, S, Ha, Wa], attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa],
             tokens [B, T, Ht, Wt, Q], and scalars: every name of `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame),
-            perplexity, code_usage, token_accuracy.
+            perplexity, code_usage, token_accuracy, slot_overlap.
 
         Raises:
             ValueError: a shape does not fit the model.
         """
-        return TensorDict(self.infer_and_score(observations, actions, is_init, ema), batch_size=[])
+        return TensorDict(self.infer_and_score(observations, actions, is_init, ema, own_tokens), batch_size=[])
 
     forward = forward_sequence
 
     def infer_and_score(
-        self, observations: Tensor, actions: Tensor, is_init: Tensor | None = None, ema: DPGMMVariationalRecurrentAutoencoder | None = None
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        is_init: Tensor | None = None,
+        ema: DPGMMVariationalRecurrentAutoencoder | None = None,
+        own_tokens: Tensor | float = 0.0,
     ) -> dict[str, Tensor]:
         """`forward_sequence` into a plain dictionary, for compiled code: Dynamo guards TensorDict's global state and recompiles."""
         video = self._frames(observations)
@@ -201,7 +215,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             drawn = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)
             terms["token_reconstruction"] = F.mse_loss(full_precision(drawn), video)
         with span("perceiver_io: predictor"):
-            terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(tokens.codes, seen.context, actions, start)
+            predictor = self.perceiver_io.predictor
+            terms["next_token"], terms["token_accuracy"] = predictor.loss(tokens.codes, seen.context, actions, start, own_tokens)
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean()
         with span("generative_prior: KL"):
@@ -215,7 +230,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             maps = (seen.maps.attention, seen.attention_before, seen.expected.movement)
             terms["kl_attention"] = attention_kl(seen.maps.attention, seen.expected.log_attention).mean()
             terms["attention_dynamics"] = self.attention.dynamics_loss(*(m.unflatten(0, start.shape) for m in maps), start)
-            terms["diversity"] = diversity_loss(seen.maps.slot_maps)
+            terms["slot_overlap"] = slot_overlap(seen.maps.slot_maps)
+            terms["diversity"] = terms["slot_overlap"] + map_entropy(seen.maps.slot_maps)
+        with span("temporal_dynamics: overshooting"):
+            terms |= overshoot(self, seen, video, actions, start, self.overshoot_frames)
         out = seen.describe(tokens.codes, self.decoder.likelihood, start.shape)
         with span("encoder_decoder: adversarial"):
             terms |= self._adversarial(out["reconstructions"], video, out["latents"])
@@ -371,7 +389,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         tokens, seen = self._infer(video, actions, start)
         _, memory = perceiver.extend_context(tokens.codes, perceiver.empty_memory(batch))
         latents, attention = (x.unflatten(0, start.shape)[:, -1] for x in (seen.latents, seen.maps.attention))
-        state = State(seen.lstm, seen.hidden[:, -1], latents, seen.context[:, -1], attention, tokens.kept, memory)
+        state = State(seen.lstm[:, -1], seen.hidden[:, -1], latents, seen.context[:, -1], attention, tokens.kept, memory)
         out, _ = self.roll_out(self, future_actions, alike(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 

@@ -51,6 +51,10 @@ def test_evaluate_writes_tables_picture_and_video(finished_run):
     loop = result["open_loop"]
     assert len(loop["model"]["psnr"]) == len(loop["repeat_last_frame"]["ssim"]) == loop["horizon"] == 6
     assert loop["action_shuffle_ratio"] > 0
+    assert set(loop["positions"]["by_point"]["reader_on_truth"]) == {"cart", "pole_1", "pole_1/tip"}
+    assert len(loop["sample_best"]["psnr"]) == len(loop["tokens"]["rolled_out"]) == len(loop["positions"]["model"]) == 6
+    assert loop["lpips"].startswith("not measured: ") or len(loop["model"]["lpips"]) == 6
+    assert sum(result["calibration"]["rank_histogram"]) == pytest.approx(1)
     measured = result["reconstruction"]
     assert 0 < measured["code_usage"] <= 1
     assert 1 <= measured["effective_components"] <= 4

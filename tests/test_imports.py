@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PILLARS = ("perceiver_io", "generative_prior", "encoder_decoder", "temporal_dynamics", "attention_schema", "multi_task_learning")
-COMMANDS = ("train", "collect", "evaluate")
+COMMANDS = ("train", "collect", "evaluate", "report")
 
 
 def modules() -> dict[str, Path]:
@@ -52,10 +52,12 @@ ALLOWED = {
     "pillar": {"pillar", "kernels", "layers", "roll_out"},
     "inference": {"pillar"},
     "imagination": {"pillar", "inference", "roll_out"},
-    "world_model": {"pillar", "layers", "config", "spans", "inference", "imagination", "roll_out", "aime_fast"},
+    "overshooting": {"pillar", "inference", "imagination"},
+    "world_model": {"pillar", "layers", "config", "spans", "inference", "imagination", "overshooting", "roll_out", "aime_fast"},
     "data": {"data", "config"},
     "training": {"training", "kernels", "world_model", "data", "config", "cli", "pillar", "provenance", "spans", "graph"},
-    "command": {"training", "data", "cli", "config", "pillar", "provenance"},
+    "reporting": {"reporting", "training", "cli"},
+    "command": {"training", "reporting", "data", "cli", "config", "pillar", "provenance"},
     "aime_fast": set(),
     "profiling": {
         "profiling",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import make_batch, make_model
 from torch import nn
 
-from aime_fast.attention_schema.schema import attention_kl, diversity_loss
+from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
 from aime_fast.layers import episode_mask, halvings, starts
 from aime_fast.multi_task_learning.losses import gaussian_log_prob, mixture_log_prob
@@ -138,10 +138,11 @@ def test_lstm_equals_torch_lstm_and_resets(seed, frames):
             getattr(theirs, f"bias_hh_l{i}").zero_()
     x = torch.randn(2, frames, 3, dtype=torch.float64)
     going_on = torch.zeros(2, frames, dtype=torch.bool)
-    out, state = ours(x, going_on)
+    out, states = ours(x, going_on)
     expected, (h, c) = theirs(x)
     torch.testing.assert_close(out, ours.norm(expected))
-    torch.testing.assert_close(state, torch.stack([h, c], dim=2).transpose(0, 1))
+    torch.testing.assert_close(states[:, -1], torch.stack([h, c], dim=2).transpose(0, 1))
+    torch.testing.assert_close(states[:, :, -1, 0], expected)
     reset = going_on.clone()
     reset[:, -1] = True
     torch.testing.assert_close(ours(x, reset)[0][:, -1], ours(x[:, -1:], going_on[:, :1])[0][:, 0])
@@ -197,8 +198,10 @@ def test_attention_kl_and_diversity_have_the_right_ends():
     torch.testing.assert_close(attention_kl(a, b.log()), expected)
     corners = torch.zeros(1, 3, 4, 4)
     corners[0, 0, 0, 0] = corners[0, 1, 0, 3] = corners[0, 2, 3, 3] = 1
-    assert diversity_loss(corners) == pytest.approx(0, abs=1e-5)
-    assert diversity_loss(torch.full((1, 3, 4, 4), 1 / 16)) == pytest.approx(2, abs=1e-5)
+    alike = torch.full((1, 3, 4, 4), 1 / 16)
+    for measure in (slot_overlap, map_entropy):
+        assert measure(corners) == pytest.approx(0, abs=1e-5)
+        assert measure(alike) == pytest.approx(1, abs=1e-5)
 
 
 def test_grids_halve_rounding_up_and_the_mask_keeps_episodes_apart():

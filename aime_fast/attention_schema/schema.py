@@ -83,13 +83,16 @@ def attention_kl(attention: Tensor, log_prior: Tensor) -> Tensor:
     return (attention * (attention.clamp_min(LOG_FLOOR).log() - log_prior)).sum((-2, -1))
 
 
-def diversity_loss(slot_maps: Tensor) -> Tensor:
-    """Mean pairwise cosine overlap of slot maps plus their mean entropy (as a share of the largest): [N, S, Ha, Wa] -> scalar."""
-    maps = slot_maps.flatten(2)
-    unit = F.normalize(maps, dim=2)
+def slot_overlap(slot_maps: Tensor) -> Tensor:
+    """Mean cosine between the maps of two slots of a frame, 1 where all slots look alike: [N, S, Ha, Wa] -> scalar."""
+    unit = F.normalize(slot_maps.flatten(2), dim=2)
     with outside_autocast(unit):
-        overlap = unit @ unit.transpose(1, 2)  # [N, S, S]
-    slots = maps.shape[1]
-    pairs = (overlap.sum((1, 2)) - overlap.diagonal(dim1=1, dim2=2).sum(1)) / max(slots * (slots - 1), 1)
-    entropy = -(maps * maps.clamp_min(LOG_FLOOR).log()).sum(2).mean(1) / math.log(maps.shape[2])
-    return (pairs + entropy).mean()
+        cosine = unit @ unit.transpose(1, 2)  # [N, S, S]
+    slots = slot_maps.shape[1]
+    return ((cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / max(slots * (slots - 1), 1)).mean()
+
+
+def map_entropy(slot_maps: Tensor) -> Tensor:
+    """Mean entropy of the slots' maps as a share of the largest: [N, S, Ha, Wa] -> scalar."""
+    maps = slot_maps.flatten(2)
+    return -(maps * maps.clamp_min(LOG_FLOOR).log()).sum(2).mean() / math.log(maps.shape[2])

@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.config import DataConfig
-from aime_fast.data.environments import make_environment, probe_renderer, task_shape
+from aime_fast.data.environments import describe_task, make_environment, probe_renderer
 from aime_fast.data.episodes import DataError, EpisodeWriter
 
 if TYPE_CHECKING:
@@ -33,31 +33,59 @@ RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "
 
 
 class NoisePolicy(TensorDictModuleBase):
-    """Actions from noise alone, float32 [A] in [-1, 1].
+    """Actions that look at nothing, float32 [A] in [-1, 1].
 
-    "random" draws each action uniformly. "ou" is an Ornstein-Uhlenbeck process, sampled exactly at the agent's steps:
-    u' = r u + s sqrt(1 - r^2) n, r = exp(-rate), n normal, which pushes in one direction for about 1/rate steps and so reaches
-    states that independent actions never reach. It starts from its stationary distribution wherever `is_init` is true.
+    * "random" draws each action uniformly.
+    * "ou" is an Ornstein-Uhlenbeck process, sampled exactly at the agent's steps: u' = r u + s sqrt(1 - r^2) n, r = exp(-rate),
+      n normal, which pushes in one direction for about 1/rate steps and so reaches states that independent actions never reach. It
+      starts from its stationary distribution wherever `is_init` is true.
+    * "swing" draws for each episode and action a sinusoid, its period log-uniform in `periods` (agent steps), its amplitude uniform in
+      `amplitudes`, its phase uniform, and adds a little noise. Some periods are near those of pole and limbs, which resonance then
+      swings up.
+    * "mixed" plays each episode as "random" or "swing", at even odds.
     """
 
     rate = 0.15
     deviation = 0.6
+    periods = (20.0, 80.0)
+    amplitudes = (0.4, 1.0)
+    swing_noise = 0.1  # standard deviation
 
-    def __init__(self, kind: Literal["random", "ou"], action_dim: int, seed: int):
+    def __init__(self, kind: Literal["random", "ou", "swing", "mixed"], action_dim: int, seed: int):
         super().__init__()
         self.in_keys, self.out_keys = ["is_init"], ["action"]
         self.kind, self.action_dim = kind, action_dim
         self._random = np.random.default_rng(seed)
         self._state = np.zeros(action_dim)
+        self._swings = kind == "swing"
+        self._frequency = self._phase = self._amplitude = np.zeros(action_dim)
 
     def forward(self, tensordict: TensorDict) -> TensorDict:
-        if self.kind == "random":
-            action = self._random.uniform(-1, 1, self.action_dim)
-        else:
+        first = tensordict["is_init"].item()
+        if self.kind == "ou":
             noise = self.deviation * self._random.standard_normal(self.action_dim)
-            keep = 0.0 if tensordict["is_init"].item() else math.exp(-self.rate)
+            keep = 0.0 if first else math.exp(-self.rate)
             action = self._state = keep * self._state + math.sqrt(1 - keep**2) * noise
+        else:
+            if first:
+                self._begin()
+            action = self._swing() if self._swings else self._random.uniform(-1, 1, self.action_dim)
         return tensordict.set("action", torch.from_numpy(np.clip(action, -1, 1).astype(np.float32)))
+
+    def _begin(self) -> None:
+        """Draw what an episode keeps."""
+        if self.kind == "mixed":
+            self._swings = self._random.random() < 0.5
+        if self._swings:
+            shortest, longest = np.log(self.periods)
+            self._frequency = 2 * np.pi / np.exp(self._random.uniform(shortest, longest, self.action_dim))
+            self._phase = self._random.uniform(0, 2 * np.pi, self.action_dim)
+            self._amplitude = self._random.uniform(*self.amplitudes, self.action_dim)
+
+    def _swing(self) -> np.ndarray:
+        action = self._amplitude * np.sin(self._phase) + self.swing_noise * self._random.standard_normal(self.action_dim)
+        self._phase = self._phase + self._frequency
+        return action
 
 
 def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = True) -> Path:
@@ -85,10 +113,11 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
         raise DataError(f"--seed {seed}: expected 0 or more")
     out = Path(out)
     backend = probe_renderer()
-    action_dim, longest = task_shape(config)
+    action_dim, longest, position_names = describe_task(config)
     attributes = {
         **{key: getattr(config, key) for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")},
         "action_dim": action_dim,
+        "position_names": position_names,
         "seed": seed,
         "render_backend": backend,
         "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
@@ -146,6 +175,7 @@ def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
         "reward": ("next", "reward"),
         "discount": ("next", "discount"),
         "is_init": "is_init",
+        "positions": "positions",
     }
     episode = {name: torch.cat([part[key] for part in parts]).numpy() for name, key in keys.items()}
     return {name: value[:, 0] if name in ("reward", "discount", "is_init") else value for name, value in episode.items()}

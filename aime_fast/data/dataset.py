@@ -23,9 +23,9 @@ class DMCVBDataset(Dataset):
     """Sequences of T frames out of recorded episodes; a sequence never crosses an episode boundary.
 
     Item i is a TensorDict [T]: `pixels` uint8 [T, 3, H, W], `action` float32 [T, A], `reward` float32 [T, 1], `discount` float32
-    [T, 1], `is_init` bool [T, 1]. Sequences start every T frames; an episode's remainder is left out. Use `torch.stack` as a
-    DataLoader's `collate_fn`. Any number of loader processes may read at once. Training proper uses `make_batches`, which is
-    faster.
+    [T, 1], `is_init` bool [T, 1], and, where every shard has them, `positions` float32 [T, n, 2]. Sequences start every T frames; an
+    episode's remainder is left out. Use `torch.stack` as a DataLoader's `collate_fn`. Any number of loader processes may read at
+    once. Training proper uses `make_batches`, which is faster.
 
     Args:
         path: HDF5 file, list of files, or folder of shards (`*.h5`, `*.hdf5`).
@@ -36,6 +36,7 @@ class DMCVBDataset(Dataset):
         action_dim, image_size: A; H = W.
         num_episodes, lengths: episodes in all shards; frames of each.
         attributes: those of the first shard, as plain Python values; `versions` is a dictionary.
+        position_names: of the n points in `positions`; empty unless all shards have the same.
     Raises:
         DataError: a shard is damaged, is not what was asked for, or holds an episode shorter than T.
     """
@@ -61,12 +62,15 @@ class DMCVBDataset(Dataset):
             "render_quality": render_quality, "action_dim": action_dim, "frame_skip": frame_skip,
         }  # fmt: skip
         self.attributes: dict[str, Any] = {}
+        names: set[tuple[str, ...]] = set()
         self._episodes: list[tuple[Path, str]] = []
         self.lengths: list[int] = []
         for shard in self.paths:
             with open_shard(shard) as file:
                 lengths = check_shard(file, shard, expected, sequence_length)
                 attributes = {key: _plain(value) for key, value in file.attrs.items()}
+                placed = all("positions" in file[name] for name in lengths)
+            names.add(tuple(attributes.get("position_names", ())) if placed else ())
             self.attributes = self.attributes or attributes
             for key in SHARED:
                 if attributes[key] != self.attributes[key]:
@@ -78,6 +82,7 @@ class DMCVBDataset(Dataset):
             self.lengths += lengths.values()
         self.attributes["versions"] = json.loads(self.attributes.get("versions", "{}"))
         self.action_dim, self.image_size = self.attributes["action_dim"], self.attributes["image_size"]
+        self.position_names = names.pop() if len(names) == 1 else ()
         self.num_episodes = len(self._episodes)
         self._windows = [
             (episode, start)
@@ -102,7 +107,10 @@ class DMCVBDataset(Dataset):
         key = (os.getpid(), path)  # an HDF5 handle does not survive a fork
         if key not in self._open:
             self._open[key] = open_shard(path)
-        return to_tensordict(read_episode(self._open[key][name], path, start, stop))
+        episode = read_episode(self._open[key][name], path, start, stop)
+        if not self.position_names:  # of some shards only: sequences of all shards are stacked and need the same keys
+            episode.pop("positions", None)
+        return to_tensordict(episode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -116,10 +124,10 @@ class DMCVBDataset(Dataset):
 
 def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
     """Arrays of an episode, laid out as in the file, to a TensorDict [T]: channels first, scalars with a trailing 1."""
-    frames = len(episode["pixels"])
-    values = {key: torch.from_numpy(value).reshape(frames, -1) for key, value in episode.items() if key != "pixels"}
-    pixels = torch.from_numpy(episode["pixels"]).permute(0, 3, 1, 2).contiguous()  # [T, 3, H, W]
-    return TensorDict({"pixels": pixels, **values}, batch_size=[frames])
+    values = {key: torch.from_numpy(value) for key, value in episode.items()}
+    values = {key: value[:, None] if value.dim() == 1 else value for key, value in values.items()}
+    values["pixels"] = values["pixels"].permute(0, 3, 1, 2).contiguous()  # [T, 3, H, W]
+    return TensorDict(values, batch_size=[len(values["pixels"])])
 
 
 def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -137,4 +145,6 @@ def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return tuple(value.tolist())
     return value.item() if isinstance(value, np.generic) else value

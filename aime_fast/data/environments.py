@@ -91,6 +91,10 @@ class RenderedTask:
     discounts multiplied. A picture is uint8 [H, W, 3], a fresh array each time. OpenGL contexts belong to the thread that
     renders first; use one instance in one thread.
 
+    Attributes:
+        action_dim: A.
+        position_names: the n points that `positions` follows, see `moving_points`.
+
     Raises:
         DataError: there is no such domain or task, or its actions have no bounds.
     """
@@ -122,6 +126,18 @@ class RenderedTask:
         self._flags = {"shadow": False, "reflection": False} if fast else {}
         camera_id = 0 if physics.model.ncam else -1
         self._camera = engine.Camera(physics, config.image_size, config.image_size, camera_id=camera_id)
+        self.position_names, self._geoms, self._offsets = moving_points(physics.model)
+
+    def positions(self) -> np.ndarray:
+        """Where the points `position_names` lie in the picture of this moment: float32 [n, 2], (column, row) in pixels.
+
+        (0, 0) is the centre of the top left pixel. A point may lie outside the picture, or behind something.
+        """
+        data = self._env.physics.data
+        turned = np.einsum("nij,nj->ni", data.geom_xmat[self._geoms].reshape(-1, 3, 3), self._offsets)
+        points = data.geom_xpos[self._geoms] + turned  # [n, 3], world
+        column, row, depth = self._camera.matrix @ np.concatenate([points, np.ones((len(points), 1))], axis=1).T
+        return np.stack([column / depth, row / depth], axis=1).astype(np.float32)
 
     def _picture(self) -> np.ndarray:
         return np.ascontiguousarray(self._camera.render(render_flag_overrides=self._flags))
@@ -166,21 +182,52 @@ def check_task(domain: str, task: str) -> None:
         raise DataError(f"--task {task}: domain {domain} has no such task; choose one of {', '.join(tasks[domain])}")
 
 
-def task_shape(config: DataConfig) -> tuple[int, int]:
-    """Action dimension and agent steps of the longest episode of a task, found without rendering."""
+def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
+    """Action dimension, agent steps of the longest episode and names of the moving points of a task, found without rendering."""
     check_task(config.domain, config.task)
     from dm_control import suite
 
     env = suite.load(config.domain, config.task)
     steps = env._step_limit
-    return env.action_spec().shape[0], math.ceil(steps / config.frame_skip) if math.isfinite(steps) else sys.maxsize
+    longest = math.ceil(steps / config.frame_skip) if math.isfinite(steps) else sys.maxsize
+    return env.action_spec().shape[0], longest, moving_points(env.physics.model)[0]
+
+
+def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The points of a MuJoCo model that say where its moving bodies are.
+
+    They are the centre of every visible geom that is not welded to the world, and of every capsule the end farther from the joint of its
+    body: a pole's `pole_1` and `pole_1/tip`.
+
+    Returns:
+        n names; the geom of each, int64 [n]; its place in that geom's frame, float64 [n, 3].
+    """
+    import mujoco
+
+    names, geoms, offsets = [], [], []
+    for geom in range(model.ngeom):
+        body = model.geom_bodyid[geom]
+        hidden = model.geom_group[geom] > 2 or model.geom_rgba[geom, 3] == 0  # groups above 2 are not drawn by default
+        if hidden or model.body_weldid[body] == 0:
+            continue
+        name = model.id2name(geom, "geom") or f"geom_{geom}"
+        names, geoms, offsets = [*names, name], [*geoms, geom], [*offsets, np.zeros(3)]
+        if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            axis = np.zeros(9)
+            mujoco.mju_quat2Mat(axis, model.geom_quat[geom])
+            joint = model.jnt_pos[model.body_jntadr[body]] if model.body_jntnum[body] else np.zeros(3)
+            away = 1.0 if axis.reshape(3, 3)[:, 2] @ (model.geom_pos[geom] - joint) >= 0 else -1.0
+            end = np.array([0.0, 0.0, away * model.geom_size[geom, 1]])
+            names, geoms, offsets = [*names, f"{name}/tip"], [*geoms, geom], [*offsets, end]
+    return names, np.array(geoms, dtype=np.int64), np.array(offsets).reshape(-1, 3)
 
 
 def make_environment(config: DataConfig, seed: int) -> EnvBase:
     """A dm_control task as a TorchRL environment.
 
-    Observations: `pixels` uint8 [H, W, 3] and `is_init` bool [1], true after a reset only, which tells a policy with a memory
-    when to forget. Actions: float32 [A] in [-1, 1]. Beside the reward float32 [1], each step gives `discount` float32 [1].
+    Observations: `pixels` uint8 [H, W, 3], `positions` float32 [n, 2] (see `RenderedTask.positions`) and `is_init` bool [1], true after
+    a reset only, which tells a policy with a memory when to forget. Actions: float32 [A] in [-1, 1]. Beside the reward float32 [1],
+    each step gives `discount` float32 [1].
     The end by time limit is `truncated` (discount 1), any other end `terminated`.
 
     The class is made inside this function because `aime_fast` imports without TorchRL.
@@ -198,6 +245,7 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
             super().__init__(device=None, batch_size=())
             self.observation_spec = Composite(
                 pixels=Bounded(0, 255, shape=(size, size, 3), dtype=torch.uint8),
+                positions=Unbounded(shape=(len(task.position_names), 2), dtype=torch.float32),
                 is_init=flag(),
                 discount=Unbounded(shape=(1,), dtype=torch.float32),
             )
@@ -210,6 +258,7 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
             return TensorDict(
                 {
                     "pixels": torch.from_numpy(pixels),
+                    "positions": torch.from_numpy(task.positions()),
                     "is_init": torch.tensor([is_init]),
                     "discount": torch.tensor([discount], dtype=torch.float32),
                     "done": torch.tensor([last]),

@@ -1,13 +1,14 @@
 """Episodes in HDF5: one file a shard, one group an episode, attributes that say what was recorded and how.
 
     shard.h5                    attributes: format_version, domain, task, seed, frame_skip, image_size, render_quality,
-    |                           render_backend, policy, action_dim, versions (JSON), complete
+    |                           render_backend, policy, action_dim, position_names, versions (JSON), complete
     |- episode_00000/
     |    pixels    uint8   [T, H, W, 3]    what was seen at t
     |    action    float32 [T, A]          taken after seeing pixels[t]; the last picture, which no action followed, is not kept
     |    reward    float32 [T]             received for action[t]
     |    discount  float32 [T]             after action[t]; 0 where the task ended, 1 everywhere else, also at a time limit
     |    is_init   bool    [T]             true at t = 0
+    |    positions float32 [T, n, 2]       optional: where the points `position_names` lie in pixels[t], (column, row) in pixels
     |- episode_00001/ ...
 
 Pixels lie in chunks of 16 frames: a training sequence then touches few chunks, and a chunk compresses well because
@@ -17,7 +18,7 @@ neighbouring frames are alike. Every chunk carries a checksum.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 FORMAT_VERSION = 1
 CHUNK_FRAMES = 16
 DTYPES = {"pixels": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "is_init": np.bool_}
+OPTIONAL = {"positions": np.float32}  # not in files of other sources, or written before there were positions
 # Attributes that all shards of a data set must agree on, with the flag that sets each.
 SHARED = {
     "domain": "--domain",
@@ -76,7 +78,7 @@ class EpisodeWriter:
         """Append an episode: arrays named and shaped as in the module's table. Raises DataError if one is not."""
         name = f"episode_{self.episodes:05d}"
         group = self._file.create_group(name)
-        for key, dtype in DTYPES.items():
+        for key, dtype in _dtypes(episode).items():
             value = np.asarray(episode[key])
             if value.dtype != dtype:
                 raise DataError(f"{self.path}: dataset '{name}/{key}' would be {value.dtype}, expected {np.dtype(dtype)}")
@@ -172,11 +174,15 @@ def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, 
     """Check the type and shape of an episode's data sets against the attributes of its file; returns its frames."""
     name = group.name.strip("/")
     size, action_dim = int(attributes["image_size"]), int(attributes["action_dim"])
-    trailing = {"pixels": (size, size, 3), "action": (action_dim,), "reward": (), "discount": (), "is_init": ()}
+    points = len(attributes.get("position_names", ()))
+    trailing = {
+        "pixels": (size, size, 3), "action": (action_dim,), "reward": (), "discount": (), "is_init": (), "positions": (points, 2),
+    }  # fmt: skip
     frames: int | None = None
-    for key, dtype in DTYPES.items():
+    present = set(group) if isinstance(group, h5py.Group) else set()
+    for key, dtype in _dtypes(present).items():
         where = f"{path}: dataset '{name}/{key}'"
-        if not isinstance(group, h5py.Group) or not isinstance(group.get(key), h5py.Dataset):
+        if key not in present or not isinstance(group[key], h5py.Dataset):
             raise DataError(f"{where} is missing; {RECOLLECT}")
         dataset = group[key]
         shape = [frames if frames is not None else "T", *trailing[key]]
@@ -189,16 +195,22 @@ def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, 
     return frames
 
 
+def _dtypes(given: Container[str]) -> dict[str, type]:
+    """The data sets of an episode that holds those `given`: all that it must have, and the optional ones that it has."""
+    return DTYPES | {key: dtype for key, dtype in OPTIONAL.items() if key in given}
+
+
 def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
     """Frames `start` to `stop` of an episode as arrays; DataError if a chunk is damaged or a value outside its range."""
     name, episode = group.name.strip("/"), {}
-    for key in DTYPES:
+    for key in _dtypes(group):
         try:
             episode[key] = group[key][start:stop]
         except OSError as error:
             raise DataError(f"{path}: dataset '{name}/{key}' is damaged ({error}); copy the file again or {RECOLLECT}") from error
-    for key, low, high in (("action", -1.0, 1.0), ("reward", -np.inf, np.inf), ("discount", 0.0, 1.0)):
-        value = episode[key]
+    ranges = (("action", -1.0, 1.0), ("reward", -np.inf, np.inf), ("discount", 0.0, 1.0), ("positions", -np.inf, np.inf))
+    for key, low, high in ranges:
+        value = episode.get(key, np.zeros(0))
         bad = ~np.isfinite(value) | (value < low) | (value > high)
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])

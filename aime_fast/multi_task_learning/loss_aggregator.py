@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention", "overshoot_context")
 TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
 # in the order of computation, so that the first non-finite term is the one to look at
 TERMS = (
     "commitment", "token_reconstruction", "next_token", "recon", "kl_z", "kl_hierarchical", "kl_attention", "mixture_entropy", "gram",
-    "attention_dynamics", "diversity", "generator", "feature_matching",
+    "attention_dynamics", "diversity", *OVERSHOOT, "generator", "feature_matching",
 )  # fmt: skip
 
 
@@ -19,6 +20,7 @@ class LossAggregator:
     """Weighs and adds the loss terms.
 
         elbo        = lambda_recon recon + beta (KL_z + KL_hierarchical + KL_attention) - entropy_weight H(pi) + lambda_gram Gram
+                      + lambda_overshoot (roll-out: recon + latent + attention + context)
         perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy
         predictive  = lambda_att_dyn attention dynamics + diversity
         adversarial = lambda_gan generator loss + lambda_fm feature matching
@@ -33,6 +35,7 @@ class LossAggregator:
         beta: float = 1.0,
         entropy_weight: float = 0.1,
         lambda_gram: float = 0.05,
+        lambda_overshoot: float = 0.5,
         lambda_commitment: float = 0.25,
         lambda_att_dyn: float = 0.1,
         lambda_gan: float = 0.1,
@@ -41,6 +44,7 @@ class LossAggregator:
     ):
         self.lambda_recon, self.beta = lambda_recon, beta
         self.entropy_weight, self.lambda_gram = entropy_weight, lambda_gram
+        self.lambda_overshoot = lambda_overshoot
         self.lambda_commitment, self.lambda_att_dyn = lambda_commitment, lambda_att_dyn
         self.lambda_gan, self.lambda_fm = lambda_gan, lambda_fm
         self.enforce_diversity = enforce_diversity
@@ -71,6 +75,7 @@ class LossAggregator:
             + beta * self.beta * kl
             - self.entropy_weight * term["mixture_entropy"]
             + self.lambda_gram * term["gram"]
+            + self.lambda_overshoot * sum(term[name] for name in OVERSHOOT)
         )
         task = {
             "elbo": elbo / outputs["reconstructions"].shape[-3:].numel(),

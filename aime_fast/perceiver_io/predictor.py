@@ -66,6 +66,9 @@ class PerceiverTokenPredictor(nn.Module):
         self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, codebook_heads * codebook_size)
+        self.stay = nn.Linear(dim, codebook_heads)  # added to the logit of the code that is there: most of a video stands still
+        nn.init.zeros_(self.stay.weight)
+        nn.init.constant_(self.stay.bias, 3.0)
 
     def forward(self, tokens: Tensor, context: Tensor, actions: Tensor, partial: Tensor | None = None) -> Tensor:
         """Logits of the next frame's tokens.
@@ -87,19 +90,27 @@ class PerceiverTokenPredictor(nn.Module):
         condition = self.condition(torch.cat([context, actions.to(context.dtype)], dim=-1)).flatten(0, 1)
         for block in self.blocks:
             x = block(x, condition)
-        logits = self.logits(self.norm(x))
+        x = self.norm(x)
         shape = dict(b=batch, t=frames, h=self.grid, w=self.grid, q=self.heads)
-        return rearrange(logits, "(b t) (h w) (q v) -> b t h w q v", **shape)
+        logits = rearrange(self.logits(x), "(b t) (h w) (q v) -> b t h w q v", **shape)
+        stay = rearrange(self.stay(x), "(b t) (h w) q -> b t h w q 1", **shape)
+        return logits.scatter_add(-1, tokens.unsqueeze(-1), stay)
 
-    def loss(self, tokens: Tensor, context: Tensor, actions: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, tokens: Tensor, context: Tensor, actions: Tensor, start: Tensor, own_tokens: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced cross-entropy (nats a token) and accuracy of frames 1..T-1; a frame after a cut is not predicted.
 
-        Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T].
+        In training, a share `own_tokens` of the input frames is what the model itself predicts for them from the frame before
+        (scheduled sampling; Bengio et al., arXiv 1506.03099), and `corruption` of the input tokens are random codes.
+
+        Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1].
         """
         given, target = tokens[:, :-1], tokens[:, 1:]
         partial = None
         weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
         if self.training:
+            given = self._mix_in_own(given, context, actions, start, own_tokens)
             noise = torch.rand(given.shape, device=tokens.device)
             given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
             if self.partial is not None:
@@ -112,6 +123,16 @@ class PerceiverTokenPredictor(nn.Module):
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
         return (nll * weight.flatten()).sum() / total, (accuracy * weight).sum() / total
+
+    @torch.no_grad()
+    def _mix_in_own(self, given: Tensor, context: Tensor, actions: Tensor, start: Tensor, share: Tensor | float) -> Tensor:
+        """Frames 1.. of `given` [B, T-1, ...], each with probability `share` replaced by the likeliest tokens after the one before."""
+        length = given.shape[1]
+        if length < 2:
+            return given
+        own = self(given[:, :-1], context[:, : length - 1], actions[:, : length - 1]).argmax(-1)
+        chosen = (torch.rand(own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
+        return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
 
     def sample(self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
         """Draws the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A].

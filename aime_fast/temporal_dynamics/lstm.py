@@ -47,16 +47,16 @@ class LSTMLayer(nn.Module):
             state: [B, layers, 2, Dh] before the first frame; zeros by default.
 
         Returns:
-            (output [B, T, Dh] after layer norm, state [B, layers, 2, Dh] after the last frame).
+            (output [B, T, Dh] after layer norm, states [B, T, layers, 2, Dh] after each frame).
         """
         keep = (~start).to(x.dtype).unsqueeze(-1)  # [B, T, 1]
         if state is None:
             state = self.initial_state(x.shape[0], x.device, full_precision(x).dtype)
-        last = []
+        states = []
         for layer, (linear, weight) in enumerate(zip(self.input_gates, self.recurrent)):
             from_input = full_precision(linear(x))  # [B, T, 4 Dh]
             hidden, cell = state[:, layer].unbind(1)
-            outputs = []
+            outputs, cells = [], []
             for t in range(x.shape[1]):
                 hidden, cell = hidden * keep[:, t], cell * keep[:, t]
                 gates = from_input[:, t] + full_precision(hidden @ weight.T)
@@ -64,6 +64,7 @@ class LSTMLayer(nn.Module):
                 cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
                 hidden = leave.sigmoid() * cell.tanh()
                 outputs.append(hidden)
+                cells.append(cell)
             x = torch.stack(outputs, dim=1)
-            last.append(torch.stack([hidden, cell], dim=1))
-        return self.norm(x), torch.stack(last, dim=1)
+            states.append(torch.stack([x, torch.stack(cells, dim=1)], dim=2))  # [B, T, 2, Dh]
+        return self.norm(x), torch.stack(states, dim=2)

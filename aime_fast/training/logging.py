@@ -108,6 +108,12 @@ class Logger:
             self._wandb.finish()
 
 
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; none where it is not there yet."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 class Console:
     """Lines and a progress bar for a person; plain lines where the output is no terminal or `rich` is not installed."""
 

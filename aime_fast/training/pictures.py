@@ -53,12 +53,51 @@ def save_samples(path: Path, truth: Tensor, reconstruction: Tensor, attention: T
         path: PNG to write. truth, reconstruction: [N, 3, H, W]. attention: [N, Ha, Wa]. smallest: least height of a cell, pixels.
     """
     rows = torch.stack([truth, reconstruction, error_picture(truth, reconstruction), overlay(truth, attention)])  # [4, N, 3, H, W]
-    cells = F.pad(enlarge(to_uint8(rows), smallest), (0, 0, 0, GAP, 0, GAP), value=255)  # [4, N, H', W', 3]
-    write_png(path, cells.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1))
+    write_png(path, sheet(enlarge(to_uint8(rows), smallest)))
+
+
+def sheet(cells: Tensor) -> Tensor:
+    """uint8 [rows, columns, H, W, 3] -> one image [rows * (H + GAP), columns * (W + GAP), 3]."""
+    return F.pad(cells, (0, 0, 0, GAP, 0, GAP), value=255).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+
+
+def filmstrip(truth: Tensor, drawn: Tensor, shown: int, smallest: int = 96) -> Tensor:
+    """A sheet uint8 [H', W', 3], one column a frame, rows truth | prediction | error; borders as in `prediction_frames`.
+
+    Args:
+        truth, drawn: [N, 3, H, W]. shown: how many of the N frames the model saw. smallest: least height of a cell, pixels.
+    """
+    cells = enlarge(to_uint8(torch.stack([truth, drawn, error_picture(truth, drawn)])), smallest)  # [3, N, H', W', 3]
+    paint_border(cells[1], shown, max(2, smallest // 32))
+    return sheet(cells)
+
+
+def attention_sheet(frames: Tensor, attention: Tensor, slot_maps: Tensor, smallest: int = 96) -> Tensor:
+    """A sheet uint8 [H', W', 3], one column a frame, rows frame | attention | slot 1 | ... | slot S, each laid over the frame.
+
+    Args:
+        frames: [N, 3, H, W]. attention: [N, Ha, Wa]. slot_maps: [N, S, Ha, Wa].
+    """
+    maps = [attention, *slot_maps.unbind(1)]
+    rows = torch.stack([frames.float(), *(overlay(frames, each) for each in maps)])  # [2 + S, N, 3, H, W]
+    return sheet(enlarge(to_uint8(rows), smallest))
+
+
+def paint_border(panels: Tensor, shown: int, width: int) -> None:
+    """Paint, in place, the border of uint8 panels [T, H, W, 3]: green for the first `shown`, which the model saw, then red."""
+    for part, colour in ((panels[:shown], GREEN), (panels[shown:], RED)):
+        paint = torch.tensor(colour, dtype=torch.uint8)
+        part[:, :width] = part[:, -width:] = paint
+        part[:, :, :width] = part[:, :, -width:] = paint
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Write uint8 [H, W, 3] as a PNG (RFC 2083: 8-bit RGB, each line predicted from the one above)."""
+    """Write uint8 [H, W, 3] as a PNG."""
+    path.write_bytes(png_bytes(image))
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """uint8 [H, W, 3] as a PNG (RFC 2083: 8-bit RGB, each line predicted from the one above)."""
     height, width, _ = image.shape
     lines = image.cpu().reshape(height, width * 3).contiguous()
     differences = lines - torch.cat([torch.zeros_like(lines[:1]), lines[:-1]])  # uint8 wraps, as filter type 2 asks
@@ -68,7 +107,7 @@ def write_png(path: Path, image: Tensor) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
 
 
 def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int = 192) -> Tensor:
@@ -78,11 +117,7 @@ def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int 
         truth, drawn: [T, 3, H, W]. context: number of frames the model saw. smallest: least height of a panel, pixels.
     """
     panels = enlarge(to_uint8(torch.stack([truth, drawn, error_picture(truth, drawn)])), smallest)  # [3, T, H', W', 3]
-    border = max(4, smallest // 32)
-    for start, stop, colour in ((0, context, GREEN), (context, truth.shape[0], RED)):
-        paint = torch.tensor(colour, dtype=torch.uint8)
-        panels[1, start:stop, :border] = panels[1, start:stop, -border:] = paint
-        panels[1, start:stop, :, :border] = panels[1, start:stop, :, -border:] = paint
+    paint_border(panels[1], context, max(4, smallest // 32))
     return panels.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

@@ -12,6 +12,7 @@ to be read when it suits the caller.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from aime_fast.training.ema import EMA
 from aime_fast.training.faults import Faults, NonFiniteError, first_error
 
 BATCH_KEYS = ("pixels", "action", "is_init")
-MONITORS = ("perplexity", "code_usage", "token_accuracy")  # outputs that are logged and not optimised
+MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
 
 # Outputs in the order in which the model computes them, so that the first bad one is where a fault began.
 COMPUTED = (
@@ -118,6 +119,7 @@ class TrainingStep:
         learning_rate: Tensor,
         train_discriminator: bool,
         adversarial: Tensor | float = 1.0,
+        own_tokens: Tensor | float = 0.0,
     ) -> TensorDict:
         """One update from `optim.accumulate` batches.
 
@@ -127,6 +129,7 @@ class TrainingStep:
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
             adversarial: 0 or 1, whether the generator plays against them.
+            own_tokens: share of frames that the token predictor reads as it predicted them.
 
         Returns:
             TensorDict of scalar tensors on the device: `loss/*`, `model/*`, `gradient_norm/*`, `rgb/*`, the schedules, and
@@ -140,19 +143,21 @@ class TrainingStep:
             if missing := [key for key in BATCH_KEYS if key not in present]:
                 raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
         inputs = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
-        adversarial = torch.as_tensor(adversarial, dtype=torch.float32, device=self.device)
+        adversarial, own_tokens = (
+            x if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in (adversarial, own_tokens)
+        )
         update = self._captured.get(train_discriminator) or self._update_of(train_discriminator)
-        metrics, self._seen, self._rows = update(inputs, beta, learning_rate, adversarial)
+        metrics, self._seen, self._rows = update(inputs, beta, learning_rate, adversarial, own_tokens)
         return TensorDict(metrics, batch_size=[])
 
     def _update_of(self, train_discriminator: bool) -> Callable:
-        def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, adversarial: Tensor):
+        def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, adversarial: Tensor, own_tokens: Tensor):
             before = [buffer.clone() for buffer in self._learnt]
             share, metrics, rows, seen = 1.0 / len(batches), {}, (None, None), []
             if self._compiled and len(batches) > 1:  # adding to zeros from the first batch on saves compiling that batch by itself
                 rows = self._task_rows.zeros(), self._discriminator_row.zeros() if train_discriminator else None
             for batch in batches:
-                rows, scalars, outputs = self._gradients(batch, beta, adversarial, share, train_discriminator, rows)
+                rows, scalars, outputs = self._gradients(batch, beta, adversarial, own_tokens, share, train_discriminator, rows)
                 metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
                 seen.append({"batch": batch, "output": outputs, "loss": scalars})
             metrics |= self._apply(*rows, metrics, before, learning_rate)
@@ -165,6 +170,7 @@ class TrainingStep:
         batch: dict[str, Tensor],
         beta: Tensor,
         adversarial: Tensor,
+        own_tokens: Tensor,
         share: float,
         train_discriminator: bool,
         before: tuple[Tensor | None, Tensor | None],
@@ -177,7 +183,7 @@ class TrainingStep:
         with span("step: augment"):
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
         with span("step: forward"), self.autocast():
-            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], ema=self.ema.model)
+            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], self.ema.model, own_tokens)
         losses, task_losses = self.losses.compute_losses(outputs, beta, adversarial)
         tasks = self._task_rows.gather({task: loss * share for task, loss in zip(TASKS, task_losses)}, before[0])
 
@@ -222,6 +228,7 @@ class TrainingStep:
         return {
             **{name: value for name, value in checked.items() if name not in metrics},
             **{f"rgb/angle_{task}": angle for task, angle in zip(TASKS, rotation["angles"].unbind())},
+            **{f"rgb/cosine_{TASKS[i]}_{TASKS[j]}": rotation["cosine"][i, j] for i, j in itertools.combinations(range(len(TASKS)), 2)},
             "finite": finite,
         }
 

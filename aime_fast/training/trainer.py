@@ -13,9 +13,11 @@ from aime_fast.cli import ConfigError
 from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
+from aime_fast.training.collapse import Watch, replay
 from aime_fast.training.faults import NonFiniteError
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
-from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
+from aime_fast.training.logging import Console, Logger, check_loggers, read_rows, write_run_files
+from aime_fast.training.samples import draw_samples
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
 from aime_fast.training.settings import (
     choose_compile,
@@ -27,7 +29,7 @@ from aime_fast.training.settings import (
     keep_freed_memory,
 )
 from aime_fast.training.step import TrainingStep
-from aime_fast.training.validation import draw_prediction, draw_samples, validate
+from aime_fast.training.validation import draw_prediction, validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import kernels_on
 
@@ -92,6 +94,7 @@ class DMCVBTrainer:
             self.ema.compile_imagination(self.compile)
 
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
+        self.own_tokens = Warmup(config.optim.own_tokens, config.optim.own_tokens_warmup_epochs * self.updates_per_epoch)
         self.adversarial = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
@@ -155,6 +158,7 @@ class DMCVBTrainer:
             learning_rate=torch.full((), self.learning_rate(self.step), device=self.device),
             train_discriminator=self.trains_discriminator(self.step + 1),
             adversarial=torch.full((), self.adversarial(self.step), device=self.device),
+            own_tokens=torch.full((), self.own_tokens(self.step), device=self.device),
         )
         self.seconds += time.perf_counter() - began
         self.step += 1
@@ -194,6 +198,7 @@ class DMCVBTrainer:
         numbers = torch.stack([value.float() for value in values.values()]).tolist()  # waits for the device
         self.seconds += time.perf_counter() - began
         row = {**self._progress(), **dict(zip(values, numbers)), "skipped_updates": self.skipped}
+        self.watch.look(self.step, row)
         self.logger.log(self.step, row)
         self.frames, self.frames_since = 0, self.seconds
         shown = ", ".join(f"{name} {row['loss/' + name]:.4g}" for name in ("elbo", "perceiver", "predictive", "adversarial"))
@@ -213,18 +218,22 @@ class DMCVBTrainer:
                 config.run.validation_batches,
             )  # fmt: skip
         progress = {name: value for name, value in self._progress().items() if name != "frames_per_second"}
-        self.logger.log(self.step, progress | {f"validation/{name}": value for name, value in measured.items()})
+        row = progress | {f"validation/{name}": value for name, value in measured.items()}
+        findings = self.watch.look(self.step, row)
+        self.logger.log(self.step, row | self.watch.flags())
         self.console.line(
             f"step {self.step} validation: PSNR {measured['psnr']:.2f} dB (mean frame {measured['psnr_mean_frame']:.2f}), "
             f"codes in use {measured['code_usage']:.0%}, effective components {measured['effective_components']:.2f}"
         )
+        for finding in findings:
+            self.console.line(str(finding))
         return measured
 
     def _sample(self) -> None:
-        path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
-            draw_samples(self.ema, next(iter(self.validation.one_pass())), path)
-        self.logger.picture(self.step, "samples", path)
+            drawn = draw_samples(self.ema, self.validation.episode(0), self.run_dir / "samples", self.step)
+        for name, path in drawn.items():
+            self.logger.picture(self.step, name, path)
 
     def _finish(self) -> dict:
         if self.saved is None or self.saved.name != f"checkpoint_{self.step:08d}.pt":
@@ -296,6 +305,8 @@ class DMCVBTrainer:
         }
         write_run_files(self.run_dir, self.config, facts, resumed=self.step > 0)
         self.logger = Logger(self.run_dir, self.config, self.step)
+        self.watch = Watch(self.config.model.latent_dim, self.config.model.max_components)
+        replay(self.watch, read_rows(self.run_dir))
         self.console = Console(self.total_steps, self.step)
         self.frames, self.frames_since = 0, self.seconds
         self.console.line(

@@ -34,6 +34,7 @@ def test_one_worker_records_what_a_replay_of_its_actions_shows(tmp_path):
     data = DMCVBDataset(tmp_path / "sub/a.h5", 5, domain="cartpole", task="swingup", image_size=32, frame_skip=40, render_quality="fast")
     assert {key: data.attributes[key] for key in ("seed", "policy", "action_dim")} == {"seed": 3, "policy": "ou", "action_dim": 1}
     assert {"dm_control", "mujoco", "torchrl"} <= set(data.attributes["versions"])
+    assert data.position_names == ("cart", "pole_1", "pole_1/tip")
 
     config = DataConfig(frame_skip=40, image_size=32)
     task = RenderedTask(config, worker_seeds(3, 1)[0][0])
@@ -43,6 +44,7 @@ def test_one_worker_records_what_a_replay_of_its_actions_shows(tmp_path):
         for t in range(25):
             seen = episode["pixels"][t].permute(1, 2, 0).numpy().astype(int)
             assert np.abs(seen - pixels).mean() < 0.5, f"episode {index}, frame {t} is not what was seen before action {t}"
+            np.testing.assert_allclose(episode["positions"][t], task.positions(), atol=1e-3)
             pixels, reward, discount, last = task.step(episode["action"][t].numpy())
             assert episode["reward"][t].item() == pytest.approx(reward, abs=1e-5)
             assert (episode["discount"][t].item(), last) == (discount, t == 24)
@@ -126,3 +128,54 @@ def test_the_walk_of_the_ou_policy_restarts_with_the_episode():
     lagged = lambda x: torch.corrcoef(torch.stack([x[1:, 0], x[:-1, 0]]))[0, 1].item()  # noqa: E731
     assert lagged(walk) == pytest.approx(np.exp(-policy.rate), abs=0.05)
     assert lagged(fresh) == pytest.approx(0, abs=0.05)
+
+
+def play(policy: NoisePolicy, first: bool) -> np.ndarray:
+    return policy(TensorDict({"is_init": torch.tensor([first])}))["action"].numpy()
+
+
+def test_projected_positions_lie_on_what_is_drawn():
+    task = RenderedTask(DataConfig(image_size=128, frame_skip=8), 0)
+    task.reset()
+    policy = NoisePolicy("swing", 1, seed=1)
+    angles = []
+    for t in range(60):
+        task.step(play(policy, t == 0))
+        drawn = task._camera.render(segmentation=True)[..., 0]  # [H, W], the geom behind each pixel
+        for name, (column, row) in zip(task.position_names, task.positions().round().astype(int)):
+            if 0 <= column < 128 and 0 <= row < 128:
+                geom = task._env.physics.model.name2id(name.removesuffix("/tip"), "geom")
+                assert drawn[row, column] == geom, f"frame {t}: {name} at column {column}, row {row}"
+        (_, hinge), _, (_, tip) = task.positions()
+        angles.append(tip - hinge)
+    assert max(angles) - min(angles) > 20, "the pole hangs still: the projection was tried at one angle only"
+    task.close()
+
+
+def test_the_swing_policy_swings_the_pole_up_and_is_reproducible():
+    heights, actions = [], []
+    for seed in (3, 3):
+        task, policy = RenderedTask(DataConfig(image_size=32, frame_skip=8), seed), NoisePolicy("swing", 1, seed)
+        for _ in range(3):
+            task.reset()
+            for t in range(100):
+                actions.append(play(policy, t == 0))
+                task.step(actions[-1])
+                (_, cart), _, (_, tip) = task.positions()
+                heights.append(cart - tip)
+        task.close()
+    assert max(heights) > 0, "the pole was never above the horizontal"
+    assert heights[:300] == heights[300:]
+    assert np.array_equal(actions[:300], actions[300:])
+    episodes = np.array(actions[:300])[:, 0].reshape(3, 100)
+    assert np.abs(np.corrcoef(episodes)[np.triu_indices(3, 1)]).max() < 0.9, "every episode swings alike"
+
+
+def test_the_mixed_policy_plays_whole_episodes_of_both_kinds():
+    policy = NoisePolicy("mixed", 1, seed=0)
+    episodes = np.array([[play(policy, t == 0)[0] for t in range(40)] for _ in range(60)])
+    steps = np.abs(np.diff(episodes)).mean(1)  # 2/3 between independent uniform actions; a sinusoid of period >= 20 moves little
+    swings = steps < 0.4
+    assert 20 < swings.sum() < 40
+    assert steps[swings].max() < 0.3
+    assert steps[~swings].min() > 0.45

@@ -63,6 +63,22 @@ def test_shards_are_joined_and_survive_pickling(shard):
     assert batch.shape == (4, 10)
 
 
+def test_positions_are_optional_and_travel_with_all_shards_or_none(shard, tmp_path):
+    episode = random_episode(20) | {"positions": np.random.default_rng(0).random((20, 3, 2), dtype=np.float32)}
+    for name in ("c.h5", "d.h5"):
+        with EpisodeWriter(tmp_path / name, {**ATTRIBUTES, "position_names": ["cart", "pole", "tip"]}) as writer:
+            writer.write(episode)
+    data = DMCVBDataset([tmp_path / "c.h5", tmp_path / "d.h5"], 10)
+    assert data.position_names == data.attributes["position_names"] == ("cart", "pole", "tip")
+    np.testing.assert_array_equal(data[1]["positions"], episode["positions"][10:])
+    mixed = DMCVBDataset([tmp_path / "c.h5", shard((20,), "old.h5")], 10)
+    assert mixed.position_names == ()
+    assert all("positions" not in set(mixed[i].keys()) for i in range(len(mixed)))
+    with pytest.raises(DataError, match=r"positions' has shape \[20, 3, 2\], expected float32 \[20, 0, 2\]"):  # noqa: SIM117
+        with EpisodeWriter(tmp_path / "e.h5", ATTRIBUTES) as writer:
+            writer.write(episode)
+
+
 def test_an_exception_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"), EpisodeWriter(tmp_path / "x.h5", ATTRIBUTES) as writer:  # noqa: PT012
         writer.write(random_episode(20))

@@ -37,3 +37,23 @@ def test_prediction_frames_mark_what_was_seen_and_what_was_made_up():
     assert [tuple(frame[0, 16].tolist()) for frame in film] == [pictures.GREEN, pictures.GREEN, pictures.RED]
     assert film[0, 8, 8].tolist() == [128] * 3  # truth
     assert film[0, 8, 24].tolist() == film[0, 8, 40].tolist() == [255] * 3  # drawn, and an error of 1
+
+
+def test_filmstrip_has_a_column_a_frame_and_marks_what_was_made_up():
+    truth, drawn = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    strip = pictures.filmstrip(truth, drawn, shown=1, smallest=16)
+    cell = 16 + pictures.GAP
+    assert strip.shape == (3 * cell, 3 * cell, 3)
+    assert [tuple(strip[cell, i * cell].tolist()) for i in range(3)] == [pictures.GREEN, pictures.RED, pictures.RED]
+    assert [strip[row * cell + 8, 8].tolist() for row in range(3)] == [[128] * 3, [255] * 3, [255] * 3]  # truth, prediction, error
+
+
+def test_attention_sheet_has_a_row_for_each_slot():
+    frames, maps = torch.zeros(2, 3, 8, 8), torch.full((2, 4, 2, 2), 0.25)
+    maps[0, 3] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    image = pictures.attention_sheet(frames, maps.mean(1), maps, smallest=8)
+    cell = 8 + pictures.GAP
+    assert image.shape == (6 * cell, 2 * cell, 3)
+    red = image[5 * cell, 0].int()  # slot 4 of frame 0, where it looks
+    assert red[0] - red[2] > 64
+    assert image[4 * cell, 0].unique().numel() == 1  # slot 3 looks everywhere alike

@@ -1,0 +1,76 @@
+"""Make the report of a run: `python -m aime_fast.report RUN` writes RUN/report.html, one file that opens offline.
+
+It works with whatever the run has left so far, also while it is training, and says what is missing and the command that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from aime_fast.cli import ConfigError, parse_arguments, run_command
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What to report on."""
+
+    run: Positional[str]  # run directory
+    out: str | None = None  # file to write; none: report.html in the run directory
+    data: str | None = None  # data for the pictures; none: those of the run
+    device: str = "auto"  # cpu, cuda or auto
+    ema: bool = True  # pictures by the moving average of the weights, or by the weights themselves
+
+
+def report(options: ReportConfig) -> Path:
+    """Writes the report and returns its path. Raises ConfigError where `options.run` holds no run."""
+    from aime_fast.reporting.records import read_record
+
+    record = read_record(options.run)
+    from aime_fast.reporting.page import write_report  # imports torch, which a wrong name need not wait for
+
+    out = write_report(record, _model(options), Path(options.out) if options.out else record.folder / "report.html")
+    print(f"report      {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return out
+
+
+def _model(options: ReportConfig):
+    """The newest checkpoint's model with held-out episodes, or in words why there is none: the rest of the report does without."""
+    from aime_fast.data import DataError, make_batches
+    from aime_fast.reporting.page import EPISODES, Model
+    from aime_fast.training.checkpoint import CheckpointError, latest_checkpoint, load_model
+    from aime_fast.training.settings import choose_device, choose_kernels
+
+    device = choose_device(options.device)
+    choose_kernels(None)
+    try:
+        model, config, _ = load_model(latest_checkpoint(options.run), device, ema=options.ema)
+        data = replace(config.data, data=options.data or config.data.data, replay="host")
+        training, validation = make_batches(data, config.run.seed, device)
+    except (CheckpointError, ConfigError, DataError, FileNotFoundError) as error:
+        return str(error)
+    except (RuntimeError, ValueError) as error:  # weights or settings of another version of the model
+        return f"the checkpoint does not fit this version of aime_fast ({str(error).splitlines()[0]}); use the commit in run.json"
+    training.close()
+    try:
+        episodes = [validation.episode(i) for i in range(min(EPISODES, len(validation.episodes)))]
+        return Model(model, episodes, config.model.codebook_size)
+    finally:
+        validation.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the options and write the report."""
+    report(parse_arguments(ReportConfig, "python -m aime_fast.report", "Write the report of a run as one HTML file.", argv))
+
+
+def command() -> None:
+    """`main` with errors that the user can mend as one line and exit status 2."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

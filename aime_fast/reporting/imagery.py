@@ -1,0 +1,107 @@
+"""Pictures of what a model does with held-out episodes, as HTML with everything inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from aime_fast.reporting.charts import WIDE, Line, line_chart, number, stacked_chart
+from aime_fast.training.pictures import attention_sheet, enlarge, filmstrip, png_bytes, sheet, to_uint8
+from aime_fast.training.samples import look_at, predict_clip, spread, strip_columns
+
+CONTEXT, HORIZON = 8, 50  # the convention of the evaluation
+COLUMNS = 12
+CELL = 64  # least height of a cell, pixels; the browser enlarges it without blur
+EPISODE = 200  # frames of an episode that are looked at in one sequence
+MAX_VIDEO = 6 << 20  # bytes; a larger one is named instead of inlined
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Bytes as a `data:` address."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def picture_sheet(image: Tensor, rows: Sequence[str], columns: Sequence[str], caption: str) -> str:
+    """A sheet uint8 [H, W, 3] of equal cells with the names of its rows and columns around it."""
+    head = "".join(f"<span>{escape(name)}</span>" for name in columns)
+    side = "".join(f"<span>{escape(name)}</span>" for name in rows)
+    return (
+        f'<figure class="sheet"><figcaption>{escape(caption)}</figcaption><div class="strip">'
+        f'<div class="side">{side}</div><div class="head">{head}</div>'
+        f'<img alt="{escape(caption)}" src="{data_uri("image/png", png_bytes(image))}"></div></figure>'
+    )
+
+
+def open_loop(model: nn.Module, episodes: Sequence[TensorDict]) -> str:
+    """A filmstrip of each episode's middle: truth, prediction, error."""
+    parts = []
+    for i, episode in enumerate(episodes, 1):
+        clip = predict_clip(model, episode, CONTEXT, HORIZON)
+        columns = strip_columns(clip, COLUMNS)
+        names = ["seen", *(f"+{c - clip.shown + 1}" for c in columns[1:])]
+        image = filmstrip(clip.truth[columns], clip.drawn[columns], shown=1, smallest=CELL)
+        caption = f"held-out episode {i}: {clip.shown} frames shown from frame {clip.first} on, then the actions alone"
+        parts.append(picture_sheet(image, ("truth", "prediction", "error"), names, caption))
+    return "".join(parts)
+
+
+def mixture(seen: TensorDict) -> str:
+    """Mixture weights over an episode as stacked areas, the frames under them."""
+    weights = seen["mixture_weights"].float()  # [T, K]
+    labels = [f"component {k + 1}" for k in range(weights.shape[1])]
+    columns = spread(COLUMNS, len(weights))
+    frames = sheet(enlarge(to_uint8(seen["video"][columns]), CELL)[None])
+    chart = stacked_chart(weights.tolist(), "mixture weights of the prior, frame by frame", "frame", labels, WIDE)
+    strip = picture_sheet(frames, ("frame",), list(map(str, columns)), "the episode")
+    return chart + strip
+
+
+def attention(seen: TensorDict) -> str:
+    """Where the model looks, in all and slot by slot."""
+    columns = spread(COLUMNS - 2, len(seen["video"]))
+    maps = seen[columns]
+    image = attention_sheet(maps["video"], maps["attention"], maps["slot_maps"], smallest=CELL)
+    rows = ("frame", "attention", *(f"slot {s + 1}" for s in range(maps["slot_maps"].shape[1])))
+    return picture_sheet(image, rows, [str(c) for c in columns], "what a map has above its mean, in red")
+
+
+def codebook(seen: Sequence[TensorDict], codebook_size: int) -> str:
+    """How often each code is used, most used first, one line for each head."""
+    codes = torch.cat([each["tokens"].flatten(0, -2) for each in seen])  # [N, Q]
+    lines, counts = [], [head.bincount(minlength=codebook_size) for head in codes.unbind(1)]
+    for q, count in enumerate(counts, 1):
+        share = (count / count.sum()).sort(descending=True).values
+        perplexity = torch.special.entr(share).sum().exp().item()
+        label = f"head {q}: {int((count > 0).sum())} of {codebook_size} codes, perplexity {perplexity:.1f}; least used"
+        used = share[share > 0].tolist()
+        lines.append(Line(label, range(1, len(used) + 1), used))
+    title = f"share of each code in {number(len(codes))} held-out tokens of each head, the most used first"
+    return line_chart(lines, title, x_label="rank of the code", log=True, width=WIDE)
+
+
+def inline_picture(path: Path) -> str:
+    """A PNG file of the run."""
+    source = data_uri("image/png", path.read_bytes())
+    return f'<figure class="sheet"><figcaption>{escape(path.name)}</figcaption><img alt="{escape(path.stem)}" src="{source}"></figure>'
+
+
+def inline_video(path: Path) -> str | None:
+    """An mp4 as a video element, or None where it is too large to be inlined."""
+    if path.stat().st_size > MAX_VIDEO:
+        return None
+    source = data_uri("video/mp4", path.read_bytes())
+    return (
+        f'<figure class="sheet"><figcaption>truth, prediction, error; green border: the model sees the frame, red: it makes it up'
+        f'</figcaption><video controls loop muted autoplay playsinline src="{source}"></video></figure>'
+    )
+
+
+def look_at_episodes(model: nn.Module, episodes: Sequence[TensorDict]) -> list[TensorDict]:
+    """`look_at` for the first frames of each episode."""
+    return [look_at(model, episode, EPISODE) for episode in episodes]

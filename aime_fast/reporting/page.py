@@ -1,0 +1,207 @@
+"""The page: what a run is, what it reached, whether it collapsed, its pictures and its curves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from aime_fast.reporting import imagery
+from aime_fast.reporting.charts import Line, Mark, line_chart, number
+from aime_fast.reporting.records import Record
+from aime_fast.reporting.style import STYLE
+from aime_fast.reporting.tables import facts_table, render, targets_table, words
+from aime_fast.training.collapse import CHECKS, Finding, Watch, replay
+
+EPISODES = 3  # held-out episodes in the pictures
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model and the held-out episodes its pictures are made of."""
+
+    model: object
+    episodes: Sequence  # TensorDicts as from SequenceBatches.episode
+    codebook_size: int
+
+
+def write_report(record: Record, model: Model | str, out: Path) -> Path:
+    """Write the report of a run as one HTML file that needs nothing else.
+
+    Args:
+        record: the files of the run.
+        model: for the pictures; or why there is none, in words with the remedy.
+        out: the file to write.
+    """
+    watch = _watch(record)
+    findings = replay(watch, record.rows) if watch else []
+    pictures = _pictures(record, model)
+    sections = {
+        "Collapse": _collapse(watch, findings),
+        "Evaluation": _evaluation(record),
+        "Open-loop prediction": pictures["open_loop"] + _video(record),
+        "Mixture": pictures["mixture"],
+        "Attention": pictures["attention"],
+        "Codebook": pictures["codebook"],
+        "Curves": _curves(record, _marks(findings)),
+        "The run": _run(record),
+    }
+    title = _title(record)
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in sections)
+    body = "".join(f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{content}</section>' for name, content in sections.items())
+    out.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>"
+        f'<p class="soft">{escape(_subtitle(record))}</p><nav>{links}</nav></header><main>{body}</main></body></html>\n',
+        encoding="utf-8",
+    )
+    return out
+
+
+def _title(record: Record) -> str:
+    data = record.config.get("data", {})
+    return f"{data.get('domain', record.folder.name)} {data.get('task', '')}, tier {record.config.get('tier', '?')}"
+
+
+def _subtitle(record: Record) -> str:
+    facts, last = record.facts, record.rows[-1] if record.rows else {}
+    size = record.config.get("data", {}).get("image_size")
+    seconds = last.get("time", 0.0)
+    took = f"{seconds:.1f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    parts = [
+        f"{size}×{size} pixels" if size else None,
+        f"{facts['parameters'] / 1e6:.1f} M parameters" if "parameters" in facts else None,
+        f"{number(last['step'])} updates in {took}" if last else None,
+        f"seed {facts['seed']}" if "seed" in facts else None,
+        f"on {facts['device']}" if "device" in facts else None,
+        facts.get("started", "")[:10],
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _watch(record: Record) -> Watch | None:
+    model = record.config.get("model", {})
+    if "latent_dim" not in model or "max_components" not in model:
+        return None
+    return Watch(model["latent_dim"], model["max_components"])
+
+
+def _collapse(watch: Watch | None, findings: list[Finding]) -> str:
+    if watch is None:
+        return _missing("the checks need config.yaml of the run, which is not there")
+    lines = []
+    for name in CHECKS:
+        reading, active = watch.readings.get(name), watch.flags().get(f"collapse/{name}")
+        state = ("unknown", "not measured") if reading is None else ("bad", "collapsed") if active else ("good", "quiet")
+        note = reading.words if reading else "what this check reads was not logged, or does not apply yet"
+        lines.append(f'<tr><th>{words(name)}</th><td class="{state[0]}">{state[1]}</td><td>{escape(note)}</td></tr>')
+    told = "".join(
+        f'<div class="finding{"" if f.begins else " over"}"><b>Step {f.step}: {words(f.name)} {"begins" if f.begins else "is over"}.</b> '
+        f"{escape(f.words)}.{f' <br>Remedy: {escape(f.remedy)}.' if f.begins else ''}</div>"
+        for f in findings
+    )
+    return f"<table><tbody>{''.join(lines)}</tbody></table>{told}"
+
+
+def _marks(findings: list[Finding]) -> list[Mark]:
+    """A mark from where each collapse begins to where it is over."""
+    marks: list[Mark] = []
+    for i, finding in enumerate(findings):
+        if finding.begins:
+            end = next((f.step for f in findings[i:] if f.name == finding.name and not f.begins), None)
+            marks.append(Mark(finding.step, end, f"{words(finding.name)}: {finding.words}. Remedy: {finding.remedy}"))
+    return marks
+
+
+def _evaluation(record: Record) -> str:
+    command = f"python -m aime_fast.evaluate {shlex.quote(str(record.folder))}"
+    if not record.evaluation:
+        return _missing("no evaluation yet; make it with", command)
+    measured, reached = record.evaluation.get("step", 0), record.rows[-1]["step"] if record.rows else 0
+    old = _missing(f"of step {measured}, the run is at step {reached}; renew it with", command) if measured < reached else ""
+    loop = dict(record.evaluation.get("open_loop", {}))
+    targets = loop.pop("targets", {})
+    return f'{old}{targets_table(targets)}<div class="charts">{render(record.evaluation | {"open_loop": loop})}</div>'
+
+
+def _pictures(record: Record, model: Model | str) -> dict[str, str]:
+    """The sections that are drawn with the model; without it, why there is none, and the last pictures that training left."""
+    if isinstance(model, str):
+        missing = dict.fromkeys(("open_loop", "mixture", "attention", "codebook"), _missing(f"no picture without the model: {model}"))
+        return missing | {"open_loop": missing["open_loop"] + "".join(map(imagery.inline_picture, record.samples()))}
+    seen = imagery.look_at_episodes(model.model, model.episodes)
+    return {
+        "open_loop": imagery.open_loop(model.model, model.episodes),
+        "mixture": imagery.mixture(seen[0]),
+        "attention": imagery.attention(seen[0]),
+        "codebook": imagery.codebook(seen, model.codebook_size),
+    }
+
+
+def _video(record: Record) -> str:
+    if record.video is None:
+        return _missing("no prediction video yet; make it with", f"python -m aime_fast.evaluate {shlex.quote(str(record.folder))}")
+    return imagery.inline_video(record.video) or _missing("the prediction video is too large for this page; it is", str(record.video))
+
+
+def _curves(record: Record, marks: list[Mark]) -> str:
+    """Every scalar of metrics.jsonl, those of one kind together."""
+
+    def chart(title: str, names: Sequence[str], log: bool = False, label: Callable[[str], str] = words) -> str:
+        return line_chart([Line(label(n), *record.series(n)) for n in names], title, log=log, marks=marks)
+
+    def last(name: str) -> str:
+        return words(name.rsplit("/", 1)[-1].removeprefix("angle_").removeprefix("cosine_"))
+
+    losses = record.names("loss/")
+    held_out = {name.removeprefix("validation/"): name for name in record.names("validation/")}
+    compared = {kind: [n for key, n in held_out.items() if key.startswith(kind)] for kind in ("psnr", "ssim")}
+    groups = {
+        "Task gradients": [
+            chart("norms of the task gradients", record.names("gradient_norm/"), log=True, label=last),
+            chart("cosines between task gradients", record.names("rgb/cosine_"), label=last),
+            chart("RGB: angle by which each gradient is turned, radians", record.names("rgb/angle_"), label=last),
+        ],
+        "Losses": [
+            line_chart(
+                [Line("training", *record.series(n)), *([Line("held out", *record.series(held_out[n]))] if n in held_out else [])],
+                last(n),
+                marks=marks,
+            )
+            for n in losses
+        ],
+        "Held-out episodes": [
+            *(chart(f"{words(kind)} of reconstructions", pair, label=last) for kind, pair in compared.items()),
+            *(chart(last(n), [n], label=last) for key, n in held_out.items() if key not in losses and key.split("_")[0] not in compared),
+        ],
+        "Model and speed": [
+            *(chart(last(n), [n], label=last) for n in record.names("model/")),
+            *(chart(words(n), [n]) for n in ("frames_per_second", "learning_rate", "beta", "skipped_updates")),
+        ],
+    }
+    return "".join(
+        f'<h3>{name}</h3><div class="charts">{"".join(charts)}</div>' if any(charts) else "" for name, charts in groups.items()
+    ) or _missing("metrics.jsonl has no row yet; the run logs every --log-every updates")
+
+
+def _run(record: Record) -> str:
+    facts = {name: value for name, value in record.facts.items() if not isinstance(value, (dict, list))}
+    parts = [facts_table(facts.items())]
+    if versions := record.facts.get("versions"):
+        parts.append(f"<h3>Versions</h3>{facts_table(versions.items())}")
+    if resumed := record.facts.get("resumed"):
+        starts = [
+            (f"resumed {i}", f"from step {r.get('from_step')}, {r.get('started')}: {r.get('command')}") for i, r in enumerate(resumed, 1)
+        ]
+        parts.append(facts_table(starts))
+    return "".join(parts) or _missing("run.json is not there")
+
+
+def _missing(why: str, command: str = "") -> str:
+    return f'<p class="missing">{escape(why)}{f" <code>{escape(command)}</code>" if command else ""}</p>'
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")

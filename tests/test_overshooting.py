@@ -1,0 +1,73 @@
+"""The model's own roll-out, scored: against one-step terms, across cuts, and what it teaches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import make_batch, make_model
+
+from aime_fast.layers import starts
+from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
+from aime_fast.multi_task_learning.losses import mixture_log_prob
+from aime_fast.overshooting import overshoot
+
+
+def infer(model, video, actions, is_init=None):
+    start = starts(is_init, *video.shape[:2], video.device)
+    return model._infer(video, actions, start)[1], start
+
+
+@torch.no_grad()
+def test_the_first_frame_is_the_one_step_prior(model):
+    video, actions = make_batch(model, 2, 2)
+    seen, start = infer(model, video, actions)
+    found = overshoot(model, seen, video, actions, start, 1)
+    p, z = seen.prior, seen.latents.unflatten(0, (2, 2))[:, 1]
+    rows = [1, 3]  # frame 1 of both sequences
+    expected = -mixture_log_prob(z, p.log_weights[rows], p.means[rows], p.logvars[rows]).mean()
+    torch.testing.assert_close(found["overshoot_latent"], expected)
+    drawn = model.predict_future(video[:, :1], actions[:, :1], actions[:, 1:])["reconstructions"][:, 0]
+    torch.testing.assert_close(found["overshoot_recon"], model.decoder.likelihood.nll(drawn, video[:, 1]).mean())
+
+
+@torch.no_grad()
+def test_frames_after_a_cut_do_not_count(model):
+    video, actions = make_batch(model, 1, 4)
+    cut = torch.tensor([[False, False, True, False]])
+    seen, start = infer(model, video, actions, cut)
+    found = overshoot(model, seen, video, actions, start, 3)
+    other = video.clone()
+    other[:, 2:] += 0.5
+    assert overshoot(model, seen, other, actions, start, 3)["overshoot_recon"] == found["overshoot_recon"]
+    other[:, 1] += 0.5
+    assert overshoot(model, seen, other, actions, start, 3)["overshoot_recon"] != found["overshoot_recon"]
+
+
+def test_it_teaches_every_predictor_and_targets_get_no_gradient():
+    model = make_model().train()
+    video, actions = make_batch(model, 2, 5)
+    seen, start = infer(model, video, actions)
+    loss = sum(overshoot(model, seen, video, actions, start, 4)[name] for name in OVERSHOOT)  # from frame 0: all others are targets
+    names = dict(model.named_parameters())
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(names.values()), allow_unused=True, retain_graph=True)))
+    for part in ("prior", "dynamics", "attention.prior", "expect_context", "decoder", "encoder"):
+        assert any(g is not None and g.any() for name, g in gradients.items() if name.startswith(f"{part}.")), part
+    latents, maps = torch.autograd.grad(loss, (seen.latents, seen.maps.attention), allow_unused=True)
+    for gradient in (latents, maps):
+        of_first = gradient.unflatten(0, start.shape)
+        assert of_first[:, 0].any()
+        assert not of_first[:, 1:].any()
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_own_tokens_are_those_of_the_frame_before(model, frames):
+    predictor = model.perceiver_io.predictor
+    video, actions = make_batch(model, 2, frames + 1)
+    tokens = model.perceiver_io.tokenizer.tokenize(video).codes
+    context, start = model.perceiver_io.context(tokens), starts(None, 2, frames + 1, video.device)
+    given = tokens[:, :-1]
+    assert torch.equal(predictor._mix_in_own(given, context, actions, start, 0.0), given)
+    mixed = predictor._mix_in_own(given, context, actions, start, 1.0)
+    assert torch.equal(mixed[:, 0], given[:, 0])
+    for t in range(1, frames):
+        assert torch.equal(mixed[:, t], predictor.sample(tokens[:, t - 1], context[:, t - 1], actions[:, t - 1], temperature=0))

@@ -1,0 +1,74 @@
+"""Each collapse check on either side of its threshold, and when `Watch` speaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from aime_fast.config import LossConfig, ModelConfig, OptimConfig, RunConfig
+from aime_fast.training.collapse import CHECKS, Watch, replay
+
+HEALTHY = {
+    "validation/code_usage": 0.4,
+    "validation/effective_components": 3.0,
+    "validation/slot_overlap": 0.3,
+    "validation/loss/kl_z": 12.0,
+    "loss/discriminator_image": 1.3,
+    "loss/discriminator_temporal": 1.2,
+    "loss/generator": 1.5,
+    "loss/adversarial": 0.2,
+}
+# what makes a healthy row collapse, and the same just on the other side of the threshold
+CASES = {
+    "dead_codebook": ({"validation/code_usage": 0.099}, {"validation/code_usage": 0.101}),
+    "one_component": ({"validation/effective_components": 1.19}, {"validation/effective_components": 1.21}),
+    "slots_alike": ({"validation/slot_overlap": 0.951}, {"validation/slot_overlap": 0.949}),
+    "kl_at_zero": ({"validation/loss/kl_z": 0.09}, {"validation/loss/kl_z": 0.11}),  # Z = 10
+    "discriminator_winning": ({"loss/discriminator_temporal": 0.09, "loss/generator": 4.0}, {"loss/discriminator_temporal": 0.11}),
+}
+
+
+def make_watch(**fields) -> Watch:
+    return Watch(latent_dim=10, max_components=8, **fields)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_speaks_on_its_side_of_the_threshold_only(name):
+    bad, good = CASES[name]
+    assert [f.name for f in make_watch(patience=1).look(1, HEALTHY | bad)] == [name]
+    watch = make_watch(patience=1)
+    assert watch.look(1, HEALTHY | good) == []
+    assert watch.flags() == {f"collapse/{check}": 0.0 for check in CHECKS}  # all five were made
+
+
+def test_a_collapse_is_told_once_when_it_begins_and_once_when_it_ends():
+    bad = HEALTHY | CASES["kl_at_zero"][0]
+    rows = [HEALTHY, bad, HEALTHY, bad, bad, bad, HEALTHY, HEALTHY]
+    told = replay(make_watch(), [{"step": 10 * i} | row for i, row in enumerate(rows)])
+    assert [(f.name, f.step, f.begins) for f in told] == [("kl_at_zero", 40, True), ("kl_at_zero", 60, False)]
+    assert "KL_z is 0.09 nats" in str(told[0])
+    assert "--beta" in str(told[0])
+
+
+def test_training_rows_are_remembered_until_the_next_validation():
+    watch = make_watch(patience=1)
+    assert watch.look(1, {"loss/discriminator_image": 0.01, "loss/adversarial": 0.3}) == []
+    assert watch.look(2, {"loss/discriminator_image": float("nan"), "loss/elbo": None}) == []
+    assert [f.name for f in watch.look(3, {"validation/psnr": 20.0})] == ["discriminator_winning"]
+    assert watch.flags() == {"collapse/discriminator_winning": 1.0}  # nothing is said of what was not measured
+
+
+def test_what_is_no_collapse():
+    watch = make_watch(patience=1)
+    critics_still_learn_alone = {"loss/discriminator_image": 0.01, "loss/adversarial": 0.0}
+    assert watch.look(1, HEALTHY | critics_still_learn_alone) == []
+    single = Watch(latent_dim=10, max_components=1, patience=1)
+    assert single.look(1, HEALTHY | CASES["one_component"][0]) == []
+
+
+def test_every_flag_of_a_remedy_exists():
+    known = {f.name for cls in (ModelConfig, LossConfig, OptimConfig, RunConfig) for f in dataclasses.fields(cls)}
+    flags = {flag.replace("-", "_") for _, remedy in CHECKS.values() for flag in re.findall(r"--([a-z-]+)", remedy)}
+    assert flags <= known
