@@ -18,12 +18,12 @@ from aime_fast.cli import ConfigError, parse_arguments, run_command
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
+    from torch import nn
 
     from aime_fast.config import DataConfig
     from aime_fast.data import SequenceBatches
     from aime_fast.training.evaluation import Clips
     from aime_fast.training.positions import PositionReader
-    from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 SHOWN_STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 35, 50)  # rows of the printed tables; the file has every step
 # What drew the frames, as the tables call it.
@@ -145,7 +145,7 @@ def held_out(
     return episodes, make_reader(dataset, training.episodes, training.device)
 
 
-def draw_clip(model: DPGMMVariationalRecurrentAutoencoder, clips: Clips, path: Path, columns: int = 8) -> None:
+def draw_clip(model: nn.Module, clips: Clips, path: Path, columns: int = 8) -> None:
     """A sheet of the first clip's predicted frames: truth | prediction | error | attention overlay, evenly spaced in the horizon."""
     from aime_fast.data import normalise
     from aime_fast.training.evaluation import predict

@@ -52,7 +52,8 @@ class Clips:
         return Clips(self.pixels[rows], self.actions[rows], self.context, None if self.positions is None else self.positions[rows])
 
     def to(self, device: torch.device) -> Clips:
-        return Clips(*(x.to(device) if isinstance(x, Tensor) else x for x in (self.pixels, self.actions, self.context, self.positions)))
+        positions = None if self.positions is None else self.positions.to(device)
+        return Clips(self.pixels.to(device), self.actions.to(device), self.context, positions)
 
 
 def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_episode: int) -> Clips:
@@ -129,7 +130,8 @@ def evaluate_prediction(
     Returns:
         clips, context, horizon, samples; `psnr`, `ssim` and, where measured, `lpips` per step under model, sample_mean, sample_best,
         token_model, repeat_last_frame, mean_frame, tokenizer; tokens: accuracies per step; positions: errors in
-        pixels per step, and by_point over the horizon; the named numbers of `WANTED` as targets.
+        pixels per step, and by_point over the horizon; psnr_gain_on_ both baselines; action_shuffle_ratio; the named numbers of `WANTED`
+        as targets. docs/evaluation.md says more.
     """
     shuffled = clips.actions.roll(max(1, len(clips) // 2), 0)  # half the list away: of another episode, where there are several
     scores: dict[str, list[Tensor]] = {}
