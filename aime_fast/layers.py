@@ -79,6 +79,15 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 
+@torch.no_grad()
+def emphasise_last(linear: nn.Linear, count: int) -> None:
+    """Scales up the last `count` inputs of a fresh layer so that together they weigh as much as all others together.
+
+    An action is one or a few numbers beside hundreds of others, which a short training does not learn to listen to.
+    """
+    linear.weight[:, -count:] *= ((linear.in_features - count) / count) ** 0.5
+
+
 class Attention(nn.Module):
     """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or itself); `rotary` adds time positions."""
 

@@ -29,7 +29,7 @@ from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
 from aime_fast.imagination import State
 from aime_fast.inference import Inference, draw_latents, recurrent_input
-from aime_fast.layers import full_precision, previous, starts
+from aime_fast.layers import emphasise_last, full_precision, previous, starts
 from aime_fast.multi_task_learning import losses
 from aime_fast.overshooting import overshoot
 from aime_fast.perceiver_io import CausalPerceiverIO
@@ -113,6 +113,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self.decoder = VAEDecoder(image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components)
         self.prior = DPGMMPrior(hidden_dim, context_dim, latent_dim, max_components, kl)
         self.dynamics = LSTMLayer(latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
+        emphasise_last(self.dynamics.input_gates[0], action_dim)
         self.expect_context = ContextPrior(hidden_dim, context_dim, latent_dim)
         self.attention = AttentionSchema(
             image_size, hidden_dim, context_dim, latent_dim, attention_dim, num_attention_slots, slot_iterations, attention_fusion,

@@ -13,7 +13,7 @@ from torch import nn
 
 from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
-from aime_fast.layers import episode_mask, halvings, starts
+from aime_fast.layers import emphasise_last, episode_mask, halvings, starts
 from aime_fast.multi_task_learning.losses import gaussian_log_prob, mixture_log_prob
 from aime_fast.perceiver_io.predictor import draw
 from aime_fast.perceiver_io.tokenizer import CausalConv3d
@@ -210,3 +210,12 @@ def test_grids_halve_rounding_up_and_the_mask_keeps_episodes_apart():
     mask = episode_mask(starts(is_init, 1, 4, is_init.device), window=2)[0]
     assert mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert math.isclose(mask.sum().item(), 6)
+
+
+@pytest.mark.parametrize("actions", [1, 6])
+def test_actions_start_with_half_the_vote(actions):
+    layer = nn.Linear(150, 400)
+    emphasise_last(layer, actions)
+    weight = layer.weight.detach()
+    ours, others = weight[:, -actions:].norm(), weight[:, :-actions].norm()
+    assert ours / others == pytest.approx(1, abs=0.15)

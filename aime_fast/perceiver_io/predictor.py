@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from aime_fast.layers import MLP, Attention, full_precision, grid_positions
+from aime_fast.layers import MLP, Attention, emphasise_last, full_precision, grid_positions
 
 
 class ConditionedBlock(nn.Module):
@@ -63,6 +63,7 @@ class PerceiverTokenPredictor(nn.Module):
         nn.init.normal_(self.current.weight, std=dim**-0.5)
         self.positions = nn.Parameter(grid_positions(grid, grid, dim) * 0.5)
         self.condition = MLP(context_dim + action_dim, dim, dim)
+        emphasise_last(self.condition[0], action_dim)
         self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, codebook_heads * codebook_size)
@@ -130,7 +131,7 @@ class PerceiverTokenPredictor(nn.Module):
         length = given.shape[1]
         if length < 2:
             return given
-        own = self(given[:, :-1], context[:, : length - 1], actions[:, : length - 1]).argmax(-1)
+        own = self(given[:, :-1], context[:, : length - 1].detach(), actions[:, : length - 1]).argmax(-1)
         chosen = (torch.rand(own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
         return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
 

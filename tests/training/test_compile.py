@@ -94,7 +94,7 @@ def test_without_discriminators_there_is_no_graph_break_either(batches):
     torch._dynamo.config.trace_autograd_ops = True
     batch = {key: batches[0][key] for key in ("pixels", "action", "is_init")}
     one = torch.ones((), device=DEVICE)
-    found = torch._dynamo.explain(step._gradients)(batch, one, one, 1.0, False, (None, None))
+    found = torch._dynamo.explain(step._gradients)(batch, one, one, one, 1.0, False, (None, None))
     assert (found.graph_break_count, found.graph_count) == (0, 1)
 
 
