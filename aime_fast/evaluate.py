@@ -66,8 +66,8 @@ def evaluate(options: EvaluateConfig) -> dict:
     from aime_fast.training import evaluation
     from aime_fast.training.checkpoint import load_model
     from aime_fast.training.lpips import find_lpips
+    from aime_fast.training.samples import draw_prediction
     from aime_fast.training.settings import choose_compile, choose_device, choose_kernels, keep_freed_memory
-    from aime_fast.training.validation import draw_prediction
 
     check(options)
     began = time.perf_counter()
@@ -150,10 +150,11 @@ def draw_clip(model: nn.Module, clips: Clips, path: Path, columns: int = 8) -> N
     from aime_fast.data import normalise
     from aime_fast.training.evaluation import predict
     from aime_fast.training.pictures import save_samples
+    from aime_fast.training.samples import spread
 
     first = clips[:1].to(model.decoder.background.device)
     out = predict(model, first)
-    shown = [round(i * (first.horizon - 1) / max(min(columns, first.horizon) - 1, 1)) for i in range(min(columns, first.horizon))]
+    shown = spread(columns, first.horizon)
     truth = normalise(first.pixels[0, clips.context :])
     save_samples(path, truth[shown], out["reconstructions"][0, shown], out["attention"][0, shown])
 

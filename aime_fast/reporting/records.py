@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aime_fast.cli import ConfigError
+from aime_fast.training.logging import whole_rows
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,9 @@ def read_record(folder: str | Path) -> Record:
     videos = (folder / "evaluation" / "prediction.mp4", folder / "prediction.mp4")
     return Record(
         folder=folder,
-        rows=read("metrics.jsonl", _whole_lines),
+        rows=read("metrics.jsonl", whole_rows),
         facts=read("run.json", json.loads),
         config=read("config.yaml", yaml.safe_load),
         evaluation=read("evaluation/evaluation.json", json.loads),
         video=next((path for path in videos if path.is_file()), None),
     )
-
-
-def _whole_lines(text: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that is being written, or that a kill cut short, is left out."""
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]

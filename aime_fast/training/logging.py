@@ -111,7 +111,15 @@ class Logger:
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`; none where it is not there yet."""
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return whole_rows(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def whole_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line that is being written, or that a kill cut short, is left out."""
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
 
 
 class Console:

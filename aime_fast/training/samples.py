@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from aime_fast.data import normalise
-from aime_fast.training.pictures import attention_sheet, filmstrip, save_samples, write_png
+from aime_fast.training.pictures import attention_sheet, filmstrip, prediction_frames, save_samples, write_png, write_video
 
 CONTEXT, HORIZON = 8, 16  # frames shown and predicted in the pictures of training: the convention of the evaluation
 COLUMNS = 8
@@ -91,3 +92,27 @@ def draw_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int)
     write_png(paths["open_loop"], filmstrip(clip.truth[columns], clip.drawn[columns], shown=1))
     write_png(paths["attention"], attention_sheet(out["video"], out["attention"], out["slot_maps"]))
     return paths
+
+
+def draw_prediction(
+    model: nn.Module, episodes: Iterable[TensorDict], path: Path, device: torch.device, context: int = CONTEXT, horizon: int = HORIZON
+) -> None:
+    """Write a video of whole episodes' middle parts: truth | reconstruction, then open-loop prediction | error.
+
+    Args:
+        model: in eval mode.
+        episodes: as for `predict_clip`, on any device; those of fewer than two frames are left out.
+        path: mp4 to write.
+        device: where the model is.
+        context: frames the model sees; horizon: frames it predicts from the actions alone.
+
+    Raises:
+        ValueError: no episode has two frames.
+    """
+    clips = (
+        predict_clip(model, episode.select("pixels", "action").to(device), context, horizon) for episode in episodes if len(episode) > 1
+    )
+    films = [prediction_frames(clip.truth, clip.drawn, clip.shown) for clip in clips]
+    if not films:
+        raise ValueError("prediction video: every held-out episode has fewer than two frames")
+    write_video(path, torch.cat(films))

@@ -17,7 +17,7 @@ from aime_fast.training.collapse import Watch, replay
 from aime_fast.training.faults import NonFiniteError
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, read_rows, write_run_files
-from aime_fast.training.samples import draw_samples
+from aime_fast.training.samples import draw_prediction, draw_samples
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
 from aime_fast.training.settings import (
     choose_compile,
@@ -29,7 +29,7 @@ from aime_fast.training.settings import (
     keep_freed_memory,
 )
 from aime_fast.training.step import TrainingStep
-from aime_fast.training.validation import draw_prediction, validate
+from aime_fast.training.validation import validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import kernels_on
 

@@ -1,10 +1,9 @@
-"""How good the averaged weights are on episodes that training never saw, in numbers and in pictures."""
+"""How good the averaged weights are on episodes that training never saw, in numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tensordict import TensorDict
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from aime_fast.data import normalise
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.training.measures import Reconstruction
-from aime_fast.training.pictures import prediction_frames, write_video
 
 
 @torch.no_grad()
@@ -47,33 +45,3 @@ def validate(
             totals[name] = totals.get(name, 0.0) + value.float() * len(video)
         count += len(video)
     return measured.compute() | {f"loss/{name}": float(total) / count for name, total in totals.items()}
-
-
-@torch.no_grad()
-def draw_prediction(
-    model: nn.Module, episodes: Iterable[TensorDict], path: Path, device: torch.device, context: int = 8, horizon: int = 16
-) -> None:
-    """Write a video of whole episodes' middle parts: truth | reconstruction, then open-loop prediction | error.
-
-    Args:
-        model: in eval mode.
-        episodes: each with `pixels` uint8 [T, 3, H, W], `action` [T, A]; one shorter than `context + horizon` gets less of both.
-        path: mp4 to write.
-        device: where the model is.
-        context: frames the model sees; horizon: frames it predicts from the actions alone.
-    """
-    films = []
-    for episode in episodes:
-        frames = min(context + horizon, len(episode["pixels"]))
-        shown = max(1, min(context, frames * context // (context + horizon)))
-        if frames - shown < 1:
-            continue
-        start = (len(episode["pixels"]) - frames) // 2
-        pixels, action = (episode[key][start : start + frames].to(device).unsqueeze(0) for key in ("pixels", "action"))
-        video = normalise(pixels)  # [1, frames, 3, H, W]
-        seen = model.reconstruct(video[:, :shown], action[:, :shown])
-        future = model.predict_future(video[:, :shown], action[:, :shown], action[:, shown:])["reconstructions"]
-        films.append(prediction_frames(video[0], torch.cat([seen, future], 1)[0], shown))
-    if not films:
-        raise ValueError("prediction video: every held-out episode has fewer than two frames")
-    write_video(path, torch.cat(films))
