@@ -24,7 +24,9 @@ class State(NamedTuple):
 
     lstm: Tensor  # [B, layers, 2, Dh], hidden and cell
     hidden: Tensor  # [B, Dh], h_t
-    latents: Tensor  # [B, Z], z_t
+    latents: Tensor  # [B, Z], the mean of q(z_t); z_t where it was imagined
+    moved: Tensor  # [B, Z], how far that is from the one before
+    fresh: Tensor  # bool [B], no frame was there before: nothing has moved
     context: Tensor  # [B, Dc], c_t
     attention: Tensor  # [B, Ha, Wa], A_t
     kept: tuple[Tensor, ...]  # [B, C, h, w] each, of the tokenizer's causal convolutions
@@ -42,6 +44,8 @@ def initial_state(model: nn.Module, batch: int) -> State:
         lstm=model.dynamics.initial_state(batch, like.device, like.dtype),
         hidden=zeros(model.dynamics.hidden_dim),
         latents=zeros(model.latent_dim),
+        moved=zeros(model.latent_dim),
+        fresh=torch.ones(batch, dtype=torch.bool, device=like.device),
         context=zeros(perceiver.out[-1].out_features),
         attention=model.attention.uniform(batch).to(like.dtype),
         kept=perceiver.tokenizer.nothing_kept(batch),
@@ -62,13 +66,17 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     posterior = model.encoder(frame, context)
     z = draw_latents(posterior, model.training)
     hidden, lstm = _recur(model, z, context, action, state.lstm)
-    prior = model.prior(state.hidden, context if model.prior_context == "current" else state.context, sample=model.training)
+    context_before = context if model.prior_context == "current" else state.context
+    prior = model.prior(state.hidden, context_before, state.latents, state.moved, sample=model.training)
     maps = model.attention.look(frame, hidden, context)
     expected = model.attention.expect(state.attention, state.hidden, state.latents)
     drawn = model.decoder(z, maps.attention)
-    seen = Inference(posterior, z, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
+    moved = torch.where(state.fresh[:, None], 0.0, posterior.mean - state.latents)
+    seen = Inference(posterior, z, moved, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
     out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
-    return out, alike(State(lstm, hidden, z, context, maps.attention, kept, memory), given)
+    return out, alike(
+        State(lstm, hidden, posterior.mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given
+    )
 
 
 def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
@@ -93,12 +101,16 @@ def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False
 
 def dream(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[Mixture, Tensor, State]:
     """`imagine` without the drawing, differentiable: (prior of z_t, log of the expected attention [B, Ha, Wa], the next state)."""
-    p = model.prior(state.hidden, state.context, sample=sample)
+    p = model.prior(state.hidden, state.context, state.latents, state.moved, sample=sample)
     z = p.sample(sample)
     log_attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention
     context = model.expect_context(state.hidden, state.context, z)
     hidden, lstm = _recur(model, z, context, action, state.lstm)
-    return p, log_attention, state._replace(lstm=lstm, hidden=hidden, latents=z, context=context, attention=log_attention.exp())
+    following = state._replace(
+        lstm=lstm, hidden=hidden, latents=z, moved=torch.where(state.fresh[:, None], 0.0, z - state.latents),
+        fresh=torch.zeros_like(state.fresh), context=context, attention=log_attention.exp(),
+    )  # fmt: skip
+    return p, log_attention, following
 
 
 def _recur(model: nn.Module, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +123,6 @@ def _recur(model: nn.Module, z: Tensor, context: Tensor, action: Tensor, lstm: T
 def _restart(model: nn.Module, state: State, init: Tensor) -> State:
     """Empties the memory of the batch rows where an episode begins, but for perception, which is told of it."""
     empty = initial_state(model, init.shape[0])
-    names = ("lstm", "hidden", "latents", "context", "attention")
+    names = ("lstm", "hidden", "latents", "moved", "fresh", "context", "attention")
     pairs = {name: (getattr(empty, name), getattr(state, name)) for name in names}
     return state._replace(**{name: torch.where(init.reshape(-1, *(1,) * (old.dim() - 1)), new, old) for name, (new, old) in pairs.items()})

@@ -18,6 +18,7 @@ class Inference(NamedTuple):
 
     posterior: Posterior
     latents: Tensor  # [N, Z]
+    moved: Tensor  # [N, Z], how far the posterior mean is from that of the frame before; 0 in an episode's first
     prior: Mixture
     context: Tensor  # [B, T, Dc]; [B, Dc] in a step
     hidden: Tensor  # [B, T, Dh]; [B, Dh] in a step

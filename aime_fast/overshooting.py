@@ -20,6 +20,9 @@ from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 
 
+SEEN = 3  # frames before a roll-out, where the sequence is long enough: the fewest that show speed and its change
+
+
 def overshoot(model: nn.Module, seen: Inference, video: Tensor, actions: Tensor, start: Tensor, frames: int) -> dict[str, Tensor]:
     """Rolls out min(frames, T - 1) frames from one random frame of each batch.
 
@@ -31,13 +34,19 @@ def overshoot(model: nn.Module, seen: Inference, video: Tensor, actions: Tensor,
     frames = min(frames, length - 1)
     if frames < 1:
         return {name: video.new_zeros(()) for name in OVERSHOOT}
-    first = torch.randint(length - frames, (1,), device=start.device)  # on the device: a captured graph draws anew
+    earliest = min(SEEN - 1, length - frames - 1)
+    first = torch.randint(earliest, length - frames, (1,), device=start.device)  # on the device: a captured graph draws anew
 
     def at(x: Tensor, age: int) -> Tensor:  # [B, T, ...] -> [B, ...]
         return x.index_select(1, first + age)[:, 0]
 
-    latents, attention = seen.latents.unflatten(0, start.shape), seen.maps.attention.unflatten(0, start.shape)
-    state = State(at(seen.lstm, 0), at(seen.hidden, 0), at(latents, 0), at(seen.context, 0), at(attention, 0), (), None)
+    latents, mean, moved, attention = (
+        x.unflatten(0, start.shape) for x in (seen.latents, seen.posterior.mean, seen.moved, seen.maps.attention)
+    )
+    state = State(
+        at(seen.lstm, 0), at(seen.hidden, 0), at(mean, 0).detach(), at(moved, 0), torch.zeros_like(at(start, 0)), at(seen.context, 0),
+        at(attention, 0), (), None,
+    )  # fmt: skip
     going_on = torch.ones(batch, dtype=torch.bool, device=start.device)
     imagined, scores, weights = [], [], []
     for age in range(1, frames + 1):

@@ -254,19 +254,24 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("temporal_dynamics: LSTM"):
             hidden, lstm = self.dynamics(recurrent_input(z, context, actions), start)
 
-        hidden_before = previous(hidden, start).flatten(0, 1)
+        # Prior and attention read where the latent was without gradient: else it is pulled to where it is easy to go on from.
+        mean = posterior.mean.detach().unflatten(0, shape)
+        mean_before = previous(mean, start)
+        moved = torch.where(start[..., None], 0.0, mean - mean_before)
+        hidden_before, moved_before = (previous(x, start).flatten(0, 1) for x in (hidden, moved))
+        latents_before = mean_before.flatten(0, 1)
         with span("generative_prior: prior"):
             context_before = context if self.prior_context == "current" else previous(context, start)
-            prior = self.prior(hidden_before, context_before.flatten(0, 1), sample=self.training)
+            prior = self.prior(hidden_before, context_before.flatten(0, 1), latents_before, moved_before, sample=self.training)
 
         with span("attention_schema: posterior"):
             maps = self.attention.look(flat, hidden.flatten(0, 1), context.flatten(0, 1))
         with span("attention_schema: prior"):
             attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
-            expected = self.attention.expect(attention_before, hidden_before, previous(z, start).flatten(0, 1))
+            expected = self.attention.expect(attention_before, hidden_before, latents_before)
         with span("encoder_decoder: decoder"):
             drawn = self.decoder(latents, maps.attention)
-        return tokens, Inference(posterior, latents, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
+        return tokens, Inference(posterior, latents, moved.flatten(0, 1), prior, context, hidden, lstm, maps, attention_before, expected, drawn)
 
     def discriminator_loss(
         self, outputs: Mapping[str, Tensor], observations: Tensor, gradient_penalty: float = 0.0
@@ -389,8 +394,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         start, perceiver = starts(None, batch, shown, video.device), self.perceiver_io
         tokens, seen = self._infer(video, actions, start)
         _, memory = perceiver.extend_context(tokens.codes, perceiver.empty_memory(batch))
-        latents, attention = (x.unflatten(0, start.shape)[:, -1] for x in (seen.latents, seen.maps.attention))
-        state = State(seen.lstm[:, -1], seen.hidden[:, -1], latents, seen.context[:, -1], attention, tokens.kept, memory)
+        latents, moved, attention = (x.unflatten(0, start.shape)[:, -1] for x in (seen.posterior.mean, seen.moved, seen.maps.attention))
+        fresh = torch.zeros(batch, dtype=torch.bool, device=video.device)
+        state = State(seen.lstm[:, -1], seen.hidden[:, -1], latents, moved, fresh, seen.context[:, -1], attention, tokens.kept, memory)
         out, _ = self.roll_out(self, future_actions, alike(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 

@@ -70,7 +70,7 @@ class Updates:
         self.waited += time.perf_counter() - began
         self.made += 1
         with span(UPDATE):
-            return self.step(batches, self._one, self._learning_rate, self._trains_discriminator(self.made), adversarial=self._one)
+            return self.step(batches, self._one, self._learning_rate, self._trains_discriminator(self.made))
 
     def close(self) -> None:
         """Stop the loader."""

@@ -28,7 +28,8 @@ def predict_without_caches(model, video, actions, future):
     context = model.extract_context(video)
     drawn = []
     for t in range(future.shape[1]):
-        p = model.prior(h[:, -1], context[:, -1], sample=False)
+        moved = z[:, -1] - z[:, -2] if z.shape[1] > 1 else torch.zeros_like(z[:, -1])
+        p = model.prior(h[:, -1], context[:, -1], z[:, -1], moved, sample=False)
         expected = model.attention.expect(attention, h[:, -1], z[:, -1])
         attention = expected.log_attention.exp()
         z = torch.cat([z, p.sample(False)[:, None]], 1)

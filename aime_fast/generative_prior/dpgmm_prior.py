@@ -16,6 +16,9 @@ from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import MLP, full_precision
 
 
+APART = 0.1  # standard deviation of the components' first offsets from the latent before
+
+
 class Mixture(NamedTuple):
     """A Gaussian mixture for each of N frames, with what its KL terms need."""
 
@@ -41,6 +44,10 @@ class Mixture(NamedTuple):
 class DPGMMPrior(nn.Module):
     """Every parameter of the mixture is a network output of the concatenated [h, c].
 
+    Means are offsets from where the latent would be if it went on as it moved: z_{t-1} + g (z_{t-1} - z_{t-2}), with gates g in (0, 1)
+    from the network. What is in a video has inertia; a network that has to find speed in h by itself does not in a thousand updates
+    (docs/evaluation.md).
+
     Args:
         hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
         max_components: K.
@@ -54,17 +61,26 @@ class DPGMMPrior(nn.Module):
         self.sticks = AdaptiveStickBreaking(hidden_dim, max_components)
         self.alpha = GammaPosterior(hidden_dim)
         self.components_head = nn.Linear(hidden_dim, 2 * max_components * latent_dim)
+        self.inertia = nn.Linear(hidden_dim, latent_dim)
+        nn.init.zeros_(self.inertia.weight)
+        nn.init.zeros_(self.inertia.bias)
         with torch.no_grad():  # components start apart from each other, each as wide as the posterior's start
             self.components_head.bias.copy_(
-                torch.cat([torch.randn(max_components * latent_dim) * 0.5, torch.zeros(max_components * latent_dim)])
+                torch.cat([torch.randn(max_components * latent_dim) * APART, torch.zeros(max_components * latent_dim)])
             )
 
-    def forward(self, hidden: Tensor, context: Tensor, sample: bool = True) -> Mixture:
-        """hidden [N, Dh] and context [N, Dc] of the frame before -> `Mixture`; `sample=False` takes mean sticks."""
+    def forward(self, hidden: Tensor, context: Tensor, latents: Tensor, moved: Tensor, sample: bool = True) -> Mixture:
+        """The prior of a frame, from the one before.
+
+        Args: hidden [N, Dh]; context [N, Dc]; latents, moved [N, Z], where the latent is and by how much it moved to get there;
+            sample: False takes mean sticks.
+        """
         features = self.trunk(torch.cat([hidden, context.to(hidden.dtype)], dim=-1))
         concentration, rate, alpha, log_alpha = self.alpha(hidden)
         sticks = self.sticks(features, None, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
+        going_on = latents + self.inertia(features).sigmoid() * moved
+        means = full_precision(going_on).unsqueeze(-2) + full_precision(means)
         return Mixture(
-            sticks.log_pi, full_precision(means), bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
+            sticks.log_pi, means, bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention", "overshoot_context")
@@ -50,14 +51,14 @@ class LossAggregator:
         self.enforce_diversity = enforce_diversity
 
     def compute_losses(
-        self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0, adversarial: float | Tensor = 1.0
+        self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0, adversarial: bool = True
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Combines the terms of `forward_sequence`.
 
         Args:
             outputs: what `forward_sequence` returned.
             beta: warm-up factor, 0 to 1; multiplies the configured beta.
-            adversarial: 0 while the generator does not play against the discriminators yet, then 1.
+            adversarial: False while the generator does not play against the discriminators yet; that task's loss is then 0, without gradient.
 
         Returns:
             (every term and task loss by name, [elbo, perceiver, predictive, adversarial]).
@@ -77,10 +78,11 @@ class LossAggregator:
             + self.lambda_gram * term["gram"]
             + self.lambda_overshoot * sum(term[name] for name in OVERSHOOT)
         )
+        generator = self.lambda_gan * term["generator"] + self.lambda_fm * term["feature_matching"]
         task = {
             "elbo": elbo / outputs["reconstructions"].shape[-3:].numel(),
             "perceiver": self.lambda_commitment * term["commitment"] + term["token_reconstruction"] + term["next_token"],
             "predictive": self.lambda_att_dyn * term["attention_dynamics"] + self.enforce_diversity * term["diversity"],
-            "adversarial": adversarial * (self.lambda_gan * term["generator"] + self.lambda_fm * term["feature_matching"]),
+            "adversarial": generator if adversarial else torch.zeros_like(generator),
         }
         return term | task, [task[name] for name in TASKS]

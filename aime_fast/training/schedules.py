@@ -34,12 +34,12 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Start:
-    """0 before step `steps`, 1 from there on."""
+    """False before step `steps`, True from there on."""
 
     steps: float
 
-    def __call__(self, step: int) -> float:
-        return float(step >= self.steps)
+    def __call__(self, step: int) -> bool:
+        return step >= self.steps
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ CHECKED = (
     *(f"gradient_norm/{name}" for name in ("discriminator", *TASKS, "total")),
 )
 
-RECOMPILE_LIMIT = 64  # Dynamo's 8 is for all steps of a process together; each has up to four kinds of call
+RECOMPILE_LIMIT = 64  # Dynamo's 8 is for all steps of a process together; each has several kinds of call
 
 Compile = Literal["off", "on", "graph"]
 
@@ -59,8 +59,8 @@ class TrainingStep:
         model: `DPGMMVariationalRecurrentAutoencoder` on its device. Its parameters move into flat arenas: do not move the model again.
         config: the run's settings.
         compile: "off" runs eagerly. "on" compiles: with CUDA everything, on a CPU the regions that gain (`compile_regions`).
-            "graph", CUDA only, compiles everything and captures each kind of update (with and without discriminators) as one CUDA
-            graph. The first call of each kind compiles, which takes minutes; the first calls of a captured step are ordinary updates.
+            "graph", CUDA only, compiles everything and captures each kind of update (whether the generator plays, whether the
+            discriminators learn) as one CUDA graph. The first call of each kind compiles, which takes minutes; the first calls of a captured step are ordinary updates.
     """
 
     def __init__(self, model: nn.Module, config: Config, compile: Compile = "off"):
@@ -91,15 +91,17 @@ class TrainingStep:
         self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in parameters]
         self._seen: list[dict[str, dict[str, Tensor]]] = []
         self._rows: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._captured: dict[bool, Captured] = {}
+        self._captured: dict[tuple[bool, bool], Captured] = {}
         self._compiled = False
         if compile == "on" and self.device.type == "cpu":
             model.compile_regions()
         elif compile != "off":
             self.compile_whole()
         if compile == "graph":
-            plain = Captured(self._update_of(False), self.device)
-            self._captured = {False: plain, True: Captured(self._update_of(True), self.device, memory_of=plain)}
+            first = None
+            for kind in itertools.product((False, True), repeat=2):
+                self._captured[kind] = Captured(self._update_of(*kind), self.device, memory_of=first)
+                first = first or self._captured[kind]
 
     def compile_whole(self, backend: str | Callable = "inductor") -> None:
         """`torch.compile` of both halves of the update, each as one graph without breaks."""
@@ -118,7 +120,7 @@ class TrainingStep:
         beta: Tensor,
         learning_rate: Tensor,
         train_discriminator: bool,
-        adversarial: Tensor | float = 1.0,
+        adversarial: bool = True,
         own_tokens: Tensor | float = 0.0,
     ) -> TensorDict:
         """One update from `optim.accumulate` batches.
@@ -128,7 +130,7 @@ class TrainingStep:
             beta: weight of the KL terms, a scalar tensor.
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
-            adversarial: 0 or 1, whether the generator plays against them.
+            adversarial: whether the generator plays against them; if not, that gradient is not taken.
             own_tokens: share of frames that the token predictor reads as it predicted them.
 
         Returns:
@@ -143,21 +145,21 @@ class TrainingStep:
             if missing := [key for key in BATCH_KEYS if key not in present]:
                 raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
         inputs = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
-        adversarial, own_tokens = (
-            x if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in (adversarial, own_tokens)
-        )
-        update = self._captured.get(train_discriminator) or self._update_of(train_discriminator)
-        metrics, self._seen, self._rows = update(inputs, beta, learning_rate, adversarial, own_tokens)
+        if not isinstance(own_tokens, Tensor):
+            own_tokens = torch.full((), float(own_tokens), device=self.device)
+        kind = train_discriminator, adversarial
+        update = self._captured.get(kind) or self._update_of(*kind)
+        metrics, self._seen, self._rows = update(inputs, beta, learning_rate, own_tokens)
         return TensorDict(metrics, batch_size=[])
 
-    def _update_of(self, train_discriminator: bool) -> Callable:
-        def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, adversarial: Tensor, own_tokens: Tensor):
+    def _update_of(self, train_discriminator: bool, adversarial: bool) -> Callable:
+        def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, own_tokens: Tensor):
             before = [buffer.clone() for buffer in self._learnt]
             share, metrics, rows, seen = 1.0 / len(batches), {}, (None, None), []
             if self._compiled and len(batches) > 1:  # adding to zeros from the first batch on saves compiling that batch by itself
                 rows = self._task_rows.zeros(), self._discriminator_row.zeros() if train_discriminator else None
             for batch in batches:
-                rows, scalars, outputs = self._gradients(batch, beta, adversarial, own_tokens, share, train_discriminator, rows)
+                rows, scalars, outputs = self._gradients(batch, beta, own_tokens, share, train_discriminator, adversarial, rows)
                 metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
                 seen.append({"batch": batch, "output": outputs, "loss": scalars})
             metrics |= self._apply(*rows, metrics, before, learning_rate)
@@ -169,10 +171,10 @@ class TrainingStep:
         self,
         batch: dict[str, Tensor],
         beta: Tensor,
-        adversarial: Tensor,
         own_tokens: Tensor,
         share: float,
         train_discriminator: bool,
+        adversarial: bool,
         before: tuple[Tensor | None, Tensor | None],
     ) -> tuple[tuple[Tensor, Tensor | None], dict[str, Tensor], dict[str, Tensor]]:
         """A batch -> (gradients of the tasks [n, P], of the discriminators [1, Pd] or None), scalars; outputs of the model.

@@ -95,7 +95,7 @@ class DMCVBTrainer:
 
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
         self.own_tokens = Warmup(config.optim.own_tokens, config.optim.own_tokens_warmup_epochs * self.updates_per_epoch)
-        self.adversarial = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
+        self.plays_adversary = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
         # Whether an update was made is known on the device. On a CPU it is asked each time, for nothing; on CUDA where metrics are read.
@@ -157,7 +157,7 @@ class DMCVBTrainer:
             beta=torch.full((), self.beta(self.step), device=self.device),
             learning_rate=torch.full((), self.learning_rate(self.step), device=self.device),
             train_discriminator=self.trains_discriminator(self.step + 1),
-            adversarial=torch.full((), self.adversarial(self.step), device=self.device),
+            adversarial=self.plays_adversary(self.step),
             own_tokens=torch.full((), self.own_tokens(self.step), device=self.device),
         )
         self.seconds += time.perf_counter() - began

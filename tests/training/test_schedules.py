@@ -22,7 +22,7 @@ def test_every_fires_once_in_each_stretch_of_n(n, last):
 
 
 def test_start_is_off_then_on():
-    assert [Start(2.5)(step) for step in range(5)] == [0, 0, 0, 1, 1]
+    assert [Start(2.5)(step) for step in range(5)] == [False, False, False, True, True]
 
 
 @given(value=st.floats(0.1, 10), steps=st.integers(1, 1000), step=st.integers(0, 2000))
