@@ -109,6 +109,7 @@ class OptimConfig:
     lr_warmup_steps: int = 20  # the learning rate rises to its value over these updates: Adam's first ones are all of full size
     grad_clip: float = 5.0  # global norm
     beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
+    overshoot_warmup_epochs: float = 3.0  # the weight of the model's own roll-out rises from 0 over this many epochs: first it must see
     own_tokens: float = 0.5  # share of frames that the token predictor reads as it predicted them, after its warm-up
     own_tokens_warmup_epochs: float = 10.0  # that share rises from 0 over this many epochs
     ema_decay: float = 0.995  # EMA of the weights, every step

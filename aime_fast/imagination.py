@@ -74,9 +74,7 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     moved = torch.where(state.fresh[:, None], 0.0, posterior.mean - state.latents)
     seen = Inference(posterior, z, moved, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
     out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
-    return out, alike(
-        State(lstm, hidden, posterior.mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given
-    )
+    return out, alike(State(lstm, hidden, posterior.mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given)
 
 
 def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:

@@ -19,7 +19,6 @@ from aime_fast.inference import Inference
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 
-
 SEEN = 3  # frames before a roll-out, where the sequence is long enough: the fewest that show speed and its change
 
 

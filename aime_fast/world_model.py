@@ -250,9 +250,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
             latents = draw_latents(posterior, self.training)
-        z = latents.unflatten(0, shape)
         with span("temporal_dynamics: LSTM"):
-            hidden, lstm = self.dynamics(recurrent_input(z, context, actions), start)
+            hidden, lstm = self.dynamics(recurrent_input(latents.unflatten(0, shape), context, actions), start)
 
         # Prior and attention read where the latent was without gradient: else it is pulled to where it is easy to go on from.
         mean = posterior.mean.detach().unflatten(0, shape)
@@ -271,7 +270,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             expected = self.attention.expect(attention_before, hidden_before, latents_before)
         with span("encoder_decoder: decoder"):
             drawn = self.decoder(latents, maps.attention)
-        return tokens, Inference(posterior, latents, moved.flatten(0, 1), prior, context, hidden, lstm, maps, attention_before, expected, drawn)
+        moved = moved.flatten(0, 1)
+        return tokens, Inference(posterior, latents, moved, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
 
     def discriminator_loss(
         self, outputs: Mapping[str, Tensor], observations: Tensor, gradient_penalty: float = 0.0

@@ -15,7 +15,6 @@ from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import MLP, full_precision
 
-
 APART = 0.1  # standard deviation of the components' first offsets from the latent before
 
 
@@ -81,6 +80,4 @@ class DPGMMPrior(nn.Module):
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
         going_on = latents + self.inertia(features).sigmoid() * moved
         means = full_precision(going_on).unsqueeze(-2) + full_precision(means)
-        return Mixture(
-            sticks.log_pi, means, bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
-        )
+        return Mixture(sticks.log_pi, means, bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate))

@@ -51,14 +51,15 @@ class LossAggregator:
         self.enforce_diversity = enforce_diversity
 
     def compute_losses(
-        self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0, adversarial: bool = True
+        self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0, adversarial: bool = True, overshoot: float | Tensor = 1.0
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Combines the terms of `forward_sequence`.
 
         Args:
             outputs: what `forward_sequence` returned.
             beta: warm-up factor, 0 to 1; multiplies the configured beta.
-            adversarial: False while the generator does not play against the discriminators yet; that task's loss is then 0, without gradient.
+            adversarial: False while the generator does not play against the discriminators yet: its loss is then 0, without gradient.
+            overshoot: warm-up factor, 0 to 1; multiplies the configured lambda_overshoot.
 
         Returns:
             (every term and task loss by name, [elbo, perceiver, predictive, adversarial]).
@@ -76,7 +77,7 @@ class LossAggregator:
             + beta * self.beta * kl
             - self.entropy_weight * term["mixture_entropy"]
             + self.lambda_gram * term["gram"]
-            + self.lambda_overshoot * sum(term[name] for name in OVERSHOOT)
+            + overshoot * self.lambda_overshoot * sum(term[name] for name in OVERSHOOT)
         )
         generator = self.lambda_gan * term["generator"] + self.lambda_fm * term["feature_matching"]
         task = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -52,6 +52,14 @@ RECOMPILE_LIMIT = 64  # Dynamo's 8 is for all steps of a process together; each 
 Compile = Literal["off", "on", "graph"]
 
 
+class Warmups(NamedTuple):
+    """What rises in the course of training, each a scalar on the device."""
+
+    beta: Tensor  # weight of the KL terms
+    own_tokens: Tensor  # share of frames that the token predictor reads as it predicted them
+    overshoot: Tensor  # weight of the model's own roll-out
+
+
 class TrainingStep:
     """Model, EMA copy, optimizers and RGB joined into one update.
 
@@ -60,7 +68,8 @@ class TrainingStep:
         config: the run's settings.
         compile: "off" runs eagerly. "on" compiles: with CUDA everything, on a CPU the regions that gain (`compile_regions`).
             "graph", CUDA only, compiles everything and captures each kind of update (whether the generator plays, whether the
-            discriminators learn) as one CUDA graph. The first call of each kind compiles, which takes minutes; the first calls of a captured step are ordinary updates.
+            discriminators learn) as one CUDA graph. The first call of each kind compiles, which takes minutes; the first calls of a
+            captured step are ordinary updates.
     """
 
     def __init__(self, model: nn.Module, config: Config, compile: Compile = "off"):
@@ -122,6 +131,7 @@ class TrainingStep:
         train_discriminator: bool,
         adversarial: bool = True,
         own_tokens: Tensor | float = 0.0,
+        overshoot: Tensor | float = 1.0,
     ) -> TensorDict:
         """One update from `optim.accumulate` batches.
 
@@ -132,6 +142,7 @@ class TrainingStep:
             train_discriminator: whether the discriminators learn too.
             adversarial: whether the generator plays against them; if not, that gradient is not taken.
             own_tokens: share of frames that the token predictor reads as it predicted them.
+            overshoot: warm-up factor of the model's own roll-out.
 
         Returns:
             TensorDict of scalar tensors on the device: `loss/*`, `model/*`, `gradient_norm/*`, `rgb/*`, the schedules, and
@@ -145,33 +156,32 @@ class TrainingStep:
             if missing := [key for key in BATCH_KEYS if key not in present]:
                 raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
         inputs = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
-        if not isinstance(own_tokens, Tensor):
-            own_tokens = torch.full((), float(own_tokens), device=self.device)
+        given = (beta, own_tokens, overshoot)
+        warmups = Warmups(*(x if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in given))
         kind = train_discriminator, adversarial
         update = self._captured.get(kind) or self._update_of(*kind)
-        metrics, self._seen, self._rows = update(inputs, beta, learning_rate, own_tokens)
+        metrics, self._seen, self._rows = update(inputs, learning_rate, warmups)
         return TensorDict(metrics, batch_size=[])
 
     def _update_of(self, train_discriminator: bool, adversarial: bool) -> Callable:
-        def update(batches: list[dict[str, Tensor]], beta: Tensor, learning_rate: Tensor, own_tokens: Tensor):
+        def update(batches: list[dict[str, Tensor]], learning_rate: Tensor, warmups: Warmups):
             before = [buffer.clone() for buffer in self._learnt]
             share, metrics, rows, seen = 1.0 / len(batches), {}, (None, None), []
             if self._compiled and len(batches) > 1:  # adding to zeros from the first batch on saves compiling that batch by itself
                 rows = self._task_rows.zeros(), self._discriminator_row.zeros() if train_discriminator else None
             for batch in batches:
-                rows, scalars, outputs = self._gradients(batch, beta, own_tokens, share, train_discriminator, adversarial, rows)
+                rows, scalars, outputs = self._gradients(batch, warmups, share, train_discriminator, adversarial, rows)
                 metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
                 seen.append({"batch": batch, "output": outputs, "loss": scalars})
             metrics |= self._apply(*rows, metrics, before, learning_rate)
-            return metrics | {"beta": beta, "learning_rate": learning_rate}, seen, rows
+            return metrics | {"beta": warmups.beta, "learning_rate": learning_rate}, seen, rows
 
         return update
 
     def _gradients(
         self,
         batch: dict[str, Tensor],
-        beta: Tensor,
-        own_tokens: Tensor,
+        warmups: Warmups,
         share: float,
         train_discriminator: bool,
         adversarial: bool,
@@ -185,8 +195,8 @@ class TrainingStep:
         with span("step: augment"):
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
         with span("step: forward"), self.autocast():
-            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], self.ema.model, own_tokens)
-        losses, task_losses = self.losses.compute_losses(outputs, beta, adversarial)
+            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], self.ema.model, warmups.own_tokens)
+        losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, adversarial, warmups.overshoot)
         tasks = self._task_rows.gather({task: loss * share for task, loss in zip(TASKS, task_losses)}, before[0])
 
         outputs = {name: output.detach() for name, output in outputs.items()}

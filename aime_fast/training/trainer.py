@@ -95,6 +95,7 @@ class DMCVBTrainer:
 
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
         self.own_tokens = Warmup(config.optim.own_tokens, config.optim.own_tokens_warmup_epochs * self.updates_per_epoch)
+        self.overshoot = Warmup(1.0, config.optim.overshoot_warmup_epochs * self.updates_per_epoch)
         self.plays_adversary = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
@@ -159,6 +160,7 @@ class DMCVBTrainer:
             train_discriminator=self.trains_discriminator(self.step + 1),
             adversarial=self.plays_adversary(self.step),
             own_tokens=torch.full((), self.own_tokens(self.step), device=self.device),
+            overshoot=torch.full((), self.overshoot(self.step), device=self.device),
         )
         self.seconds += time.perf_counter() - began
         self.step += 1
