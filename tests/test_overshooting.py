@@ -9,7 +9,7 @@ from models import make_batch, make_model
 from aime_fast.layers import starts
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
-from aime_fast.overshooting import overshoot
+from aime_fast.overshooting import SEEN, overshoot
 
 
 def infer(model, video, actions, is_init=None):
@@ -71,3 +71,16 @@ def test_own_tokens_are_those_of_the_frame_before(model, frames):
     assert torch.equal(mixed[:, 0], given[:, 0])
     for t in range(1, frames):
         assert torch.equal(mixed[:, t], predictor.sample(tokens[:, t - 1], context[:, t - 1], actions[:, t - 1], temperature=0))
+
+
+def test_a_roll_out_begins_after_the_first_frames(model):
+    """The attention map of the frame it begins at is the only one with gradient."""
+    video, actions = make_batch(model, 2, 8)
+    seen, start = infer(model, video, actions)
+    begun = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        loss = sum(overshoot(model, seen, video, actions, start, 3).values())
+        (gradient,) = torch.autograd.grad(loss, seen.maps.attention, retain_graph=True)
+        begun |= set(gradient.unflatten(0, start.shape).flatten(2).any(2).any(0).nonzero().flatten().tolist())
+    assert begun == {SEEN - 1, SEEN, SEEN + 1}  # and the last one leaves three frames

@@ -13,6 +13,7 @@ from torch import nn
 
 from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
+from aime_fast.generative_prior import DPGMMPrior
 from aime_fast.layers import emphasise_last, episode_mask, halvings, starts
 from aime_fast.multi_task_learning.losses import gaussian_log_prob, mixture_log_prob
 from aime_fast.perceiver_io.predictor import draw
@@ -219,3 +220,15 @@ def test_actions_start_with_half_the_vote(actions):
     weight = layer.weight.detach()
     ours, others = weight[:, -actions:].norm(), weight[:, :-actions].norm()
     assert ours / others == pytest.approx(1, abs=0.15)
+
+
+def test_the_prior_goes_on_as_the_latent_moved():
+    torch.manual_seed(0)
+    prior = DPGMMPrior(hidden_dim=8, context_dim=6, latent_dim=3, max_components=4).double()
+    hidden, context, latents, moved = (torch.randn(5, n, dtype=torch.float64) for n in (8, 6, 3, 3))
+    still = prior(hidden, context, latents, torch.zeros_like(moved), sample=False)
+    going = prior(hidden, context, latents, moved, sample=False)
+    torch.testing.assert_close(going.means - still.means, 0.5 * moved[:, None].expand(-1, 4, -1))  # the gates start half open
+    shifted = prior(hidden, context, latents + 1.0, moved, sample=False)
+    torch.testing.assert_close(shifted.means, going.means + 1.0)
+    assert (still.means - latents[:, None]).std() > 0.05  # components start apart

@@ -88,6 +88,21 @@ def test_step_is_the_loop_of_the_specification(batches):
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
 
 
+def test_a_generator_that_does_not_play_gets_no_adversarial_gradient(batches):
+    config, seen = config_of(), {}
+    for adversarial in (True, False):
+        step = TrainingStep(make_model(config), config)
+        torch.manual_seed(0)
+        metrics = step(batches[:1], torch.tensor(0.5), torch.tensor(0.0), False, adversarial=adversarial)
+        seen[adversarial] = step._rows[0].clone(), metrics
+    (playing, told), (apart, metrics) = seen[True], seen[False]
+    assert playing[3].any()
+    assert not apart[3].any()
+    torch.testing.assert_close(apart[:3], playing[:3])
+    assert metrics["loss/adversarial"] == 0
+    assert metrics["loss/generator"] == told["loss/generator"]  # still there to be looked at
+
+
 def test_discriminators_learn_only_when_told_and_the_generator_never_moves_them(batches):
     config = config_of()
     step = TrainingStep(make_model(config), config)
