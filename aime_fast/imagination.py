@@ -71,10 +71,11 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     maps = model.attention.look(frame, hidden, context)
     expected = model.attention.expect(state.attention, state.hidden, state.latents)
     drawn = model.decoder(z, maps.attention)
-    moved = torch.where(state.fresh[:, None], 0.0, posterior.mean - state.latents)
+    mean = posterior.mean.detach()  # as in `_infer`: the prior must not pull the latent to where it is easy to go on from
+    moved = torch.where(state.fresh[:, None], 0.0, mean - state.latents)
     seen = Inference(posterior, z, moved, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
     out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
-    return out, alike(State(lstm, hidden, posterior.mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given)
+    return out, alike(State(lstm, hidden, mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given)
 
 
 def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
@@ -98,7 +99,10 @@ def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False
 
 
 def dream(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[Mixture, Tensor, State]:
-    """`imagine` without the drawing, differentiable: (prior of z_t, log of the expected attention [B, Ha, Wa], the next state)."""
+    """`imagine` without the drawing, differentiable: (prior of z_t, log of the expected attention [B, Ha, Wa], the next state).
+
+    Drawn latents move by their noise too, which training, where movement is that of means, does not show the prior.
+    """
     p = model.prior(state.hidden, state.context, state.latents, state.moved, sample=sample)
     z = p.sample(sample)
     log_attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention

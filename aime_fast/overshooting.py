@@ -4,8 +4,8 @@ One-step training never shows the priors a state that they produced themselves, 
 latent, attention and context of k frames come from their predictions, as in `imagination.imagine`, and are scored: the latent's
 posterior sample under the mixture, the attention map against the posterior's, the context against the one that was read, and the
 frames that the decoder draws of them against the truth. Targets get no gradient, so that the posterior is not bent towards what is
-easy to predict; the first state does, so that the recurrence learns to gather what prediction needs. Source: latent overshooting
-(Hafner et al., arXiv 1811.04551), with pixels scored too.
+easy to predict; the first state does, but for where the latent is and how it moved, so that the recurrence learns to gather what
+prediction needs. Source: latent overshooting (Hafner et al., arXiv 1811.04551), with pixels scored too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from aime_fast.inference import Inference
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 
-SEEN = 3  # frames before a roll-out, where the sequence is long enough: the fewest that show speed and its change
+SEEN = 3  # frames up to the first state, where the sequence is long enough: the fewest that show speed and its change
 
 
 def overshoot(model: nn.Module, seen: Inference, video: Tensor, actions: Tensor, start: Tensor, frames: int) -> dict[str, Tensor]:
-    """Rolls out min(frames, T - 1) frames from one random frame of each batch.
+    """Rolls out min(frames, T - 1) frames from one random frame, the same for the whole batch, with SEEN - 1 before it where T allows.
 
     Args: seen, of B*T frames; video [B, T, 3, H, W] in [-1, 1]; actions [B, T, A]; start bool [B, T].
 

@@ -6,8 +6,8 @@ one-frame definition, what imagination loops over. The two agree to rounding (te
 One frame, in order (docs/architecture.md draws it):
 
     tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t)
-    p(z_t | h_{t-1}, c_{t-1});      h_t = LSTM(h_{t-1}, [z_t, c_t, a_t])
-    A_t ~ look(x_t, h_t, c_t);      expect(A_{t-1}, h_{t-1}, z_{t-1});  x_hat_t = decoder(z_t, A_t)
+    p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [z_t, c_t, a_t]);  m_t is the mean of q(z_t)
+    A_t ~ look(x_t, h_t, c_t);  expect(A_{t-1}, h_{t-1}, m_{t-1});  x_hat_t = decoder(z_t, A_t)
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         buffers are off.
         """
         torch._functorch.config.donated_buffer = False
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # frames of a batch, and of a roll-out
         for region in (self.prior, self.dynamics, self.attention.posterior.slot_attention, *self.decoder.modulations):
             region.compile(dynamic=False)
 

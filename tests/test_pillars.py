@@ -231,4 +231,4 @@ def test_the_prior_goes_on_as_the_latent_moved():
     torch.testing.assert_close(going.means - still.means, 0.5 * moved[:, None].expand(-1, 4, -1))  # the gates start half open
     shifted = prior(hidden, context, latents + 1.0, moved, sample=False)
     torch.testing.assert_close(shifted.means, going.means + 1.0)
-    assert (still.means - latents[:, None]).std() > 0.05  # components start apart
+    assert (still.means - latents[:, None]).std(1).min() > 0.05  # components start apart

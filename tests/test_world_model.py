@@ -126,6 +126,14 @@ def test_losses_are_complete_finite_and_reach_every_parameter():
     assert all(g.abs().sum() > 0 for g in critics)
 
 
+@torch.no_grad()
+def test_the_roll_out_counts_by_its_warm_up(model):
+    outputs = model.forward_sequence(*make_batch(model, 2, 4))
+    elbos = [LossAggregator().compute_losses(outputs, overshoot=share)[0]["elbo"] for share in (0.0, 0.5, 1.0)]
+    assert elbos[0] != elbos[2]
+    torch.testing.assert_close(elbos[1], (elbos[0] + elbos[2]) / 2)
+
+
 def test_missing_loss_term_is_named(model):
     video, actions = make_batch(model, 1, 2)
     with torch.no_grad():

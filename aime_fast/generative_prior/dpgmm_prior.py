@@ -1,4 +1,4 @@
-"""DPGMMPrior: p(z_t | h_{t-1}, c_{t-1}), a Gaussian mixture whose weights come from a truncated Dirichlet process.
+"""DPGMMPrior: p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2}), a Gaussian mixture whose weights come from a truncated Dirichlet process.
 
 Sources: Sethuraman 1994 (stick-breaking); Nalisnick and Smyth, arXiv 1605.06197 (Kumaraswamy sticks in a VAE).
 """
@@ -15,7 +15,7 @@ from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import MLP, full_precision
 
-APART = 0.1  # standard deviation of the components' first offsets from the latent before
+APART = 0.1  # standard deviation of the first biases of the components' offsets; their weights add 0.6
 
 
 class Mixture(NamedTuple):
@@ -41,11 +41,11 @@ class Mixture(NamedTuple):
 
 
 class DPGMMPrior(nn.Module):
-    """Every parameter of the mixture is a network output of the concatenated [h, c].
+    """Weights, widths, offsets and gates are network outputs of the concatenated [h, c].
 
-    Means are offsets from where the latent would be if it went on as it moved: z_{t-1} + g (z_{t-1} - z_{t-2}), with gates g in (0, 1)
-    from the network. What is in a video has inertia; a network that has to find speed in h by itself does not in a thousand updates
-    (docs/evaluation.md).
+    Means are offsets from where the latent would be if it went on as it moved: m_{t-1} + g (m_{t-1} - m_{t-2}), m being the mean of q(z)
+    (in imagination z itself) and g in (0, 1) a gate for each dimension. What is in a video has inertia; a network that had to find speed
+    in h by itself did not in 750 updates (docs/evaluation.md).
 
     Args:
         hidden_dim, context_dim, latent_dim: Dh, Dc, Z.

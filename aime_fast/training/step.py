@@ -4,7 +4,8 @@
                                         └-> discriminator loss -> Adam      (every n_critic updates)
 
 Two functions of fixed shapes hold all of it: `_gradients` (a batch to flat task gradients) and `_apply` (those to new weights). Eager,
-compiled and captured as one CUDA graph they are the same functions. Schedules come in as tensors and metrics go out as tensors on
+compiled and captured as one CUDA graph they are the same functions. Schedules come in as tensors, the kind
+of update (who plays, who learns) as two bools, and metrics go out as tensors on
 the device. An update whose losses or gradients are not finite changes nothing: weights and averages move by zero, buffers that the
 forward pass learns (codebooks) are put back, and RGB guards its own state. `faults` counts such updates and remembers what was bad,
 to be read when it suits the caller.
@@ -55,9 +56,9 @@ Compile = Literal["off", "on", "graph"]
 class Warmups(NamedTuple):
     """What rises in the course of training, each a scalar on the device."""
 
-    beta: Tensor  # weight of the KL terms
+    beta: Tensor  # factor of the KL terms' weight
     own_tokens: Tensor  # share of frames that the token predictor reads as it predicted them
-    overshoot: Tensor  # weight of the model's own roll-out
+    overshoot: Tensor  # factor of the roll-out's weight
 
 
 class TrainingStep:
@@ -137,7 +138,7 @@ class TrainingStep:
 
         Args:
             batches: on the device, with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `is_init` bool [B, T, 1].
-            beta: weight of the KL terms, a scalar tensor.
+            beta: warm-up factor of the KL terms, a scalar tensor.
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
             adversarial: whether the generator plays against them; if not, that gradient is not taken.
@@ -156,7 +157,7 @@ class TrainingStep:
             if missing := [key for key in BATCH_KEYS if key not in present]:
                 raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
         inputs = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
-        given = (beta, own_tokens, overshoot)
+        given = Warmups(beta, own_tokens, overshoot)
         warmups = Warmups(*(x if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in given))
         kind = train_discriminator, adversarial
         update = self._captured.get(kind) or self._update_of(*kind)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
 from aime_fast.training import TrainingStep
+from aime_fast.training.step import Warmups
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,10 +41,11 @@ def make_step(compile: str = "off", accumulate: int = 1) -> TrainingStep:
 
 
 def update(step: TrainingStep, group, i: int, train_discriminator: bool = True) -> dict[str, torch.Tensor]:
-    """Update i, with a beta and a learning rate of its own."""
+    """Update i, with a beta, a learning rate and an overshooting of its own; from update 1 on the generator plays."""
     beta, rate = torch.tensor(0.1 * i, device=DEVICE), torch.tensor(1e-4 * (i + 1), device=DEVICE)
     torch.manual_seed(i)
-    return {name: value.clone() for name, value in step(group, beta, rate, train_discriminator, float(i > 1)).items()}
+    metrics = step(group, beta, rate, train_discriminator, adversarial=i > 0, overshoot=0.2 * i)
+    return {name: value.clone() for name, value in metrics.items()}
 
 
 DISCRETE = ("model/perplexity", "model/code_usage", "model/token_accuracy")  # one code chosen otherwise is a jump
@@ -76,8 +78,8 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     step.compile_whole(backend="aot_eager")
     assert_same_training(step, batches)
     assert not counters["graph_break"]
-    # The gradients and the update: two graphs, however beta, the learning rate and the adversarial weight move.
-    assert counters["stats"]["unique_graphs"] == 2
+    # The gradients, without and with a generator that plays, and the update: three graphs, however the schedules move.
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_accumulated_batches_compile_once(batches):
@@ -86,7 +88,7 @@ def test_accumulated_batches_compile_once(batches):
     step = make_step(accumulate=2)
     step.compile_whole(backend="aot_eager")
     assert_same_training(step, batches, 2, eager=make_step(accumulate=2))
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 3  # as above: the generator plays from the second update on
 
 
 def test_without_discriminators_there_is_no_graph_break_either(batches):
@@ -94,7 +96,7 @@ def test_without_discriminators_there_is_no_graph_break_either(batches):
     torch._dynamo.config.trace_autograd_ops = True
     batch = {key: batches[0][key] for key in ("pixels", "action", "is_init")}
     one = torch.ones((), device=DEVICE)
-    found = torch._dynamo.explain(step._gradients)(batch, one, one, one, 1.0, False, (None, None))
+    found = torch._dynamo.explain(step._gradients)(batch, Warmups(one, one, one), 1.0, False, True, (None, None))
     assert (found.graph_break_count, found.graph_count) == (0, 1)
 
 
@@ -136,15 +138,17 @@ def test_an_update_reads_nothing_back(batches, accumulate):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_captured_training_is_compiled_training(batches):
-    # The same generated code with the same seeds: also the random numbers agree. A captured step replays from its fourth update on.
+    # The same generated code with the same seeds: also the random numbers agree. A captured step replays from the fourth update of a kind on.
     torch._dynamo.reset()
     step = make_step("graph")
     assert_same_training(step, batches, STEPS + 3, eager=make_step("on"))
+    for i in range(8):  # another kind, captured into the same memory
+        assert bool(update(step, batches[:1], i, train_discriminator=i % 2 == 0)["finite"])
     state = copy.deepcopy(step.state_dict())
     torch.cuda.set_sync_debug_mode("error")
     try:
         one = torch.ones((), device=DEVICE)
-        metrics = step(batches[:1], one, 1e-4 * one, True, one)
+        metrics = step(batches[:1], one, 1e-4 * one, True, own_tokens=one, overshoot=one)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(metrics["finite"])
