@@ -16,7 +16,7 @@ import torch
 
 from aime_fast.config import Config, from_dict, to_dict
 
-FORMAT = 2  # 2: flat optimizer state, a prior with inertia
+FORMAT = 3  # 2: flat optimizer state; 3: a prior with inertia
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, never what is computed from which data.

@@ -4,11 +4,10 @@
                                         └-> discriminator loss -> Adam      (every n_critic updates)
 
 Two functions of fixed shapes hold all of it: `_gradients` (a batch to flat task gradients) and `_apply` (those to new weights). Eager,
-compiled and captured as one CUDA graph they are the same functions. Schedules come in as tensors, the kind
-of update (who plays, who learns) as two bools, and metrics go out as tensors on
-the device. An update whose losses or gradients are not finite changes nothing: weights and averages move by zero, buffers that the
-forward pass learns (codebooks) are put back, and RGB guards its own state. `faults` counts such updates and remembers what was bad,
-to be read when it suits the caller.
+compiled and captured as one CUDA graph they are the same functions. Schedules come in as tensors, the kind of update (who plays, who
+learns) as two bools, and metrics go out as tensors on the device. An update whose losses or gradients are not finite changes nothing:
+weights and averages move by zero, buffers that the forward pass learns (codebooks) are put back, and RGB guards its own state. `faults`
+counts such updates and remembers what was bad, to be read when it suits the caller.
 """
 
 from __future__ import annotations

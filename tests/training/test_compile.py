@@ -138,7 +138,7 @@ def test_an_update_reads_nothing_back(batches, accumulate):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_captured_training_is_compiled_training(batches):
-    # The same generated code with the same seeds: also the random numbers agree. A captured step replays from the fourth update of a kind on.
+    # The same generated code with the same seeds: also the random numbers agree. It replays from the fourth update of a kind on.
     torch._dynamo.reset()
     step = make_step("graph")
     assert_same_training(step, batches, STEPS + 3, eager=make_step("on"))
