@@ -165,6 +165,8 @@ def test_tables_put_a_model_beside_its_baselines():
     assert html.count("<polyline") == 2
     assert html.count('class="chart"') == 2  # PSNR of both, and the histogram
     assert "<th>x</th><th>y</th>" in html  # a and b share a table
+    tree |= {"tokens": {"repeat_last_frame": [0.9, 0.8]}, "positions": {"repeat_last_frame": [5.0, 9.0]}}
+    assert tables.render({"open_loop": tree}).count('class="chart"') == 4  # shares and pixels are not of one scale
 
 
 def test_targets_tell_missed_from_not_measured():

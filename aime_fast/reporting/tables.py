@@ -80,11 +80,14 @@ def _is_series(value: Any) -> bool:
 
 
 def _shared_series(below: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list]]:
-    """{metric: {source: list}} of the metrics that at least two of the dictionaries hold as a list."""
+    """{metric: {source: list}} of the metrics that at least two of the dictionaries hold as a list.
+
+    A name that is itself one of the dictionaries is a source, not a metric: `tokens` and `positions` are not of one scale.
+    """
     found: dict[str, dict[str, list]] = {}
     for source, values in below.items():
         for metric, value in values.items():
-            if _is_series(value):
+            if _is_series(value) and metric not in below:
                 found.setdefault(metric, {})[source] = value
     return {metric: sources for metric, sources in found.items() if len(sources) > 1}
 
