@@ -8,6 +8,7 @@ causal convolution and the keys and values of the attention window. `step` is th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class State(NamedTuple):
     context: Tensor  # [B, Dc], c_t
     attention: Tensor  # [B, Ha, Wa], A_t
     kept: tuple[Tensor, ...]  # [B, C, h, w] each, of the tokenizer's causal convolutions
-    memory: Memory  # of the context's attention over time
+    memory: Memory | None  # of the context's attention over time
 
 
 def initial_state(model: nn.Module, batch: int) -> State:
@@ -53,6 +54,14 @@ def initial_state(model: nn.Module, batch: int) -> State:
     )
 
 
+def state_after(seen: Inference, pick: Callable[[Tensor], Tensor], kept: tuple[Tensor, ...] = (), memory: Memory | None = None) -> State:
+    """What one of the inferred frames leaves for the next; `pick` takes it out of [B, T, ...]. Where the latent is gets no gradient."""
+    shape = seen.hidden.shape[:2]
+    latents, moved, attention = (pick(x.unflatten(0, shape)) for x in (seen.posterior.mean.detach(), seen.moved, seen.maps.attention))
+    fresh = torch.zeros(shape[0], dtype=torch.bool, device=latents.device)
+    return State(pick(seen.lstm), pick(seen.hidden), latents, moved, fresh, pick(seen.context), attention, kept, memory)
+
+
 def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Tensor) -> tuple[dict[str, Tensor], State]:
     """One frame, with the posterior.
 
@@ -72,7 +81,7 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     expected = model.attention.expect(state.attention, state.hidden, state.latents)
     drawn = model.decoder(z, maps.attention)
     mean = posterior.mean.detach()  # as in `_infer`: the prior must not pull the latent to where it is easy to go on from
-    moved = torch.where(state.fresh[:, None], 0.0, mean - state.latents)
+    moved = _movement(state, mean)
     seen = Inference(posterior, z, moved, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
     out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
     return out, alike(State(lstm, hidden, mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given)
@@ -109,10 +118,15 @@ def dream(model: nn.Module, action: Tensor, state: State, sample: bool = False) 
     context = model.expect_context(state.hidden, state.context, z)
     hidden, lstm = _recur(model, z, context, action, state.lstm)
     following = state._replace(
-        lstm=lstm, hidden=hidden, latents=z, moved=torch.where(state.fresh[:, None], 0.0, z - state.latents),
+        lstm=lstm, hidden=hidden, latents=z, moved=_movement(state, z),
         fresh=torch.zeros_like(state.fresh), context=context, attention=log_attention.exp(),
     )  # fmt: skip
     return p, log_attention, following
+
+
+def _movement(state: State, latents: Tensor) -> Tensor:
+    """How far the latents [B, Z] of this frame are from those of the frame before; 0 where there was none."""
+    return torch.where(state.fresh[:, None], 0.0, latents - state.latents)
 
 
 def _recur(model: nn.Module, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:

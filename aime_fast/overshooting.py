@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.attention_schema.schema import attention_kl
-from aime_fast.imagination import State, dream
+from aime_fast.imagination import dream, state_after
 from aime_fast.inference import Inference
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
@@ -39,13 +39,8 @@ def overshoot(model: nn.Module, seen: Inference, video: Tensor, actions: Tensor,
     def at(x: Tensor, age: int) -> Tensor:  # [B, T, ...] -> [B, ...]
         return x.index_select(1, first + age)[:, 0]
 
-    latents, mean, moved, attention = (
-        x.unflatten(0, start.shape) for x in (seen.latents, seen.posterior.mean, seen.moved, seen.maps.attention)
-    )
-    state = State(
-        at(seen.lstm, 0), at(seen.hidden, 0), at(mean, 0).detach(), at(moved, 0), torch.zeros_like(at(start, 0)), at(seen.context, 0),
-        at(attention, 0), (), None,
-    )  # fmt: skip
+    latents, attention = seen.latents.unflatten(0, start.shape), seen.maps.attention.unflatten(0, start.shape)
+    state = state_after(seen, lambda x: at(x, 0))
     going_on = torch.ones(batch, dtype=torch.bool, device=start.device)
     imagined, scores, weights = [], [], []
     for age in range(1, frames + 1):

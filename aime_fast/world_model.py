@@ -395,9 +395,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         start, perceiver = starts(None, batch, shown, video.device), self.perceiver_io
         tokens, seen = self._infer(video, actions, start)
         _, memory = perceiver.extend_context(tokens.codes, perceiver.empty_memory(batch))
-        latents, moved, attention = (x.unflatten(0, start.shape)[:, -1] for x in (seen.posterior.mean, seen.moved, seen.maps.attention))
-        fresh = torch.zeros(batch, dtype=torch.bool, device=video.device)
-        state = State(seen.lstm[:, -1], seen.hidden[:, -1], latents, moved, fresh, seen.context[:, -1], attention, tokens.kept, memory)
+        state = imagination.state_after(seen, lambda x: x[:, -1], tokens.kept, memory)
         out, _ = self.roll_out(self, future_actions, alike(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 
