@@ -76,6 +76,7 @@ class ModelConfig:
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: float = 0.1  # share of input tokens replaced by random codes when training the predictor
+    attention_dropout: float = 0.5  # share of training sequences drawn without their attention, so that z holds what must be foretold
     overshoot_frames: int = 5  # frames of the model's own roll-out that are scored in training
     refinement_steps: int = 0  # MaskGIT rounds for one frame of generated tokens; 0 draws all tokens at once
 
@@ -120,6 +121,10 @@ class OptimConfig:
     rgb_alpha_steps: int = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: float = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
+    dynamics_updates: int = 0  # after all others: updates of recurrence and priors alone, on latents that the averaged weights inferred
+    dynamics_batch_size: int = 32  # sequences of such an update
+    dynamics_frames: int = 15  # frames imagined in it, after up to 8 that are shown
+    dynamics_learning_rate: float = 1e-3  # its Adam's, falling as a cosine
     accumulate: int = 1  # batches whose gradients make one update
 
 

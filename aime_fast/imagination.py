@@ -74,14 +74,14 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     codes, context = codes[:, 0], context[:, 0]
     posterior = model.encoder(frame, context)
     z = draw_latents(posterior, model.training)
-    hidden, lstm = _recur(model, z, context, action, state.lstm)
+    mean = posterior.mean.detach()  # as in `_infer`: the prior must not pull the latent to where it is easy to go on from
+    moved = _movement(state, mean)
+    hidden, lstm = _recur(model, mean, moved, context, action, state.lstm)
     context_before = context if model.prior_context == "current" else state.context
     prior = model.prior(state.hidden, context_before, state.latents, state.moved, sample=model.training)
     maps = model.attention.look(frame, hidden, context)
     expected = model.attention.expect(state.attention, state.hidden, state.latents)
     drawn = model.decoder(z, maps.attention)
-    mean = posterior.mean.detach()  # as in `_infer`: the prior must not pull the latent to where it is easy to go on from
-    moved = _movement(state, mean)
     seen = Inference(posterior, z, moved, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
     out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
     return out, alike(State(lstm, hidden, mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given)
@@ -107,19 +107,23 @@ def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False
     return out, alike(following, state)
 
 
-def dream(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[Mixture, Tensor, State]:
+def dream(
+    model: nn.Module, action: Tensor, state: State, sample: bool = False, attends: bool = True
+) -> tuple[Mixture, Tensor | None, State]:
     """`imagine` without the drawing, differentiable: (prior of z_t, log of the expected attention [B, Ha, Wa], the next state).
 
-    Drawn latents move by their noise too, which training, where movement is that of means, does not show the prior.
+    Where it does not attend, the map stays as it was and its log is None. Drawn latents move by their noise too, which training, where
+    movement is that of means, does not show the prior.
     """
     p = model.prior(state.hidden, state.context, state.latents, state.moved, sample=sample)
     z = p.sample(sample)
-    log_attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention
+    log_attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention if attends else None
     context = model.expect_context(state.hidden, state.context, z)
-    hidden, lstm = _recur(model, z, context, action, state.lstm)
+    moved = _movement(state, z)
+    hidden, lstm = _recur(model, z, moved, context, action, state.lstm)
     following = state._replace(
-        lstm=lstm, hidden=hidden, latents=z, moved=_movement(state, z),
-        fresh=torch.zeros_like(state.fresh), context=context, attention=log_attention.exp(),
+        lstm=lstm, hidden=hidden, latents=z, moved=moved,
+        fresh=torch.zeros_like(state.fresh), context=context, attention=log_attention.exp() if attends else state.attention,
     )  # fmt: skip
     return p, log_attention, following
 
@@ -129,8 +133,8 @@ def _movement(state: State, latents: Tensor) -> Tensor:
     return torch.where(state.fresh[:, None], 0.0, latents - state.latents)
 
 
-def _recur(model: nn.Module, z: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
-    x = recurrent_input(z, context, action).unsqueeze(1)
+def _recur(model: nn.Module, latents: Tensor, moved: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
+    x = recurrent_input(latents, moved, context, action).unsqueeze(1)
     going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
     hidden, lstm = model.dynamics(x, going_on, lstm)
     return hidden[:, 0], lstm[:, 0]

@@ -47,6 +47,10 @@ def draw_latents(posterior: Posterior, sample: bool) -> Tensor:
     return posterior.mean + torch.randn_like(posterior.mean) * (0.5 * posterior.logvar).exp()
 
 
-def recurrent_input(z: Tensor, context: Tensor, actions: Tensor) -> Tensor:
-    """What the recurrence reads: [..., Z + Dc + A]."""
-    return torch.cat([z, context.to(z.dtype), actions.to(z.dtype)], dim=-1)
+def recurrent_input(latents: Tensor, moved: Tensor, context: Tensor, actions: Tensor) -> Tensor:
+    """What the recurrence reads: [..., 2 Z + Dc + A].
+
+    Where the latent is and how far it moved, without the posterior's noise, which is as large as the movement of a frame: from noisy
+    latents the recurrence learns no speed.
+    """
+    return torch.cat([latents, moved, context.to(latents.dtype), actions.to(latents.dtype)], dim=-1)

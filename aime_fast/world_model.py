@@ -6,7 +6,8 @@ one-frame definition, what imagination loops over. The two agree to rounding (te
 One frame, in order (docs/architecture.md draws it):
 
     tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t)
-    p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [z_t, c_t, a_t]);  m_t is the mean of q(z_t)
+    p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [m_t, m_t - m_{t-1}, c_t, a_t])
+    with m_t the mean of q(z_t);
     A_t ~ look(x_t, h_t, c_t);  expect(A_{t-1}, h_{t-1}, m_{t-1});  x_hat_t = decoder(z_t, A_t)
 """
 
@@ -92,12 +93,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         token_corruption: float = 0.1,
         refinement_steps: int = 0,
         overshoot_frames: int = 5,
+        attention_dropout: float = 0.5,
     ):
         super().__init__()
         if prior_context not in ("previous", "current"):
             raise ValueError(f"prior_context is {prior_context!r}, expected 'previous' or 'current'")
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
-        self.prior_context, self.overshoot_frames = prior_context, overshoot_frames
+        self.prior_context, self.overshoot_frames, self.attention_dropout = prior_context, overshoot_frames, attention_dropout
         self.perceiver_io = CausalPerceiverIO(
             (sequence_length, 3, image_size, image_size), num_latents, num_latent_channels, 2 * num_latent_channels, context_dim,
             action_dim, context_layers,
@@ -112,7 +114,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self.encoder = VAEEncoder(image_size, latent_dim, context_dim, encoder_channels, blocks_per_level)
         self.decoder = VAEDecoder(image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components)
         self.prior = DPGMMPrior(hidden_dim, context_dim, latent_dim, max_components, kl)
-        self.dynamics = LSTMLayer(latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
+        self.dynamics = LSTMLayer(2 * latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
         emphasise_last(self.dynamics.input_gates[0], action_dim)
         self.expect_context = ContextPrior(hidden_dim, context_dim, latent_dim)
         self.attention = AttentionSchema(
@@ -251,13 +253,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
             latents = draw_latents(posterior, self.training)
-        with span("temporal_dynamics: LSTM"):
-            hidden, lstm = self.dynamics(recurrent_input(latents.unflatten(0, shape), context, actions), start)
-
-        # Prior and attention read where the latent was without gradient: else it is pulled to where it is easy to go on from.
+        # Recurrence, prior and attention read where the latent is without gradient: else it is pulled to where it is easy to go on from.
         mean = posterior.mean.detach().unflatten(0, shape)
         mean_before = previous(mean, start)
         moved = torch.where(start[..., None], 0.0, mean - mean_before)
+        with span("temporal_dynamics: LSTM"):
+            hidden, lstm = self.dynamics(recurrent_input(mean, moved, context, actions), start)
+
         hidden_before, moved_before = (previous(x, start).flatten(0, 1) for x in (hidden, moved))
         latents_before = mean_before.flatten(0, 1)
         with span("generative_prior: prior"):
@@ -270,9 +272,19 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
             expected = self.attention.expect(attention_before, hidden_before, latents_before)
         with span("encoder_decoder: decoder"):
-            drawn = self.decoder(latents, maps.attention)
+            drawn = self.decoder(latents, self._with_dropout(maps.attention, shape))
         moved = moved.flatten(0, 1)
         return tokens, Inference(posterior, latents, moved, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
+
+    def _with_dropout(self, attention: Tensor, shape: torch.Size) -> Tensor:
+        """In training, uniform maps instead of the true ones for a share of the sequences: [B * T, Ha, Wa], shape (B, T).
+
+        A map is read off the frame and costs no nat: a decoder that always had it would draw from it what only z can foretell.
+        """
+        if not self.training or self.attention_dropout == 0:
+            return attention
+        dropped = torch.rand(shape[0], 1, device=attention.device) < self.attention_dropout
+        return torch.where(dropped.expand(shape).reshape(-1, 1, 1), self.attention.uniform(1).to(attention.dtype), attention)
 
     def discriminator_loss(
         self, outputs: Mapping[str, Tensor], observations: Tensor, gradient_penalty: float = 0.0
@@ -345,10 +357,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, observations: Tensor, actions: Tensor) -> Tensor:
         """[B, T, 3, H, W] and [B, T, A] -> reconstructions [B, T, 3, H, W]."""
+        return self.decoder.likelihood.mean(self.infer(observations, actions).drawn).unflatten(0, actions.shape[:2])
+
+    @torch.no_grad()
+    def infer(self, observations: Tensor, actions: Tensor) -> Inference:
+        """All that is inferred about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A]; see `Inference`."""
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
-        start = starts(None, *video.shape[:2], video.device)
-        return self.decoder.likelihood.mean(self._infer(video, actions, start)[1].drawn).unflatten(0, start.shape)
+        return self._infer(video, actions, starts(None, *video.shape[:2], video.device))[1]
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> TensorDict:

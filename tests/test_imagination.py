@@ -36,7 +36,8 @@ def predict_without_caches(model, video, actions, future):
         context = torch.cat([context, model.expect_context(h[:, -1], context[:, -1], z[:, -1])[:, None]], 1)
         drawn.append(model.decoder.likelihood.mean(model.decoder(z[:, -1], attention)))
         actions = torch.cat([actions, future[:, t : t + 1]], 1)
-        h, _ = model.dynamics(recurrent_input(z, context, actions), starts(None, *z.shape[:2], z.device))
+        movement = torch.diff(z, dim=1, prepend=z[:, :1])
+        h, _ = model.dynamics(recurrent_input(z, movement, context, actions), starts(None, *z.shape[:2], z.device))
     return torch.stack(drawn, 1), z[:, -future.shape[1] :], context
 
 

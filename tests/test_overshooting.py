@@ -50,13 +50,12 @@ def test_it_teaches_every_predictor_and_targets_get_no_gradient():
     loss = sum(overshoot(model, seen, video, actions, start, 4)[name] for name in OVERSHOOT)  # from frame 0: all others are targets
     names = dict(model.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(loss, list(names.values()), allow_unused=True, retain_graph=True)))
-    for part in ("prior", "dynamics", "attention.prior", "expect_context", "decoder", "encoder"):
-        assert any(g is not None and g.any() for name, g in gradients.items() if name.startswith(f"{part}.")), part
-    latents, maps = torch.autograd.grad(loss, (seen.latents, seen.maps.attention), allow_unused=True)
-    for gradient in (latents, maps):
-        of_first = gradient.unflatten(0, start.shape)
-        assert of_first[:, 0].any()
-        assert not of_first[:, 1:].any()
+    taught = {name.partition(".")[0] for name, g in gradients.items() if g is not None and g.any()}
+    assert {"prior", "dynamics", "attention", "expect_context", "decoder"} <= taught
+    assert "encoder" not in taught  # the latent is where it is: neither as a start nor as a target is it bent to what is easy to foretell
+    maps = torch.autograd.grad(loss, seen.maps.attention)[0].unflatten(0, start.shape)
+    assert maps[:, 0].any()
+    assert not maps[:, 1:].any()
 
 
 @pytest.mark.parametrize("frames", [1, 5])

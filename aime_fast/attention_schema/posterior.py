@@ -73,12 +73,15 @@ class AttentionPosterior(nn.Module):
     def forward(self, frames: Tensor, hidden: Tensor, context: Tensor) -> AttentionMaps:
         """frames [N, 3, H, W], hidden [N, Dh], context [N, Dc] -> `AttentionMaps`."""
         inputs = self.pyramid(frames) + self.positions
-        memory = torch.cat([hidden, context.to(hidden.dtype)], dim=-1).detach()
-        seed = self.seed(memory).unflatten(1, (self.slots, self.dim))
-        slots, maps = self.slot_attention(inputs, seed + self.slot_identity)
+        slots, maps = self.slot_attention(inputs, self.seeds(hidden, context) + self.slot_identity)
         attention = self._fuse(maps, full_precision(self.score(slots)))
         grid = (self.grid, self.grid)
         return AttentionMaps(maps.unflatten(2, grid), attention.unflatten(1, grid))
+
+    def seeds(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """What memory gives the slots to start from: hidden [..., Dh], context [..., Dc] -> [..., S, Ds]."""
+        memory = torch.cat([hidden, context.to(hidden.dtype)], dim=-1).detach()
+        return self.seed(memory).unflatten(-1, (self.slots, self.dim))
 
     def _fuse(self, maps: Tensor, score: Tensor) -> Tensor:  # [N, S, M], [N, S, 1] -> [N, M]
         if self.fusion == "weighted":

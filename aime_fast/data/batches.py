@@ -113,7 +113,7 @@ class SequenceBatches:
         resident: keep the frames on `device` instead of in a memory map on the host; the batches are the same bit for bit.
     Attributes:
         episodes: indices into the source. steps_per_epoch: batches an epoch, the same in every epoch.
-        action_dim, image_size: A; H = W. resident: as given.
+        lengths: frames of each of them. action_dim, image_size: A; H = W. resident: as given.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class SequenceBatches:
         self.device = torch.device(device)
         self.prefetch = prefetch
         self._resident = resident
-        lengths = [source.lengths[i] for i in self.episodes]
+        self.lengths = lengths = [source.lengths[i] for i in self.episodes]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         self._replay: Replay | None = Replay(source, self.episodes, self._offsets, self.device, resident)
         self._windows = Windows(lengths, sequence_length, batch_size, seed)

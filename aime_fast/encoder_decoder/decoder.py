@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aime_fast.encoder_decoder.keypoints import GaussianHeatmaps
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
 from aime_fast.layers import ResidualCell, Upsample, full_precision, group_norm, halvings
 
@@ -25,7 +26,7 @@ class AttentionModulation(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """Draws frames from z and A.
+    """Draws frames from z and A: a dense start at H/16, and bumps placed by z at each finer resolution.
 
     Args:
         image_size: H = W.
@@ -59,6 +60,7 @@ class VAEDecoder(nn.Module):
         self.unpool = nn.Sequential(
             nn.Linear(latent_dim, 4 * c16), nn.SiLU(), nn.Linear(4 * c16, c16 * self.grid**2), nn.Unflatten(1, (c16, self.grid, self.grid))
         )
+        self.heatmaps = GaussianHeatmaps(latent_dim, c16 // 2, (eighth, quarter, half), (c8, c4, c2))
         widths, sizes = [c16, c8, c4], [self.grid, eighth, quarter]
         self.up = nn.ModuleList(Upsample(a, b, size) for a, b, size in zip(widths, widths[1:], sizes[1:]))
         self.modulations = nn.ModuleList(AttentionModulation(c) for c in (*widths, c2))
@@ -73,9 +75,10 @@ class VAEDecoder(nn.Module):
         """latents [N, Z], attention [N, Ha, Wa] (sums to 1) -> parameters of p(x | z, A) [N, P, H, W], P = 3 for the Gaussian."""
         a = torch.log1p(attention * attention[0].numel()).unsqueeze(1).to(latents.dtype)
         x = self.unpool(latents).contiguous(memory_format=torch.channels_last)
+        placed = self.heatmaps(latents)
         for i, (modulate, level) in enumerate(zip(self.modulations, self.levels)):
             x = level(modulate(x, a))
             if i < len(self.up):
-                x = self.up[i](F.silu(x))
-        x = F.silu(self.modulations[-1](self.to_half(x), a))
+                x = self.up[i](F.silu(x)) + placed[i]
+        x = F.silu(self.modulations[-1](self.to_half(x) + placed[-1], a))
         return self.likelihood.around(full_precision(self.head(x)), self.background)

@@ -8,14 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.encoder_decoder.keypoints import SpatialSoftmax
 from aime_fast.layers import MLP, ResidualCell, downsample, full_precision, group_norm, halvings
 
 LOGVAR_BOUND = 8.0  # log-variances are bounded smoothly to [-8, 8]: standard deviations in [0.018, 55]
+MEAN_BOUND = 5.0  # means to [-5, 5]: the prior goes on from where a latent was, so nothing else would keep it from growing
 
 
 def bounded_logvar(raw: Tensor) -> Tensor:
     """Smooth bound of a log-variance, in full precision."""
     return LOGVAR_BOUND * torch.tanh(full_precision(raw) / LOGVAR_BOUND)
+
+
+def bounded_mean(raw: Tensor) -> Tensor:
+    """Smooth bound of a latent's mean, in full precision."""
+    return MEAN_BOUND * torch.tanh(full_precision(raw) / MEAN_BOUND)
 
 
 class Posterior(NamedTuple):
@@ -27,7 +34,9 @@ class Posterior(NamedTuple):
 
 
 class VAEEncoder(nn.Module):
-    """Convolutional tower; context joins after pooling.
+    """Convolutional tower, pooled to the places of its channels at H/8 and their strengths at H/16; context joins after pooling.
+
+    The mean is linear in what was pooled: a latent moves as the things in the picture move.
 
     Args:
         image_size: H = W.
@@ -44,27 +53,28 @@ class VAEEncoder(nn.Module):
         self.levels = nn.ModuleList(
             nn.Sequential(downsample(a, b), *(ResidualCell(b) for _ in range(blocks))) for a, b in itertools.pairwise(channels)
         )
-        grid, width = halvings(image_size, 4)[-1], channels[-1]
-        self.pool = nn.Sequential(
-            group_norm(width), nn.SiLU(), nn.Flatten(), nn.Linear(width * grid * grid, 4 * width), nn.LayerNorm(4 * width)
-        )
-        self.posterior = MLP(4 * width + context_dim, 4 * width, 2 * latent_dim)
+        eighth, width = halvings(image_size, 3)[-1], channels[-1]
+        self.places = nn.Sequential(group_norm(channels[2]), SpatialSoftmax(channels[2], eighth))
+        self.strengths = nn.Sequential(group_norm(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        pooled = 2 * channels[2] + width
+        self.mean = nn.Linear(pooled + context_dim, latent_dim)
+        self.logvar = MLP(pooled + context_dim, 4 * width, latent_dim)
         # A latent that starts as noise is ignored by the decoder, and then nothing teaches the encoder. So frames start apart
         # (means a few tenths from each other) and posteriors narrow.
         with torch.no_grad():
-            self.posterior[-1].weight[:latent_dim] *= 8.0
-            self.posterior[-1].bias[latent_dim:] = -4.0
+            self.mean.weight *= 16.0
+            self.logvar[-1].bias.fill_(-4.0)
             # The context changes from update to update while tokens are being learnt; it joins from zero, as it proves useful.
-            self.posterior[0].weight[:, 4 * width :] = 0.0
+            self.mean.weight[:, pooled:] = 0.0
+            self.logvar[0].weight[:, pooled:] = 0.0
 
     def forward(self, frames: Tensor, context: Tensor) -> Posterior:
         """frames [N, 3, H, W] in [-1, 1], context [N, Dc] -> `Posterior`."""
         x = self.stem(frames.contiguous(memory_format=torch.channels_last))
         x = self.levels[0](x)
         features = self.levels[1](x)
-        x = self.levels[2](features)
-        mean, logvar = self.posterior(torch.cat([self.pool(x), context], dim=-1)).chunk(2, dim=-1)
-        return Posterior(full_precision(mean), bounded_logvar(logvar), features)
+        x = torch.cat([self.places(features), self.strengths(self.levels[2](features)), context], dim=-1)
+        return Posterior(bounded_mean(self.mean(x)), bounded_logvar(self.logvar(x)), features)
 
     def features(self, frames: Tensor) -> Tensor:
         """Feature maps at H/8 alone: frames [N, 3, H, W] -> [N, C, H/8, W/8]."""

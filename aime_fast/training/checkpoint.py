@@ -16,7 +16,7 @@ import torch
 
 from aime_fast.config import Config, from_dict, to_dict
 
-FORMAT = 3  # 2: flat optimizer state; 3: a prior with inertia
+FORMAT = 4  # 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads movement, a dynamics phase
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, never what is computed from which data.
@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
         "steps", "epochs", "device", "precision", "compile", "threads", "run_dir", "resume", "logger", "log_every",
         "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
     )
-) | {"data.data", "data.workers", "data.prefetch", "data.replay"}  # fmt: skip
+) | {"data.data", "data.workers", "data.prefetch", "data.replay", "optim.dynamics_updates"}  # fmt: skip
 
 
 class CheckpointError(ValueError):

@@ -14,6 +14,7 @@ from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
 from aime_fast.training.collapse import Watch, replay
+from aime_fast.training.dynamics import SHOWN, DynamicsPhase, LatentReplay
 from aime_fast.training.faults import NonFiniteError
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, read_rows, write_run_files
@@ -33,6 +34,7 @@ from aime_fast.training.validation import validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import kernels_on
 
+DYNAMICS_REPORTS = 20  # lines that the dynamics phase writes
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many, nothing will mend itself
 
 
@@ -82,6 +84,7 @@ class DMCVBTrainer:
             checkpoint.check_same_config(resumed["config"], config)
 
         self.batches, self.validation = make_batches(config.data, run.seed, self.device)
+        self._check_dynamics()
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
         torch.manual_seed(run.seed)
@@ -102,6 +105,7 @@ class DMCVBTrainer:
         # Whether an update was made is known on the device. On a CPU it is asked each time, for nothing; on CUDA where metrics are read.
         self.looks_for_faults = Every(run.log_every if self.device.type == "cuda" else 1)
         self.step, self.seconds = 0, 0.0
+        self.dynamics_made = (0, 0)  # the step after which the last dynamics phase came, and its updates
         self.saved: Path | None = None
         self.skipped = 0
         if resumed is not None:
@@ -139,6 +143,9 @@ class DMCVBTrainer:
                         self._sample()
                     if should_save(self.step):
                         self._save()
+                if stop.signum is None and self.config.optim.dynamics_updates and self.dynamics_made != self._dynamics_wanted():
+                    self._save()
+                    self._train_dynamics(stop)
             if stop.signum is not None:
                 self._save()
                 raise TrainingInterrupted(
@@ -237,6 +244,54 @@ class DMCVBTrainer:
         for name, path in drawn.items():
             self.logger.picture(self.step, name, path)
 
+    def _check_dynamics(self) -> None:
+        optim = self.config.optim
+        if optim.dynamics_updates == 0:
+            return
+        for name in ("dynamics_updates", "dynamics_batch_size", "dynamics_frames"):
+            if getattr(optim, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(optim, name)}: at least 1 is needed")
+        longest = min(max(self.batches.lengths), max(self.validation.lengths))
+        if SHOWN + optim.dynamics_frames > longest:
+            raise ConfigError(
+                f"--dynamics-frames {optim.dynamics_frames}: with the {SHOWN} frames before it a roll-out is longer than the longest "
+                f"episode ({longest} frames); at most {longest - SHOWN} are possible"
+            )
+
+    def _dynamics_wanted(self) -> tuple[int, int]:
+        return self.step, self.config.optim.dynamics_updates
+
+    def _train_dynamics(self, stop: StopSignals) -> None:
+        """The dynamics phase of the averaged weights. Stopped half-way, it leaves them as they were and begins anew when resumed."""
+        optim, began = self.config.optim, time.perf_counter()
+        before = {name: value.clone() for name, value in self.ema.state_dict().items()}
+        self.console.line(f"step {self.step}: inferring all episodes once, then {optim.dynamics_updates} updates of the dynamics alone")
+        with torch.random.fork_rng(self._cuda()):
+            torch.manual_seed(self.config.run.seed)
+            length = SHOWN + optim.dynamics_frames
+            replays = [LatentReplay(self.ema, batches, length) for batches in (self.batches, self.validation)]
+            phase = DynamicsPhase(
+                self.ema, *replays, optim.dynamics_updates, optim.dynamics_batch_size, optim.dynamics_frames, optim.dynamics_learning_rate
+            )
+            should_report = Every(max(1, optim.dynamics_updates // DYNAMICS_REPORTS))
+            while phase.made < phase.updates and stop.signum is None:
+                phase.update()
+                if should_report(phase.made) or phase.made == phase.updates:
+                    measured = phase.measure()
+                    seconds = self.seconds + time.perf_counter() - began
+                    self.console.line(
+                        f"dynamics {phase.made}/{phase.updates}, {seconds - self.seconds:.0f} s, held out: latent one frame ahead "
+                        f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
+                    )
+                    row = {f"dynamics/{name}": value for name, value in measured.items()}
+                    self.logger.log(self.step, {"time": seconds, "dynamics/update": phase.made, **row})
+            phase.close()
+        if stop.signum is not None:
+            self.ema.load_state_dict(before)
+            return
+        self.seconds += time.perf_counter() - began
+        self.dynamics_made, self.saved = self._dynamics_wanted(), None
+
     def _finish(self) -> dict:
         if self.saved is None or self.saved.name != f"checkpoint_{self.step:08d}.pt":
             self._save()
@@ -251,6 +306,7 @@ class DMCVBTrainer:
         state = {
             "epoch": self.step / self.updates_per_epoch,
             "seconds": self.seconds,
+            "dynamics_made": list(self.dynamics_made),
             "action_dim": self.batches.action_dim,
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),
@@ -268,6 +324,7 @@ class DMCVBTrainer:
         self.batches.load_state_dict(state["batches"])
         self.skipped = int(state["faults"]["skipped"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.dynamics_made = tuple(state["dynamics_made"])
         checkpoint.set_rng_state(state["rng"])
 
     def _find_resume(self, resume: bool) -> dict | None:

@@ -1,0 +1,79 @@
+"""Places in a picture: feature maps to coordinates (`SpatialSoftmax`, in the encoder) and back (`GaussianHeatmaps`, in the decoder).
+
+A flattened feature map gives each position of a thing a code of its own, and a dense layer has to learn to draw each of them. Coordinates
+move as things move, so that the next latent can be predicted from where the last ones were, and what is drawn in one place is drawn in
+every other. Sources: Finn et al., arXiv 1509.06113 (spatial softmax); Jakab et al., arXiv 1806.07823 (Gaussian heatmaps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aime_fast.layers import full_precision, outside_autocast
+
+SHARPNESS = 4.0  # first factor of the features in the softmax; they come normalised
+CELLS = 1.5  # first standard deviation of a bump, in cells of its grid
+EDGE = 0.8  # bumps start within this share of the picture
+
+
+def cell_middles(grid: int) -> Tensor:
+    """Coordinates of the cells' middles along one axis, in (-1, 1): [grid]."""
+    return (2 * torch.arange(grid) + 1) / grid - 1
+
+
+class SpatialSoftmax(nn.Module):
+    """Where each channel is strongest: features [N, C, h, w] -> mean (x, y) under the channel's softmax, in [-1, 1], [N, 2 C].
+
+    Args: channels, grid: C; h = w.
+    """
+
+    def __init__(self, channels: int, grid: int):
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.full((channels, 1), SHARPNESS))
+        y, x = torch.meshgrid(cell_middles(grid), cell_middles(grid), indexing="ij")
+        self.register_buffer("coordinates", torch.stack([x, y], dim=-1).flatten(0, 1), persistent=False)  # [h w, 2]
+
+    def forward(self, features: Tensor) -> Tensor:
+        with outside_autocast(features):
+            weight = (self.sharpness * full_precision(features).flatten(2)).softmax(-1)
+            return (weight @ self.coordinates.to(weight.dtype)).flatten(1)
+
+
+class GaussianHeatmaps(nn.Module):
+    """z -> feature maps made of Gaussian bumps whose places and heights are linear in z; the same places at every resolution.
+
+    Args:
+        latent_dim: Z.
+        bumps: how many.
+        grids: h = w of each feature map.
+        channels: C of each feature map.
+    """
+
+    def __init__(self, latent_dim: int, bumps: int, grids: Sequence[int], channels: Sequence[int]):
+        super().__init__()
+        self.place, self.height = nn.Linear(latent_dim, 2 * bumps), nn.Linear(latent_dim, bumps)
+        self.log_widths = nn.ParameterList(torch.full((bumps, 1, 1), math.log(2 * CELLS / grid)) for grid in grids)
+        self.to_features = nn.ModuleList(nn.Conv2d(bumps, c, 1, bias=False) for c in channels)
+        for i, grid in enumerate(grids):
+            self.register_buffer(f"middles_{i}", cell_middles(grid), persistent=False)
+        with torch.no_grad():  # a latent of unit size moves them by a third of the picture
+            self.place.weight.normal_(std=0.6 / math.sqrt(latent_dim))
+            self.place.bias.uniform_(-EDGE, EDGE)
+            self.height.weight.normal_(std=0.4 / math.sqrt(latent_dim))
+            self.height.bias.fill_(1.0)
+
+    def forward(self, latents: Tensor) -> list[Tensor]:
+        """latents [N, Z] -> a feature map [N, C, h, w] for each grid, channels last."""
+        places = full_precision(self.place(latents)).unflatten(1, (-1, 2, 1))
+        heights = full_precision(self.height(latents)).unsqueeze(-1)
+        maps = []
+        for i, (log_width, to_features) in enumerate(zip(self.log_widths, self.to_features)):
+            far = (getattr(self, f"middles_{i}").to(places.dtype) - places) / log_width.exp()  # [N, bumps, 2, grid]
+            x, y = (-0.5 * far.square()).exp().unbind(2)
+            bumps = (heights * y).unsqueeze(-1) * x.unsqueeze(-2)  # [N, bumps, h, w]
+            maps.append(to_features(bumps.contiguous(memory_format=torch.channels_last)))
+        return maps

@@ -1,0 +1,115 @@
+"""The dynamics phase: what it scores, what it teaches, and that it survives being stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import make_batch, make_model
+
+from aime_fast.cli import ConfigError
+from aime_fast.config import Config, preset
+from aime_fast.data import make_batches
+from aime_fast.latent_overshooting import infer_latents, latent_overshoot
+from aime_fast.multi_task_learning.losses import mixture_log_prob
+from aime_fast.training import DMCVBTrainer
+from aime_fast.training.dynamics import DynamicsPhase, LatentReplay
+
+TAUGHT = ("dynamics.", "prior.", "expect_context.", "attention.prior.", "attention.posterior.seed.")
+
+
+def config_of(run_dir: Path, **optim) -> Config:
+    config = preset("debug")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data="synthetic", episodes=4),
+        optim=dataclasses.replace(config.optim, dynamics_frames=3, dynamics_batch_size=4, **optim),
+        run=dataclasses.replace(config.run, device="cpu", steps=2, run_dir=str(run_dir)),
+    )
+
+
+@torch.no_grad()
+def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
+    model = make_model()
+    mean_sticks = model.prior.forward
+    monkeypatch.setattr(model.prior, "forward", lambda *inputs, sample=True: mean_sticks(*inputs, sample=False))
+    video, actions = make_batch(model, 3, 2)
+    seen, latents = model.infer(video, actions), infer_latents(model, video, actions)
+    terms = latent_overshoot(model, latents._replace(logvar=torch.full_like(latents.logvar, -60.0)), 1, attends=True)
+    p = seen.prior
+    nll = -mixture_log_prob(seen.posterior.mean, p.log_weights, p.means, p.logvars).unflatten(0, (3, 2))
+    torch.testing.assert_close(terms["one_step"], nll.mean())
+    torch.testing.assert_close(terms["rolled_out"], nll[:, 1].mean())
+    torch.testing.assert_close(terms["seeds"], torch.zeros_like(terms["seeds"]), atol=1e-9, rtol=0)
+
+
+def test_it_learns_to_foretell_and_leaves_perception_and_drawing_alone():
+    config = config_of(Path())
+    training, validation = make_batches(config.data, 0)
+    torch.manual_seed(0)
+    model = make_model().float().eval().requires_grad_(False)
+    model.action_dim, actions = training.action_dim, training.action_dim
+    assert actions == 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    phase = DynamicsPhase(model, LatentReplay(model, training, 11), LatentReplay(model, validation, 11), 60, 8, 3, 3e-3)
+    torch.manual_seed(0)
+    first = phase.measure()
+    for _ in range(60):
+        phase.update()
+    torch.manual_seed(0)
+    last = phase.measure()
+    phase.close()
+    for name in ("one_step", "rolled_out"):
+        assert last[name] < first[name] - 1.0, name
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith(TAUGHT) for name in changed)
+    assert {prefix for prefix in TAUGHT if any(name.startswith(prefix) for name in changed)} == set(TAUGHT)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_phase_added_by_a_resume_equals_one_planned_from_the_start(tmp_path):
+    DMCVBTrainer(config_of(tmp_path / "whole", dynamics_updates=3)).train()
+    DMCVBTrainer(config_of(tmp_path / "later")).train()
+    later = config_of(tmp_path / "later", dynamics_updates=3)
+    later = dataclasses.replace(later, run=dataclasses.replace(later.run, resume=True))
+    trainer = DMCVBTrainer(later)
+    before = {name: value.clone() for name, value in trainer.ema.state_dict().items()}
+    trainer.train()
+    whole, found = (torch.load(tmp_path / name / "checkpoint_00000002.pt", weights_only=True) for name in ("whole", "later"))
+    for name, value in whole["ema"].items():
+        torch.testing.assert_close(found["ema"][name], value, rtol=0, atol=0)
+    assert any(not torch.equal(before[name], value) for name, value in found["ema"].items())
+    assert found["dynamics_made"] == [2, 3]
+
+    again = DMCVBTrainer(later)  # nothing is left to do
+    again._train_dynamics = lambda stop: pytest.fail("the phase was made again")
+    again.train()
+
+
+def test_a_phase_that_is_stopped_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
+    trainer = DMCVBTrainer(config_of(tmp_path, dynamics_updates=5))
+    before = {name: value.clone() for name, value in trainer.ema.state_dict().items()}
+    stop, update = SimpleNamespace(signum=None), DynamicsPhase.update
+
+    def update_and_stop(phase):
+        update(phase)
+        stop.signum = 15 if phase.made == 2 else None
+
+    monkeypatch.setattr(DynamicsPhase, "update", update_and_stop)
+    trainer._open()
+    trainer._train_dynamics(stop)
+    trainer._close()
+    assert trainer.dynamics_made == (0, 0)
+    for name, value in trainer.ema.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("optim", "says"), [({"dynamics_frames": 200}, "at most"), ({"dynamics_batch_size": 0}, "at least 1")])
+def test_an_impossible_phase_is_refused_before_training(optim, says, tmp_path):
+    config = config_of(tmp_path, dynamics_updates=1)
+    with pytest.raises(ConfigError, match=says):
+        DMCVBTrainer(dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim)))
