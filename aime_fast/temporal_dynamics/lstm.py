@@ -57,9 +57,9 @@ class LSTMLayer(nn.Module):
             from_input = full_precision(linear(x))  # [B, T, 4 Dh]
             hidden, cell = state[:, layer].unbind(1)
             outputs, cells = [], []
-            for t in range(x.shape[1]):
-                hidden, cell = hidden * keep[:, t], cell * keep[:, t]
-                gates = from_input[:, t] + full_precision(hidden @ weight.T)
+            for entering, kept in zip(from_input.unbind(1), keep.unbind(1)):  # indexing would fill a gradient of all frames for each
+                hidden, cell = hidden * kept, cell * kept
+                gates = entering + full_precision(hidden @ weight.T)
                 enter, forget, candidate, leave = gates.chunk(4, dim=-1)
                 cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
                 hidden = leave.sigmoid() * cell.tanh()

@@ -18,7 +18,7 @@ from aime_fast.data import SequenceBatches
 from aime_fast.latent_overshooting import Latents, infer_latents, latent_overshoot
 
 SHOWN = 8  # frames before the last of which a roll-out begins, at most: the convention of the evaluation
-ATTENDS_EVERY = 8  # the attention prior, most of an update's cost, learns in one update of so many
+ATTENDS_EVERY = 8  # the attention prior, costlier than all the rest, learns in one update of so many, from a quarter of the sequences
 WARMUP = 20  # updates in which the learning rate rises
 CLIP = 1.0  # global gradient norm
 
@@ -68,7 +68,9 @@ class DynamicsPhase:
         """One update of the weights."""
         falling = 0.5 * (1 + math.cos(math.pi * self.made / self.updates))
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling
-        terms = latent_overshoot(self.model, self.training.draw(self.batch), self.frames, attends=self.made % ATTENDS_EVERY == 0)
+        attends = self.made % ATTENDS_EVERY == 0
+        sequences = self.training.draw(max(1, self.batch // 4) if attends else self.batch)
+        terms = latent_overshoot(self.model, sequences, self.frames, attends)
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(self.parts.parameters(), CLIP)
