@@ -96,6 +96,7 @@ def evaluate(options: EvaluateConfig) -> dict:
         result = {
             "checkpoint": str(info["checkpoint"]),
             "step": info["step"],
+            "dynamics_updates": info["dynamics_updates"],
             "ema": options.ema,
             "data": data.data,
             "held_out_episodes": len(episodes),

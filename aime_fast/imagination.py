@@ -73,8 +73,8 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     codes, context, kept, memory = model.perceiver_io.observe(frame.unsqueeze(1), state.kept, state.memory, init.unsqueeze(1))
     codes, context = codes[:, 0], context[:, 0]
     posterior = model.encoder(frame, context)
-    z = draw_latents(posterior, model.training)
-    mean = posterior.mean.detach()  # as in `_infer`: the prior must not pull the latent to where it is easy to go on from
+    z = draw_latents(posterior.mean, posterior.logvar, model.training)
+    mean = posterior.mean.detach()  # as in `world_model._infer`: the prior must not pull the latent to where it is easy to go on from
     moved = _movement(state, mean)
     hidden, lstm = _recur(model, mean, moved, context, action, state.lstm)
     context_before = context if model.prior_context == "current" else state.context

@@ -11,6 +11,8 @@ from aime_fast.attention_schema.posterior import AttentionMaps
 from aime_fast.attention_schema.prior import PredictedAttention
 from aime_fast.encoder_decoder.encoder import Posterior
 from aime_fast.generative_prior.dpgmm_prior import Mixture
+from aime_fast.layers import previous
+from aime_fast.spans import span
 
 
 class Inference(NamedTuple):
@@ -40,11 +42,35 @@ class Inference(NamedTuple):
         return out | dict(hidden=self.hidden, context=self.context, tokens=codes)
 
 
-def draw_latents(posterior: Posterior, sample: bool) -> Tensor:
-    """z [N, Z]: a reparameterised sample, or the mean. The KL is always taken at a sample: at the mean it is off by Z/2 nats."""
+class Foretelling(NamedTuple):
+    """The recurrence over B sequences of T frames, and the latent's prior, for each of N = B*T frames from the one before."""
+
+    moved: Tensor  # [B, T, Z], how far the latent is from that of the frame before; 0 in an episode's first
+    hidden: Tensor  # [B, T, Dh]
+    lstm: Tensor  # [B, T, layers, 2, Dh]
+    hidden_before: Tensor  # [N, Dh]
+    latents_before: Tensor  # [N, Z]
+    prior: Mixture
+
+
+def foretell(model: nn.Module, latents: Tensor, context: Tensor, actions: Tensor, start: Tensor, sample: bool) -> Foretelling:
+    """Args: latents [B, T, Z], the posterior means; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; sample: or mean sticks."""
+    before = previous(latents, start)
+    moved = torch.where(start[..., None], 0.0, latents - before)
+    with span("temporal_dynamics: LSTM"):
+        hidden, lstm = model.dynamics(recurrent_input(latents, moved, context, actions), start)
+    hidden_before, moved_before = (previous(x, start).flatten(0, 1) for x in (hidden, moved))
+    with span("generative_prior: prior"):
+        given = context if model.prior_context == "current" else previous(context, start)
+        prior = model.prior(hidden_before, given.flatten(0, 1), before.flatten(0, 1), moved_before, sample=sample)
+    return Foretelling(moved, hidden, lstm, hidden_before, before.flatten(0, 1), prior)
+
+
+def draw_latents(mean: Tensor, logvar: Tensor, sample: bool) -> Tensor:
+    """z [..., Z]: a reparameterised sample, or the mean. The KL is always taken at a sample: at the mean it is off by Z/2 nats."""
     if not sample:
-        return posterior.mean
-    return posterior.mean + torch.randn_like(posterior.mean) * (0.5 * posterior.logvar).exp()
+        return mean
+    return mean + torch.randn_like(mean) * (0.5 * logvar).exp()
 
 
 def recurrent_input(latents: Tensor, moved: Tensor, context: Tensor, actions: Tensor) -> Tensor:

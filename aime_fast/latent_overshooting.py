@@ -1,7 +1,6 @@
 """Latent overshooting: one frame ahead and rolled out, scored in the space of latents, without a picture.
 
-What `overshooting` does in a joint update, for sequences whose latents were inferred before: thousands of such updates cost what dozens
-of the others do. Source: Hafner et al., arXiv 1811.04551.
+What `overshooting` does in a joint update, for sequences whose latents were inferred before. Source: Hafner et al., arXiv 1811.04551.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.attention_schema.schema import attention_kl
-from aime_fast.encoder_decoder.encoder import Posterior
 from aime_fast.imagination import State, dream
-from aime_fast.inference import draw_latents, recurrent_input
+from aime_fast.inference import draw_latents, foretell
 from aime_fast.layers import previous, starts
 from aime_fast.multi_task_learning.losses import mixture_log_prob
+from aime_fast.overshooting import SEEN
 
-EARLIEST = 2  # index of the first frame from which a roll-out begins: three frames show speed and its change
 SEED_WEIGHT = 10.0  # of the squared error of the slots' seeds
 
 
@@ -45,36 +43,41 @@ def infer_latents(model: nn.Module, pixels: Tensor, actions: Tensor) -> Latents:
 
 
 def latent_overshoot(model: nn.Module, seen: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
-    """Terms in nats a frame: of the latent `one_step`, `sticks` and `rolled_out`, of the `context`; where it attends also of attention.
+    """Scores `frames` imagined frames after a random one, the same for the whole batch, and each frame from the one before.
 
-    The roll-out of `frames` frames begins after a random frame, the same for the whole batch; the last possible leaves no frame over.
-    The slots' seeds are held to what they were, so that where the model looks does not change as the recurrence does.
+    The slots' seeds, which read h, are held to what they were: where the model looks does not change as the recurrence does.
+
+    Args: seen, one episode a sequence; frames, at least 1 and below T; attends: score attention too, which costs more than all the rest.
+
+    Returns: scalars, to be added: of the latent `one_step`, `sticks`, `rolled_out`, then `context`; and where it attends `attention`,
+    `attention_rolled_out` and `seeds`. All but the last are nats a frame.
     """
     batch, length = seen.mean.shape[:2]
     start = starts(None, batch, length, seen.mean.device)
-    before = previous(seen.mean, start)
-    moved = torch.where(start[..., None], 0.0, seen.mean - before)
-    hidden, lstm = model.dynamics(recurrent_input(seen.mean, moved, seen.context, seen.actions), start)
-    hidden_before, context_before, moved_before = (previous(x, start).flatten(0, 1) for x in (hidden, seen.context, moved))
-    latents = draw_latents(Posterior(seen.mean, seen.logvar, None), True)
-    prior = model.prior(hidden_before, context_before, before.flatten(0, 1), moved_before)
-    terms = {"one_step": -mixture_log_prob(latents.flatten(0, 1), prior.log_weights, prior.means, prior.logvars).mean()}
-    terms["sticks"] = prior.kl_hierarchical.mean()
+    latents = draw_latents(seen.mean, seen.logvar, True)
+    told = foretell(model, seen.mean, seen.context, seen.actions, start, sample=True)
+    terms = {"one_step": _nll(latents.flatten(0, 1), told.prior).mean(), "sticks": told.prior.kl_hierarchical.mean()}
     if attends:
-        attention_before = previous(seen.attention, start, model.attention.uniform(1)).flatten(0, 1)
-        log_attention = model.attention.expect(attention_before, hidden_before, before.flatten(0, 1)).log_attention
-        terms["attention"] = attention_kl(seen.attention.flatten(0, 1), log_attention).mean()
-        terms["seeds"] = SEED_WEIGHT * F.mse_loss(model.attention.posterior.seeds(hidden, seen.context), seen.seeds)
+        before = previous(seen.attention, start, model.attention.uniform(1)).flatten(0, 1)
+        expected = model.attention.expect(before, told.hidden_before, told.latents_before)
+        terms["attention"] = attention_kl(seen.attention.flatten(0, 1), expected.log_attention).mean()
+        terms["seeds"] = SEED_WEIGHT * F.mse_loss(model.attention.posterior.seeds(told.hidden, seen.context), seen.seeds)
 
-    first = int(torch.randint(min(EARLIEST, length - frames - 1), length - frames, (1,)))
-    fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
-    here = (x[:, first] for x in (lstm, hidden, seen.mean, moved))
-    state = State(*here, fresh, seen.context[:, first], seen.attention[:, first], (), None)
-    errors = []
+    first = int(torch.randint(min(SEEN - 1, length - frames - 1), length - frames, (1,)))
+    state = State(
+        lstm=told.lstm[:, first], hidden=told.hidden[:, first], latents=seen.mean[:, first], moved=told.moved[:, first],
+        fresh=torch.zeros(batch, dtype=torch.bool, device=start.device), context=seen.context[:, first],
+        attention=seen.attention[:, first], kept=(), memory=None,
+    )  # fmt: skip
+    scores: dict[str, list[Tensor]] = {"rolled_out": [], "context": []} | ({"attention_rolled_out": []} if attends else {})
     for t in range(first + 1, first + frames + 1):
         prior, log_attention, state = dream(model, seen.actions[:, t], state, attends=attends)
-        nll = -mixture_log_prob(latents[:, t], prior.log_weights, prior.means, prior.logvars)
-        context = 0.5 * (state.context - seen.context[:, t]).square().sum(-1)
-        errors.append([nll, context] + ([attention_kl(seen.attention[:, t], log_attention)] if attends else []))
-    means = (torch.stack(error).mean() for error in zip(*errors))
-    return terms | dict(zip(("rolled_out", "context", "attention_rolled_out"), means))
+        scores["rolled_out"].append(_nll(latents[:, t], prior))
+        scores["context"].append(0.5 * (state.context - seen.context[:, t]).square().sum(-1))
+        if attends:
+            scores["attention_rolled_out"].append(attention_kl(seen.attention[:, t], log_attention))
+    return terms | {name: torch.stack(parts).mean() for name, parts in scores.items()}
+
+
+def _nll(latents: Tensor, prior) -> Tensor:
+    return -mixture_log_prob(latents, prior.log_weights, prior.means, prior.logvars)

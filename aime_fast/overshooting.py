@@ -3,9 +3,9 @@
 One-step training never shows the priors a state that they produced themselves, and open-loop prediction shows them nothing else. Here
 latent, attention and context of k frames come from their predictions, as in `imagination.imagine`, and are scored: the latent's
 posterior sample under the mixture, the attention map against the posterior's, the context against the one that was read, and the
-frames that the decoder draws of them against the truth. Latents get no gradient, neither as targets nor where the roll-out begins, so
-that the posterior is not bent towards what is easy to predict. Source: latent overshooting (Hafner et al., arXiv 1811.04551), with
-pixels scored too.
+frames that the decoder draws of them against the truth. Targets get no gradient, nor does the latent where the roll-out begins, so that
+the posterior is not bent towards what is easy to predict. Source: latent overshooting (Hafner et al., arXiv 1811.04551), with pixels
+scored too.
 """
 
 from __future__ import annotations

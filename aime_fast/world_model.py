@@ -5,9 +5,8 @@ one-frame definition, what imagination loops over. The two agree to rounding (te
 
 One frame, in order (docs/architecture.md draws it):
 
-    tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t)
+    tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t), with mean m_t
     p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [m_t, m_t - m_{t-1}, c_t, a_t])
-    with m_t the mean of q(z_t);
     A_t ~ look(x_t, h_t, c_t);  expect(A_{t-1}, h_{t-1}, m_{t-1});  x_hat_t = decoder(z_t, A_t)
 """
 
@@ -29,7 +28,7 @@ from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator,
 from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
 from aime_fast.imagination import State
-from aime_fast.inference import Inference, draw_latents, recurrent_input
+from aime_fast.inference import Inference, draw_latents, foretell
 from aime_fast.layers import emphasise_last, full_precision, previous, starts
 from aime_fast.multi_task_learning import losses
 from aime_fast.overshooting import overshoot
@@ -98,6 +97,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         super().__init__()
         if prior_context not in ("previous", "current"):
             raise ValueError(f"prior_context is {prior_context!r}, expected 'previous' or 'current'")
+        if not 0.0 <= attention_dropout <= 1.0:
+            raise ValueError(f"attention_dropout is {attention_dropout}, a share of the sequences: it must lie in [0, 1]")
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
         self.prior_context, self.overshoot_frames, self.attention_dropout = prior_context, overshoot_frames, attention_dropout
         self.perceiver_io = CausalPerceiverIO(
@@ -224,7 +225,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean()
         with span("generative_prior: KL"):
-            z = seen.latents if self.training else draw_latents(q, True)
+            z = seen.latents if self.training else draw_latents(q.mean, q.logvar, True)
             terms["kl_z"] = losses.kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean()
             terms["kl_hierarchical"] = p.kl_hierarchical.mean()
             terms["mixture_entropy"] = losses.categorical_entropy(p.log_weights).mean()
@@ -252,19 +253,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             context = self.perceiver_io.context(tokens.codes, start)
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
-            latents = draw_latents(posterior, self.training)
+            latents = draw_latents(posterior.mean, posterior.logvar, self.training)
         # Recurrence, prior and attention read where the latent is without gradient: else it is pulled to where it is easy to go on from.
-        mean = posterior.mean.detach().unflatten(0, shape)
-        mean_before = previous(mean, start)
-        moved = torch.where(start[..., None], 0.0, mean - mean_before)
-        with span("temporal_dynamics: LSTM"):
-            hidden, lstm = self.dynamics(recurrent_input(mean, moved, context, actions), start)
-
-        hidden_before, moved_before = (previous(x, start).flatten(0, 1) for x in (hidden, moved))
-        latents_before = mean_before.flatten(0, 1)
-        with span("generative_prior: prior"):
-            context_before = context if self.prior_context == "current" else previous(context, start)
-            prior = self.prior(hidden_before, context_before.flatten(0, 1), latents_before, moved_before, sample=self.training)
+        means = posterior.mean.detach().unflatten(0, shape)
+        moved, hidden, lstm, hidden_before, latents_before, prior = foretell(self, means, context, actions, start, self.training)
 
         with span("attention_schema: posterior"):
             maps = self.attention.look(flat, hidden.flatten(0, 1), context.flatten(0, 1))
@@ -277,7 +269,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return tokens, Inference(posterior, latents, moved, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
 
     def _with_dropout(self, attention: Tensor, shape: torch.Size) -> Tensor:
-        """In training, uniform maps instead of the true ones for a share of the sequences: [B * T, Ha, Wa], shape (B, T).
+        """In training, uniform maps instead of the true ones for a share of the sequences: [B * T, Ha, Wa], shape (B, T). `step` has none.
 
         A map is read off the frame and costs no nat: a decoder that always had it would draw from it what only z can foretell.
         """

@@ -50,10 +50,10 @@ ALLOWED = {
     "provenance": set(),
     "cli": {"config", "data", "aime_fast"},
     "pillar": {"pillar", "kernels", "layers", "roll_out"},
-    "inference": {"pillar"},
+    "inference": {"pillar", "layers", "spans"},
     "imagination": {"pillar", "inference", "roll_out"},
     "overshooting": {"pillar", "inference", "imagination"},
-    "latent_overshooting": {"pillar", "layers", "inference", "imagination"},
+    "latent_overshooting": {"pillar", "layers", "inference", "imagination", "overshooting"},
     "world_model": {"pillar", "layers", "config", "spans", "inference", "imagination", "overshooting", "roll_out", "aime_fast"},
     "data": {"data", "config"},
     "training": {

@@ -12,6 +12,8 @@ from models import make_batch, make_model
 from torch import nn
 
 from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
+from aime_fast.encoder_decoder.encoder import MEAN_BOUND, bounded_mean
+from aime_fast.encoder_decoder.keypoints import GaussianHeatmaps, SpatialSoftmax
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
 from aime_fast.generative_prior import DPGMMPrior
 from aime_fast.layers import emphasise_last, episode_mask, halvings, starts
@@ -154,6 +156,29 @@ def test_recurrent_weights_are_orthogonal_and_the_forget_bias_is_one():
     for gate in lstm.recurrent[0].chunk(4):
         torch.testing.assert_close(gate @ gate.T, torch.eye(16), atol=1e-5, rtol=0)
     assert lstm.input_gates[0].bias.view(4, 16).mean(1).tolist() == [0, 1, 0, 0]
+
+
+@given(x=st.floats(-0.7, 0.7), y=st.floats(-0.7, 0.7))
+@settings(deadline=None, max_examples=20)
+@torch.no_grad()
+def test_a_bump_drawn_at_a_place_is_found_there(x, y):
+    grid = 16
+    drawing = GaussianHeatmaps(latent_dim=2, count=1, grids=[grid], channels=[1]).double()
+    drawing.place.weight.copy_(torch.eye(2))
+    drawing.place.bias.zero_()
+    drawing.height.weight.zero_()
+    drawing.to_features[0].weight.fill_(1.0)
+    (map_,) = drawing(torch.tensor([[x, y]], dtype=torch.float64))
+    assert map_.shape == (1, 1, grid, grid)
+    find = SpatialSoftmax(1, grid).double()
+    find.sharpness.fill_(1.0)
+    found = find(map_.log())  # the softmax of the logarithm is the bump itself, normalised
+    torch.testing.assert_close(found, torch.tensor([[x, y]], dtype=torch.float64), atol=0.03, rtol=0)  # a quarter of a cell
+
+
+def test_means_are_bounded_and_near_zero_as_they_came():
+    raw = torch.tensor([0.1, 100.0, -100.0], dtype=torch.float64)
+    torch.testing.assert_close(bounded_mean(raw), torch.tensor([0.1, MEAN_BOUND, -MEAN_BOUND], dtype=torch.float64), rtol=2e-4, atol=0)
 
 
 def test_gaussian_likelihood_is_the_normal_density():

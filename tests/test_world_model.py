@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ACTIONS, make_batch, make_model
 
+from aime_fast.layers import starts
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TERMS
 
@@ -87,6 +88,20 @@ def test_decoder_sees_nothing_but_latent_and_attention(model):
     out = model.forward_sequence(video, actions)
     redrawn = model.decoder(out["latents"].flatten(0, 1), out["attention"].flatten(0, 1)).view_as(out["reconstructions"])
     torch.testing.assert_close(redrawn, out["reconstructions"], rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_attention_dropout_shows_uniform_maps_to_whole_sequences_in_training_alone():
+    model = make_model(attention_dropout=0.5)
+    video, actions = make_batch(model, 16, 2)
+    start = starts(None, 16, 2, video.device)
+    maps = model._infer(video, actions, start)[1].maps.attention
+    assert torch.equal(model._with_dropout(maps, start.shape), maps)
+    shown = model.train()._with_dropout(maps, start.shape).unflatten(0, (16, 2))
+    uniform = (shown == model.attention.uniform(1).to(maps.dtype)).flatten(2).all(2)
+    assert torch.equal(uniform[:, 0], uniform[:, 1])
+    assert 0 < uniform[:, 0].sum() < 16
+    assert torch.equal(shown[~uniform[:, 0]], maps.unflatten(0, (16, 2))[~uniform[:, 0]])
 
 
 @pytest.mark.parametrize("fusion", ["weighted", "max", "gated"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.encoder_decoder.keypoints import SpatialSoftmax
-from aime_fast.layers import MLP, ResidualCell, downsample, full_precision, group_norm, halvings
+from aime_fast.layers import MLP, ResidualCell, downsample, full_precision, group_norm, halvings, outside_autocast
 
 LOGVAR_BOUND = 8.0  # log-variances are bounded smoothly to [-8, 8]: standard deviations in [0.018, 55]
 MEAN_BOUND = 5.0  # means to [-5, 5]: the prior goes on from where a latent was, so nothing else would keep it from growing
@@ -36,7 +36,7 @@ class Posterior(NamedTuple):
 class VAEEncoder(nn.Module):
     """Convolutional tower, pooled to the places of its channels at H/8 and their strengths at H/16; context joins after pooling.
 
-    The mean is linear in what was pooled: a latent moves as the things in the picture move.
+    But for its bound the mean is linear in what was pooled: a latent moves as the things in the picture move.
 
     Args:
         image_size: H = W.
@@ -59,8 +59,8 @@ class VAEEncoder(nn.Module):
         pooled = 2 * channels[2] + width
         self.mean = nn.Linear(pooled + context_dim, latent_dim)
         self.logvar = MLP(pooled + context_dim, 4 * width, latent_dim)
-        # A latent that starts as noise is ignored by the decoder, and then nothing teaches the encoder. So frames start apart
-        # (means a few tenths from each other) and posteriors narrow.
+        # A latent that starts as noise is ignored by the decoder, and then nothing teaches the encoder. So frames start apart and
+        # posteriors narrow.
         with torch.no_grad():
             self.mean.weight *= 16.0
             self.logvar[-1].bias.fill_(-4.0)
@@ -74,7 +74,9 @@ class VAEEncoder(nn.Module):
         x = self.levels[0](x)
         features = self.levels[1](x)
         x = torch.cat([self.places(features), self.strengths(self.levels[2](features)), context], dim=-1)
-        return Posterior(bounded_mean(self.mean(x)), bounded_logvar(self.logvar(x)), features)
+        with outside_autocast(x):  # movement is the difference of two means
+            mean = bounded_mean(self.mean(full_precision(x)))
+        return Posterior(mean, bounded_logvar(self.logvar(x)), features)
 
     def features(self, frames: Tensor) -> Tensor:
         """Feature maps at H/8 alone: frames [N, 3, H, W] -> [N, C, H/8, W/8]."""

@@ -48,16 +48,16 @@ class GaussianHeatmaps(nn.Module):
 
     Args:
         latent_dim: Z.
-        bumps: how many.
+        count: of bumps.
         grids: h = w of each feature map.
         channels: C of each feature map.
     """
 
-    def __init__(self, latent_dim: int, bumps: int, grids: Sequence[int], channels: Sequence[int]):
+    def __init__(self, latent_dim: int, count: int, grids: Sequence[int], channels: Sequence[int]):
         super().__init__()
-        self.place, self.height = nn.Linear(latent_dim, 2 * bumps), nn.Linear(latent_dim, bumps)
-        self.log_widths = nn.ParameterList(torch.full((bumps, 1, 1), math.log(2 * CELLS / grid)) for grid in grids)
-        self.to_features = nn.ModuleList(nn.Conv2d(bumps, c, 1, bias=False) for c in channels)
+        self.place, self.height = nn.Linear(latent_dim, 2 * count), nn.Linear(latent_dim, count)
+        self.log_widths = nn.ParameterList(torch.full((count, 1, 1), math.log(2 * CELLS / grid)) for grid in grids)
+        self.to_features = nn.ModuleList(nn.Conv2d(count, c, 1, bias=False) for c in channels)
         for i, grid in enumerate(grids):
             self.register_buffer(f"middles_{i}", cell_middles(grid), persistent=False)
         with torch.no_grad():  # a latent of unit size moves them by a third of the picture
@@ -68,12 +68,13 @@ class GaussianHeatmaps(nn.Module):
 
     def forward(self, latents: Tensor) -> list[Tensor]:
         """latents [N, Z] -> a feature map [N, C, h, w] for each grid, channels last."""
-        places = full_precision(self.place(latents)).unflatten(1, (-1, 2, 1))
-        heights = full_precision(self.height(latents)).unsqueeze(-1)
+        with outside_autocast(latents):
+            places = self.place(full_precision(latents)).unflatten(1, (-1, 2, 1))
+            heights = self.height(full_precision(latents)).unsqueeze(-1)
         maps = []
         for i, (log_width, to_features) in enumerate(zip(self.log_widths, self.to_features)):
-            far = (getattr(self, f"middles_{i}").to(places.dtype) - places) / log_width.exp()  # [N, bumps, 2, grid]
+            far = (getattr(self, f"middles_{i}").to(places.dtype) - places) / log_width.exp()  # [N, count, 2, grid]
             x, y = (-0.5 * far.square()).exp().unbind(2)
-            bumps = (heights * y).unsqueeze(-1) * x.unsqueeze(-2)  # [N, bumps, h, w]
-            maps.append(to_features(bumps.contiguous(memory_format=torch.channels_last)))
+            x, y = x.transpose(1, 2).unsqueeze(1), (heights * y).transpose(1, 2).unsqueeze(2)
+            maps.append(to_features((y * x).permute(0, 3, 1, 2)))  # the product [N, h, w, count] makes them channels-last
         return maps

@@ -119,8 +119,13 @@ def _evaluation(record: Record) -> str:
     command = f"python -m aime_fast.evaluate {shlex.quote(str(record.folder))}"
     if not record.evaluation:
         return _missing("no evaluation yet; make it with", command)
-    measured, reached = record.evaluation.get("step", 0), record.rows[-1]["step"] if record.rows else 0
-    old = _missing(f"of step {measured}, the run is at step {reached}; renew it with", command) if measured < reached else ""
+    step = record.rows[-1]["step"] if record.rows else 0
+    phase = [row["dynamics/update"] for row in record.rows if row["step"] == step and "dynamics/update" in row]
+    measured = record.evaluation.get("step", 0), record.evaluation.get("dynamics_updates", 0)
+    old = ""
+    if measured < (reached := (step, (phase or [0])[-1])):
+        why = "of step {} and {} updates of the dynamics phase, the run is at {} and {}; renew it with"
+        old = _missing(why.format(*measured, *reached), command)
     loop = dict(record.evaluation.get("open_loop", {}))
     targets = loop.pop("targets", {})
     return f'{old}{targets_table(targets)}<div class="charts">{render(record.evaluation | {"open_loop": loop})}</div>'
@@ -175,6 +180,11 @@ def _curves(record: Record, marks: list[Mark]) -> str:
         "Held-out episodes": [
             *(chart(f"{words(kind)} of reconstructions", pair, label=last) for kind, pair in compared.items()),
             *(chart(last(n), [n], label=last) for key, n in held_out.items() if key not in losses and key.split("_")[0] not in compared),
+        ],
+        "Dynamics phase, held-out episodes, over its own updates": [
+            line_chart([Line(last(n), *record.series(n, "dynamics/update"))], last(n), x_label="update")
+            for n in record.names("dynamics/")
+            if n != "dynamics/update"
         ],
         "Model and speed": [
             *(chart(last(n), [n], label=last) for n in record.names("model/")),

@@ -29,10 +29,15 @@ class Record:
         step = found[-1].name[: len("step_00000000")] if found else ""
         return [path for path in found if path.name.startswith(step)]
 
-    def series(self, name: str) -> tuple[list[int], list[float | None]]:
-        """Steps and values of one scalar, where it was logged."""
-        found = [(row["step"], row[name]) for row in self.rows if name in row]
-        return [step for step, _ in found], [value for _, value in found]
+    def series(self, name: str, over: str = "step") -> tuple[list[int], list[float | None]]:
+        """Steps (or another count) and values of one scalar, where it was logged; where the count begins anew, from there on."""
+        found: list[tuple[int, float | None]] = []
+        for row in self.rows:
+            if name in row and over in row:
+                if found and row[over] < found[-1][0]:
+                    found.clear()
+                found.append((row[over], row[name]))
+        return [x for x, _ in found], [value for _, value in found]
 
     def names(self, prefix: str) -> list[str]:
         """Names of the scalars that begin so, in the order in which they were logged first."""

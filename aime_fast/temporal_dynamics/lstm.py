@@ -1,4 +1,4 @@
-"""LSTMLayer: h_t = LSTM(h_{t-1}, [z_t, c_t, a_t]) with resets anywhere in a sequence.
+"""LSTMLayer: the recurrence h_t = LSTM(h_{t-1}, x_t), with resets anywhere in a sequence; `inference.recurrent_input` makes x_t.
 
 The input half of the gates is one GEMM over all frames; the loop holds the recurrent half alone. Source: Hochreiter and
 Schmidhuber 1997; forget bias 1 from Jozefowicz et al. 2015; orthogonal recurrent weights from Saxe et al., arXiv 1312.6120.
@@ -16,7 +16,7 @@ class LSTMLayer(nn.Module):
     """`num_layers` LSTM layers with layer norm on the output.
 
     Args:
-        input_dim: Z + Dc + A.
+        input_dim: 2 Z + Dc + A, see `inference.recurrent_input`.
         hidden_dim: Dh.
     """
 

@@ -19,14 +19,18 @@ from aime_fast.config import Config, from_dict, to_dict
 FORMAT = 4  # 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads movement, a dynamics phase
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
-# What a resumed run may change: how long, where and how it reports, never what is computed from which data.
+# What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the dynamics phase, which
+# is made anew.
 MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
         "steps", "epochs", "device", "precision", "compile", "threads", "run_dir", "resume", "logger", "log_every",
         "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
     )
-) | {"data.data", "data.workers", "data.prefetch", "data.replay", "optim.dynamics_updates"}  # fmt: skip
+) | {
+    "data.data", "data.workers", "data.prefetch", "data.replay", "optim.dynamics_updates", "optim.dynamics_batch_size",
+    "optim.dynamics_frames", "optim.dynamics_learning_rate",
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -138,7 +142,8 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         report: called with a message for each damaged checkpoint that is passed over.
 
     Returns:
-        (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`.
+        (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`, and
+        `dynamics_updates` of the phase that the weights went through.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another version.
@@ -152,7 +157,9 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
     config = from_dict(state["config"])
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, state["action_dim"])
     model.load_state_dict(state["ema" if ema else "model"])
+    phase = state.get("dynamics") if ema else None
     info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
+    info["dynamics_updates"] = phase["made"]["dynamics_updates"] if phase else 0
     return model.to(device).eval(), config, info
 
 

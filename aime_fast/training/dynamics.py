@@ -1,9 +1,8 @@
-"""The dynamics phase: recurrence and priors trained alone, on latents that the finished perception inferred once.
+"""The dynamics phase: what foretells is trained alone, on latents that the finished perception inferred once.
 
-Nearly all of a joint update is pictures. What prediction needs, thousands of roll-outs through a small recurrence, costs a twentieth of
-it when the pictures are left out: after the last joint update the averaged weights infer the whole training set, perception and drawing
-stay as they are, and what foretells (LSTM, mixture prior, context prior, attention prior) is trained on, at twice the joint roll-out's
-length and more. Source of the order, first see and then foretell: Ha and Schmidhuber, arXiv 1803.10122.
+Nearly all of a joint update is pictures. What prediction needs, thousands of long roll-outs through a small recurrence, costs a tenth of
+it when the pictures are left out: after the last joint update the averaged weights infer the whole training set, and LSTM, mixture prior,
+context prior and attention prior are trained on. First see, then foretell: Ha and Schmidhuber, arXiv 1803.10122.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ import itertools
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from aime_fast.config import OptimConfig
 from aime_fast.data import SequenceBatches
 from aime_fast.latent_overshooting import Latents, infer_latents, latent_overshoot
+from aime_fast.training.faults import NonFiniteError
 
-SHOWN = 8  # frames before the last of which a roll-out begins, at most: the convention of the evaluation
-ATTENDS_EVERY = 8  # the attention prior, costlier than all the rest, learns in one update of so many, from a quarter of the sequences
+SHOWN = 8  # frames before the first imagined one, at most: as many as the evaluation shows
+ATTENDS_EVERY = 8  # one update of so many scores attention too, and takes a quarter of the sequences, for it costs more than all the rest
 WARMUP = 20  # updates in which the learning rate rises
 CLIP = 1.0  # global gradient norm
 
 
 class LatentReplay:
-    """Every episode of `batches` as a model infers it, each in one piece.
+    """Every episode of `batches` as a model infers it, each in one piece; in full precision whatever the run's.
 
     Args: model in eval mode; batches with at least one episode of `length` frames.
     """
@@ -43,29 +44,37 @@ class LatentReplay:
         return Latents(*(part[first + torch.arange(self.length, device=first.device)] for part in self.frames))
 
 
+def foretelling_parts(model: nn.Module) -> nn.ModuleDict:
+    """The parts that the phase trains: those that foretell, and the slots' seeds, which read h."""
+    attention = model.attention
+    return nn.ModuleDict(
+        dict(
+            dynamics=model.dynamics, prior=model.prior, expect_context=model.expect_context,
+            attention_prior=attention.prior, attention_seed=attention.posterior.seed,
+        )
+    )  # fmt: skip
+
+
 class DynamicsPhase:
     """Trains `model` in place, with Adam at a cosine rate.
 
     Args:
-        model: in eval mode, without gradients; it is given back so by `close`.
+        model: in eval mode, without gradients; `close` leaves it so.
         training, held_out: episodes as the model infers them.
-        updates, batch, frames, learning_rate: how many updates, sequences in each, imagined frames, Adam's rate.
+        optim: its fields `dynamics_*` are read.
+
+    Attributes: made: updates made; updates: to be made.
     """
 
-    def __init__(
-        self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, updates: int, batch: int, frames: int, learning_rate: float
-    ):
+    def __init__(self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig):
         self.model, self.training, self.held_out = model, training, held_out
-        self.updates, self.batch, self.frames = updates, batch, frames
-        attention = model.attention
-        self.parts = nn.ModuleList([model.dynamics, model.prior, model.expect_context, attention.prior, attention.posterior.seed])
-        self.parts.requires_grad_(True)
+        self.made, self.updates, self.batch, self.frames = 0, optim.dynamics_updates, optim.dynamics_batch_size, optim.dynamics_frames
+        self.learning_rate = optim.dynamics_learning_rate
+        self.parts = foretelling_parts(model).requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.parts.parameters())
-        self.learning_rate = learning_rate
-        self.made = 0
 
     def update(self) -> None:
-        """One update of the weights."""
+        """One update of the weights. Raises NonFiniteError, before the weights change, where a gradient is not finite."""
         falling = 0.5 * (1 + math.cos(math.pi * self.made / self.updates))
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling
         attends = self.made % ATTENDS_EVERY == 0
@@ -73,16 +82,28 @@ class DynamicsPhase:
         terms = latent_overshoot(self.model, sequences, self.frames, attends)
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
-        torch.nn.utils.clip_grad_norm_(self.parts.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(self.parts.parameters(), CLIP)
+        self._check_finite(norm, terms)
         self.optimizer.step()
         self.made += 1
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The terms of `latent_overshoot` on held-out sequences."""
-        terms = latent_overshoot(self.model, self.held_out.draw(4 * self.batch), self.frames, attends=True)
+        """The terms of `latent_overshoot` on the same held-out sequences each time."""
+        with torch.random.fork_rng([self.training.firsts.device] if self.training.firsts.is_cuda else []):
+            torch.manual_seed(0)
+            terms = latent_overshoot(self.model, self.held_out.draw(4 * self.batch), self.frames, attends=True)
         return {name: term.item() for name, term in terms.items()}
 
     def close(self) -> None:
         """No gradients any more."""
+        self.optimizer.zero_grad()
         self.parts.requires_grad_(False)
+
+    def _check_finite(self, norm: Tensor, terms: dict[str, Tensor]) -> None:
+        if not torch.isfinite(norm):
+            bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "gradient"
+            raise NonFiniteError(
+                f"dynamics phase, update {self.made + 1}: {bad} not finite; the checkpoint from before the phase is whole: go on "
+                "from it with --resume and a lower --dynamics-learning-rate"
+            )

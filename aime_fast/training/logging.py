@@ -84,7 +84,7 @@ class Logger:
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, metrics.get("dynamics/update", step))
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from aime_fast.cli import ConfigError
-from aime_fast.config import Config, preset
+from aime_fast.config import Config, OptimConfig, preset
 from kernels.backend import KernelError, select_kernels
 
 
@@ -71,6 +71,13 @@ def choose_compile(name: str, device: torch.device) -> str:
     if name == "graph" and device.type != "cuda":
         raise ConfigError(f"--compile graph: CUDA graphs need a CUDA device, this run is on {device}; use --compile on")
     return ("graph" if device.type == "cuda" else "on") if name == "best" else name
+
+
+def check_dynamics(optim: OptimConfig) -> None:
+    """Raises ConfigError for a dynamics phase that nothing could make."""
+    for name, least in (("updates", 0), ("batch_size", 1), ("frames", 1), ("learning_rate", 0)):
+        if (value := getattr(optim, f"dynamics_{name}")) < least:
+            raise ConfigError(f"--dynamics-{name.replace('_', '-')} {value}: at least {least} is needed")
 
 
 def choose_kernels(name: str | None) -> None:

@@ -14,13 +14,14 @@ from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.training import checkpoint
 from aime_fast.training.collapse import Watch, replay
-from aime_fast.training.dynamics import SHOWN, DynamicsPhase, LatentReplay
+from aime_fast.training.dynamics import SHOWN, DynamicsPhase, LatentReplay, foretelling_parts
 from aime_fast.training.faults import NonFiniteError
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
 from aime_fast.training.logging import Console, Logger, check_loggers, read_rows, write_run_files
 from aime_fast.training.samples import draw_prediction, draw_samples
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
 from aime_fast.training.settings import (
+    check_dynamics,
     choose_compile,
     choose_device,
     choose_kernels,
@@ -66,6 +67,7 @@ class DMCVBTrainer:
     def __init__(self, config: Config):
         run = config.run
         length = how_long(config)
+        check_dynamics(config.optim)
         self.device = choose_device(run.device)
         choose_kernels(run.kernels)
         self.compile = choose_compile(run.compile, self.device)
@@ -105,14 +107,14 @@ class DMCVBTrainer:
         # Whether an update was made is known on the device. On a CPU it is asked each time, for nothing; on CUDA where metrics are read.
         self.looks_for_faults = Every(run.log_every if self.device.type == "cuda" else 1)
         self.step, self.seconds = 0, 0.0
-        self.dynamics_made = (0, 0)  # the step after which the last dynamics phase came, and its updates
+        self.dynamics: dict | None = None  # what the last dynamics phase was, and the averaged weights that it changed, as they were
         self.saved: Path | None = None
         self.skipped = 0
         if resumed is not None:
             self._load(resumed)
 
     def train(self) -> dict:
-        """Run until `total_steps`, then validate, draw the prediction video and save.
+        """Run until `total_steps`, then the dynamics phase if there is to be one, then validate and draw the prediction video.
 
         Returns:
             `run_dir`, `checkpoint`, `video` (paths), `step`, and `validation` (the last table).
@@ -143,7 +145,8 @@ class DMCVBTrainer:
                         self._sample()
                     if should_save(self.step):
                         self._save()
-                if stop.signum is None and self.config.optim.dynamics_updates and self.dynamics_made != self._dynamics_wanted():
+                made = None if self.dynamics is None else self.dynamics["made"]
+                if stop.signum is None and self.config.optim.dynamics_updates and made != self._dynamics_wanted():
                     self._save()
                     self._train_dynamics(stop)
             if stop.signum is not None:
@@ -158,6 +161,7 @@ class DMCVBTrainer:
 
     def _update(self) -> TensorDict:
         """One update of the weights. With CUDA it returns before the device is done."""
+        self._forget_dynamics()
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
         metrics = self.training_step(
@@ -245,52 +249,55 @@ class DMCVBTrainer:
             self.logger.picture(self.step, name, path)
 
     def _check_dynamics(self) -> None:
-        optim = self.config.optim
-        if optim.dynamics_updates == 0:
-            return
-        for name in ("dynamics_updates", "dynamics_batch_size", "dynamics_frames"):
-            if getattr(optim, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(optim, name)}: at least 1 is needed")
-        longest = min(max(self.batches.lengths), max(self.validation.lengths))
-        if SHOWN + optim.dynamics_frames > longest:
+        """The dynamics phase must fit into an episode, of training and held out alike."""
+        frames, longest = self.config.optim.dynamics_frames, min(max(self.batches.lengths), max(self.validation.lengths))
+        if self.config.optim.dynamics_updates and SHOWN + frames > longest:
             raise ConfigError(
-                f"--dynamics-frames {optim.dynamics_frames}: with the {SHOWN} frames before it a roll-out is longer than the longest "
-                f"episode ({longest} frames); at most {longest - SHOWN} are possible"
+                f"--dynamics-frames {frames}: with {SHOWN} frames before them they are longer than any held-out or any training episode "
+                f"({longest} frames); take fewer, or --dynamics-updates 0"
             )
 
-    def _dynamics_wanted(self) -> tuple[int, int]:
-        return self.step, self.config.optim.dynamics_updates
+    def _dynamics_wanted(self) -> dict[str, float]:
+        """What tells one dynamics phase from another: the step that it follows, and its settings."""
+        optim = {name: value for name, value in to_dict(self.config)["optim"].items() if name.startswith("dynamics_")}
+        return {"step": self.step, **optim}
 
     def _train_dynamics(self, stop: StopSignals) -> None:
         """The dynamics phase of the averaged weights. Stopped half-way, it leaves them as they were and begins anew when resumed."""
         optim, began = self.config.optim, time.perf_counter()
-        before = {name: value.clone() for name, value in self.ema.state_dict().items()}
+        self._forget_dynamics()
+        parts = foretelling_parts(self.ema)
+        before = {name: value.clone() for name, value in parts.state_dict().items()}
         self.console.line(f"step {self.step}: inferring all episodes once, then {optim.dynamics_updates} updates of the dynamics alone")
         with torch.random.fork_rng(self._cuda()):
             torch.manual_seed(self.config.run.seed)
-            length = SHOWN + optim.dynamics_frames
-            replays = [LatentReplay(self.ema, batches, length) for batches in (self.batches, self.validation)]
-            phase = DynamicsPhase(
-                self.ema, *replays, optim.dynamics_updates, optim.dynamics_batch_size, optim.dynamics_frames, optim.dynamics_learning_rate
-            )
-            should_report = Every(max(1, optim.dynamics_updates // DYNAMICS_REPORTS))
+            replays = [LatentReplay(self.ema, batches, SHOWN + optim.dynamics_frames) for batches in (self.batches, self.validation)]
+            phase = DynamicsPhase(self.ema, *replays, optim)
+            should_report = Every(max(1, phase.updates // DYNAMICS_REPORTS))
             while phase.made < phase.updates and stop.signum is None:
                 phase.update()
                 if should_report(phase.made) or phase.made == phase.updates:
                     measured = phase.measure()
-                    seconds = self.seconds + time.perf_counter() - began
+                    seconds = time.perf_counter() - began
                     self.console.line(
-                        f"dynamics {phase.made}/{phase.updates}, {seconds - self.seconds:.0f} s, held out: latent one frame ahead "
+                        f"dynamics {phase.made}/{phase.updates}, {seconds:.0f} s, held out: latent one frame ahead "
                         f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
                     )
                     row = {f"dynamics/{name}": value for name, value in measured.items()}
-                    self.logger.log(self.step, {"time": seconds, "dynamics/update": phase.made, **row})
+                    self.logger.log(self.step, {"time": self.seconds + seconds, "dynamics/update": phase.made, **row})
             phase.close()
-        if stop.signum is not None:
-            self.ema.load_state_dict(before)
+        if phase.made < phase.updates:
+            parts.load_state_dict(before)
             return
         self.seconds += time.perf_counter() - began
-        self.dynamics_made, self.saved = self._dynamics_wanted(), None
+        self.dynamics = {"made": self._dynamics_wanted(), "before": before}
+        self._save()
+
+    def _forget_dynamics(self) -> None:
+        """Takes back the last dynamics phase: what follows, joint updates or another phase, goes on from the averaged weights before it."""
+        if self.dynamics is not None:
+            foretelling_parts(self.ema).load_state_dict(self.dynamics["before"])
+            self.dynamics = None
 
     def _finish(self) -> dict:
         if self.saved is None or self.saved.name != f"checkpoint_{self.step:08d}.pt":
@@ -306,7 +313,7 @@ class DMCVBTrainer:
         state = {
             "epoch": self.step / self.updates_per_epoch,
             "seconds": self.seconds,
-            "dynamics_made": list(self.dynamics_made),
+            "dynamics": self.dynamics,
             "action_dim": self.batches.action_dim,
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),
@@ -324,7 +331,7 @@ class DMCVBTrainer:
         self.batches.load_state_dict(state["batches"])
         self.skipped = int(state["faults"]["skipped"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.dynamics_made = tuple(state["dynamics_made"])
+        self.dynamics = state["dynamics"]
         checkpoint.set_rng_state(state["rng"])
 
     def _find_resume(self, resume: bool) -> dict | None:

@@ -15,7 +15,7 @@ from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
 from aime_fast.latent_overshooting import infer_latents, latent_overshoot
 from aime_fast.multi_task_learning.losses import mixture_log_prob
-from aime_fast.training import DMCVBTrainer
+from aime_fast.training import DMCVBTrainer, NonFiniteError
 from aime_fast.training.dynamics import DynamicsPhase, LatentReplay
 
 TAUGHT = ("dynamics.", "prior.", "expect_context.", "attention.prior.", "attention.posterior.seed.")
@@ -49,17 +49,16 @@ def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
 def test_it_learns_to_foretell_and_leaves_perception_and_drawing_alone():
     config = config_of(Path())
     training, validation = make_batches(config.data, 0)
-    torch.manual_seed(0)
-    model = make_model().float().eval().requires_grad_(False)
-    model.action_dim, actions = training.action_dim, training.action_dim
-    assert actions == 2
+    model = make_model().float().requires_grad_(False)
+    assert training.action_dim == model.action_dim
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    phase = DynamicsPhase(model, LatentReplay(model, training, 11), LatentReplay(model, validation, 11), 60, 8, 3, 3e-3)
+    optim = dataclasses.replace(config.optim, dynamics_updates=60, dynamics_batch_size=8, dynamics_learning_rate=3e-3)
     torch.manual_seed(0)
+    phase = DynamicsPhase(model, LatentReplay(model, training, 11), LatentReplay(model, validation, 11), optim)
     first = phase.measure()
+    assert phase.measure() == first
     for _ in range(60):
         phase.update()
-    torch.manual_seed(0)
     last = phase.measure()
     phase.close()
     for name in ("one_step", "rolled_out"):
@@ -83,11 +82,40 @@ def test_a_phase_added_by_a_resume_equals_one_planned_from_the_start(tmp_path):
     for name, value in whole["ema"].items():
         torch.testing.assert_close(found["ema"][name], value, rtol=0, atol=0)
     assert any(not torch.equal(before[name], value) for name, value in found["ema"].items())
-    assert found["dynamics_made"] == [2, 3]
+    assert found["dynamics"]["made"]["dynamics_updates"] == 3
 
     again = DMCVBTrainer(later)  # nothing is left to do
     again._train_dynamics = lambda stop: pytest.fail("the phase was made again")
     again.train()
+
+
+def test_joint_updates_and_other_phases_go_on_from_before_the_phase(tmp_path):
+    def averages(name: str, steps: int, updates: int, resume: bool = False) -> dict[str, torch.Tensor]:
+        config = config_of(tmp_path / name, dynamics_updates=updates)
+        DMCVBTrainer(dataclasses.replace(config, run=dataclasses.replace(config.run, steps=steps, resume=resume))).train()
+        return torch.load(tmp_path / name / f"checkpoint_{steps:08d}.pt", weights_only=True)["ema"]
+
+    straight = averages("straight", 4, 0)
+    averages("stopped", 2, 3)
+    stopped = averages("stopped", 4, 0, resume=True)
+    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
+    once = averages("straight", 4, 5, resume=True)
+    averages("stopped", 4, 3, resume=True)
+    twice = averages("stopped", 4, 5, resume=True)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert not all(torch.equal(once[name], straight[name]) for name in once)
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(monkeypatch):
+    config = config_of(Path(), dynamics_updates=1)
+    training, validation = make_batches(config.data, 0)
+    model = make_model().float().requires_grad_(False)
+    replays = [LatentReplay(model, batches, 11) for batches in (training, validation)]
+    replays[0].frames.context.fill_(float("nan"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"update 1: .*context.* not finite.*--dynamics-learning-rate"):
+        DynamicsPhase(model, *replays, config.optim).update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_phase_that_is_stopped_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
@@ -103,12 +131,12 @@ def test_a_phase_that_is_stopped_leaves_the_weights_as_they_were(tmp_path, monke
     trainer._open()
     trainer._train_dynamics(stop)
     trainer._close()
-    assert trainer.dynamics_made == (0, 0)
+    assert trainer.dynamics is None
     for name, value in trainer.ema.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(("optim", "says"), [({"dynamics_frames": 200}, "at most"), ({"dynamics_batch_size": 0}, "at least 1")])
+@pytest.mark.parametrize(("optim", "says"), [({"dynamics_frames": 200}, "take fewer"), ({"dynamics_batch_size": 0}, "at least 1")])
 def test_an_impossible_phase_is_refused_before_training(optim, says, tmp_path):
     config = config_of(tmp_path, dynamics_updates=1)
     with pytest.raises(ConfigError, match=says):
