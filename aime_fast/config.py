@@ -176,7 +176,7 @@ TIER_1 = Config(
     ),
     # Short runs: a high rate, and RGB held close to the original gradients. At lambda 1 every gradient turns by 50 degrees into a moving
     # average of unit vectors, and the latent was seen to die before the decoder had learnt to use it.
-    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0),
+    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, dynamics_updates=1000),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 
