@@ -145,10 +145,11 @@ def evaluate_prediction(
     result |= {name: _curves(joined[f"{name}/scores"]) for name in ("model", "token_model", "repeat_last_frame", "mean_frame", "tokenizer")}
     if samples:
         result |= _sample_curves(joined["samples/scores"])
-    tokens = {name: joined[f"tokens/{name}"].mean(0) for name in ("teacher_forced", "rolled_out", "repeat_last_frame")}  # [F, 3]
+    tokens = {name.removeprefix("tokens/"): shares.mean(0) for name, shares in joined.items() if name.startswith("tokens/")}  # [F, 3]
     result["tokens"] = {name: shares[:, 0].tolist() for name, shares in tokens.items()}
-    for name in ("teacher_forced", "rolled_out"):  # of the changed tokens, repeat-last-frame has none right
-        result["tokens"][f"{name}_changed"] = _numbers(tokens[name][:, 1] / tokens[name][:, 2])
+    for name, shares in tokens.items():
+        if name != "repeat_last_frame":  # it has none of the changed tokens right
+            result["tokens"][f"{name}_changed"] = _numbers(shares[:, 1] / shares[:, 2])
     error, misled = (joined[f"{name}/scores"][..., 0].mean().item() for name in ("model", "misled"))
     result["action_shuffle_ratio"] = misled / error if len(clips) > 1 and error > 0 else None
     if reader is not None:
@@ -193,6 +194,8 @@ def _measure(
     tokenizer = model.perceiver_io.tokenizer
     tokens = tokenizer.tokenize(video.to(model.decoder.background.dtype)).codes
     predicted = predict_tokens(model, tokens, clips.actions, c)
+    imagined = torch.cat([video[:, :c], drawn.clamp(-1, 1)], 1).to(model.decoder.background.dtype)
+    predicted["imagined"] = tokenizer.tokenize(imagined).codes[:, c:]
     changed = tokens[:, c:] != predicted["repeat_last_frame"]
     for name, guess in predicted.items():
         right = guess == tokens[:, c:]
