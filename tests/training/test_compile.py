@@ -23,7 +23,8 @@ STEPS = 5
 def config_of(accumulate: int = 1) -> Config:
     config = preset("debug")
     data = dataclasses.replace(config.data, data="synthetic", prefetch=0)
-    return dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, accumulate=accumulate))
+    model = dataclasses.replace(config.model, overshoot_frames=2)  # each imagined frame is traced anew: two show a loop
+    return dataclasses.replace(config, data=data, model=model, optim=dataclasses.replace(config.optim, accumulate=accumulate))
 
 
 @pytest.fixture(scope="module")
