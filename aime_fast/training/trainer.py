@@ -131,6 +131,8 @@ class DMCVBTrainer:
         self._open()
         try:
             with StopSignals() as stop:
+                if self.step < self.total_steps:
+                    self._forget_dynamics()
                 while self.step < self.total_steps and stop.signum is None:
                     metrics = self._update()
                     last = self.step == self.total_steps
@@ -161,7 +163,6 @@ class DMCVBTrainer:
 
     def _update(self) -> TensorDict:
         """One update of the weights. With CUDA it returns before the device is done."""
-        self._forget_dynamics()
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
         metrics = self.training_step(
