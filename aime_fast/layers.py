@@ -48,6 +48,13 @@ def episode_mask(start: Tensor, window: int) -> Tensor:
     return (episode[:, :, None] == episode[:, None, :]) & (age >= 0) & (age < window)
 
 
+def grid_coordinates(grid: int) -> Tensor:
+    """(x, y) of each cell's centre as a share of the image: [2, grid, grid]."""
+    middle = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(middle, middle, indexing="ij")
+    return torch.stack([x, y])
+
+
 def grid_positions(height: int, width: int, dim: int) -> Tensor:
     """Fixed 2D sine-cosine position code of a grid, float32 [height * width, dim]; `dim` is a multiple of 4."""
     if dim % 4:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aime_fast.attention_schema.posterior import AttentionMaps, AttentionPosterior
 from aime_fast.attention_schema.prior import AttentionPrior, PredictedAttention
-from aime_fast.layers import outside_autocast
+from aime_fast.layers import grid_coordinates, outside_autocast
 
 LOG_FLOOR = 1e-8  # keeps log A finite where a map is zero
 
@@ -69,13 +69,6 @@ class AttentionSchema(nn.Module):
         error = F.smooth_l1_loss(predicted, target, reduction="none", beta=0.05).sum(-1)
         weight = (~start).to(error.dtype)
         return (error * weight).sum() / weight.sum().clamp_min(1.0)
-
-
-def grid_coordinates(grid: int) -> Tensor:
-    """(x, y) of each cell's centre as a share of the image: [2, grid, grid]."""
-    middle = (torch.arange(grid) + 0.5) / grid
-    y, x = torch.meshgrid(middle, middle, indexing="ij")
-    return torch.stack([x, y])
 
 
 def attention_kl(attention: Tensor, log_prior: Tensor) -> Tensor:

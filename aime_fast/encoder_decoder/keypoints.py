@@ -13,16 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aime_fast.layers import full_precision, outside_autocast
+from aime_fast.layers import full_precision, grid_coordinates, outside_autocast
 
 SHARPNESS = 4.0  # first factor of the features in the softmax; they come normalised
 CELLS = 1.5  # first standard deviation of a bump, in cells of its grid
 EDGE = 0.8  # bumps start within this share of the picture
-
-
-def cell_middles(grid: int) -> Tensor:
-    """Coordinates of the cells' middles along one axis, in (-1, 1): [grid]."""
-    return (2 * torch.arange(grid) + 1) / grid - 1
 
 
 class SpatialSoftmax(nn.Module):
@@ -34,8 +29,7 @@ class SpatialSoftmax(nn.Module):
     def __init__(self, channels: int, grid: int):
         super().__init__()
         self.sharpness = nn.Parameter(torch.full((channels, 1), SHARPNESS))
-        y, x = torch.meshgrid(cell_middles(grid), cell_middles(grid), indexing="ij")
-        self.register_buffer("coordinates", torch.stack([x, y], dim=-1).flatten(0, 1), persistent=False)  # [h w, 2]
+        self.register_buffer("coordinates", (2 * grid_coordinates(grid) - 1).flatten(1).T.contiguous(), persistent=False)  # [h w, 2]
 
     def forward(self, features: Tensor) -> Tensor:
         with outside_autocast(features):
@@ -59,7 +53,7 @@ class GaussianHeatmaps(nn.Module):
         self.log_widths = nn.ParameterList(torch.full((count, 1, 1), math.log(2 * CELLS / grid)) for grid in grids)
         self.to_features = nn.ModuleList(nn.Conv2d(count, c, 1, bias=False) for c in channels)
         for i, grid in enumerate(grids):
-            self.register_buffer(f"middles_{i}", cell_middles(grid), persistent=False)
+            self.register_buffer(f"middles_{i}", 2 * grid_coordinates(grid)[0, 0] - 1, persistent=False)
         with torch.no_grad():  # a latent of unit size moves them by a third of the picture
             self.place.weight.normal_(std=0.6 / math.sqrt(latent_dim))
             self.place.bias.uniform_(-EDGE, EDGE)
