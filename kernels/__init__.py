@@ -11,7 +11,7 @@ from kernels.kumaraswamy import (
     kumaraswamy_sticks,
 )
 from kernels.rgb import gram_matrix, rgb_rotate, rgb_rotate_, rotation_coefficients
-from kernels.rgb_direct import rgb_direct
+from kernels.rgb.direct import rgb_direct
 from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, vector_quantize
 
 __all__ = [

@@ -26,7 +26,7 @@ from typing import Any
 from kernels.backend import ARCHITECTURES, Specialisation
 from profiling.machine import describe, write_json
 
-MODULES = ("kernels.vq_triton", "kernels.kumaraswamy_triton", "kernels.rgb_triton")
+MODULES = ("kernels.vq.launch", "kernels.kumaraswamy.launch", "kernels.rgb.launch")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may have
 
 

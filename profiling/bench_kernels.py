@@ -27,7 +27,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from kernels import backend, kumaraswamy, rgb, vq
-from kernels.rgb_direct import rgb_direct
+from kernels.rgb.direct import rgb_direct
 from profiling import check
 from profiling.cases import REGISTRY
 from profiling.machine import describe, title, write_json

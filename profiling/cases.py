@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import kumaraswamy, rgb, vq
-from kernels.rgb_direct import rgb_direct
+from kernels.rgb.direct import rgb_direct
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
@@ -539,10 +539,10 @@ REGISTRY: dict[str, Callable[[], list[Case]]] = {
     "rgb": _rgb,
 }
 MODULES = {  # whose committed configurations are compiled ahead of time
-    "vq_assign": "kernels.vq_triton",
-    "vq_update": "kernels.vq_triton",
-    "kumaraswamy": "kernels.kumaraswamy_triton",
-    "rgb": "kernels.rgb_triton",
+    "vq_assign": "kernels.vq.launch",
+    "vq_update": "kernels.vq.launch",
+    "kumaraswamy": "kernels.kumaraswamy.launch",
+    "rgb": "kernels.rgb.launch",
 }
 
 

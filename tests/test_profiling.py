@@ -60,10 +60,10 @@ def test_broken_kernel_fails_and_says_where(broken, capsys):
 
 
 SIGNS = {  # kernel -> (file, what it says, the same with one sign turned)
-    "vq_assign": ("vq_triton.py", "score -= tl.load(norms", "score += tl.load(norms"),
-    "vq_update": ("vq_triton.py", "+ (1.0 - DECAY) * batch", "- (1.0 - DECAY) * batch"),
-    "kumaraswamy": ("kumaraswamy_triton.py", "a_less_1 * lv - b_less_1 * t", "a_less_1 * lv + b_less_1 * t"),
-    "rgb": ("rgb_triton.py", "total += tl.load(c + i)", "total -= tl.load(c + i)"),
+    "vq_assign": ("vq/triton.py", "score -= tl.load(norms", "score += tl.load(norms"),
+    "vq_update": ("vq/triton.py", "+ (1.0 - DECAY) * batch", "- (1.0 - DECAY) * batch"),
+    "kumaraswamy": ("kumaraswamy/triton.py", "a_less_1 * lv - b_less_1 * t", "a_less_1 * lv + b_less_1 * t"),
+    "rgb": ("rgb/triton.py", "total += tl.load(c + i)", "total -= tl.load(c + i)"),
 }
 
 

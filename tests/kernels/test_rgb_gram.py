@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.rgb import gram_matrix, rgb_rotate
-from kernels.rgb_direct import rgb_direct
+from kernels.rgb.direct import rgb_direct
 
 SIZE = 12
 kinds = st.lists(st.sampled_from(["random", "zero", "equal", "opposite", "tiny"]), min_size=1, max_size=6)

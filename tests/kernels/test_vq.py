@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import vq
-from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, vector_quantize
+from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, reference, vector_quantize
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(1, 17), st.booleans(), st.integers(0, 2**31))
 
@@ -21,11 +20,11 @@ def make(rows, heads, width, size, shared, seed):
 @given(shapes, st.sampled_from([torch.float32, torch.float64]), st.integers(1, 64))
 def test_nearest_code(shape, dtype, block):
     x, codebook = make(*shape)
-    limit, vq._BLOCK_SCORES_CPU = vq._BLOCK_SCORES_CPU, block  # whatever the size of a block
+    limit, reference.BLOCK_SCORES_CPU = reference.BLOCK_SCORES_CPU, block  # whatever the size of a block
     try:
         quantized, codes, commitment = vector_quantize(x.to(dtype), codebook.to(dtype))
     finally:
-        vq._BLOCK_SCORES_CPU = limit
+        reference.BLOCK_SCORES_CPU = limit
     every = codebook.expand(shape[1], -1, -1)
     distance = torch.cdist(x.transpose(0, 1), every)  # [Q, N, V]
     chosen = distance.gather(2, codes.t().unsqueeze(2)).squeeze(2)
@@ -91,8 +90,8 @@ def test_gpu_sums_equal_cpu_sums():
         label = c.t() if groups == 2 else c.reshape(1, -1)
         rows = x.transpose(0, 1) if groups == 2 else x.reshape(1, -1, 6)
         expected = torch.nn.functional.one_hot(label, 9).double().mT @ rows
-        torch.testing.assert_close(vq._code_sums(x, c, groups, 9), expected)
-        torch.testing.assert_close(vq._one_hot_sums(x, c, groups, 9), expected)
+        torch.testing.assert_close(reference.code_sums(x, c, groups, 9), expected)
+        torch.testing.assert_close(reference.one_hot_sums(x, c, groups, 9), expected)
 
 
 def test_dead_codes_come_back_to_life():

@@ -10,7 +10,7 @@ from kernels.backend import ARCHITECTURES, pin_architecture, select_kernels
 from kernels.vq import codebook_update, codebook_update_reference, vector_quantize, vector_quantize_reference
 
 pytest.importorskip("triton")
-from kernels import vq_triton
+from kernels.vq import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
@@ -207,7 +207,7 @@ def test_sums_lose_no_bit(dtype):
 def test_number_of_splits_depends_on_sizes_alone():
     for rows in (1, 1023, 1025, 65536, 262144, 10**6):
         for groups in (1, 3, 64):
-            split = vq_triton.split_rows(rows, groups)
+            split = launch.split_rows(rows, groups)
             assert split % 1024 == 0
             assert -(-rows // split) * groups <= max(32, groups)
 

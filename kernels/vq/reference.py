@@ -10,7 +10,7 @@ N x V scores of a large batch never exist at once.
 Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", arXiv 1711.00937 (straight-through
 gradient; appendix A.1, moving averages); Razavi, van den Oord and Vinyals, arXiv 1906.00446 (Laplace smoothing of the counts).
 
-On a GPU, Triton kernels (`kernels.vq_triton`) do this as two operations, `aime_fast::vq_assign` and `aime_fast::vq_update`. Codes are
+On a GPU, Triton kernels (`kernels.vq.triton`) do this as two operations, `aime_fast::vq_assign` and `aime_fast::vq_update`. Codes are
 chosen at one of two precisions:
 
 * "fp32": the scores have the accuracy of fp32, whatever the type of x;
@@ -26,17 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import use_triton
-
 PRECISIONS = ("fp32", "bf16")
 
 # Scores held at once. On a CPU a block should stay in the cache; on a GPU only memory limits it.
-_BLOCK_SCORES_CPU = 1 << 19
-_BLOCK_SCORES = 1 << 26
-_MAX_BLOCKS = 64  # torch.compile unrolls the loop over blocks
+BLOCK_SCORES_CPU = 1 << 19
+BLOCK_SCORES = 1 << 26
+MAX_BLOCKS = 64  # torch.compile unrolls the loop over blocks
 
 
-def _check(x: Tensor, codebook: Tensor) -> None:
+def check_shapes(x: Tensor, codebook: Tensor) -> None:
     if x.ndim != 3 or codebook.ndim != 3 or x.shape[2] != codebook.shape[2] or codebook.shape[0] not in (1, x.shape[1]):
         raise ValueError(
             f"vector quantisation: x is {list(x.shape)} and the codebook {list(codebook.shape)}; "
@@ -44,35 +42,24 @@ def _check(x: Tensor, codebook: Tensor) -> None:
         )
 
 
-def _check_precision(precision: str) -> None:
+def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"vector quantisation: precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
 
 
-def _has_kernel(x: Tensor, codebook: Tensor) -> bool:
-    """Whether the kernels take these tensors: float64, and a batch of no rows, go to the reference everywhere."""
-    return (
-        use_triton(x)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and codebook.dtype == torch.float32
-        and x.numel() > 0
-        and codebook.shape[1] > 0
-    )
-
-
-def _loss_dtype(x: Tensor) -> torch.dtype:
+def loss_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _block_rows(rows: int, scores_per_row: int, device: torch.device) -> int:
-    limit = _BLOCK_SCORES_CPU if device.type == "cpu" else _BLOCK_SCORES
-    return max(1, limit // scores_per_row, -(-rows // _MAX_BLOCKS))
+    limit = BLOCK_SCORES_CPU if device.type == "cpu" else BLOCK_SCORES
+    return max(1, limit // scores_per_row, -(-rows // MAX_BLOCKS))
 
 
 def nearest_codes(x: Tensor, codebook: Tensor, precision: str = "fp32") -> Tensor:
     """Index of the nearest code for each row and head; x [N, Q, d], codebook [Q|1, V, d] -> int64 [N, Q]. In plain PyTorch."""
-    _check(x, codebook)
-    _check_precision(precision)
+    check_shapes(x, codebook)
+    check_precision(precision)
     rows, heads, width = x.shape
     shared, size = codebook.shape[0] == 1, codebook.shape[1]
     codebook = codebook.detach()
@@ -102,74 +89,9 @@ def vector_quantize_reference(x: Tensor, codebook: Tensor, precision: str = "fp3
     """`vector_quantize` in plain PyTorch."""
     codes = nearest_codes(x, codebook, precision)
     chosen = _gather(codebook.detach(), codes).to(x.dtype)  # [N, Q, d]
-    commitment = functional.mse_loss(x.to(_loss_dtype(x)), chosen.to(_loss_dtype(x)))
+    commitment = functional.mse_loss(x.to(loss_dtype(x)), chosen.to(loss_dtype(x)))
     # x - x.detach() is exactly 0, so the value is the code itself and not x + (code - x), which rounds.
     return chosen + (x - x.detach()), codes, commitment
-
-
-@torch.library.custom_op("aime_fast::vq_assign", mutates_args=())
-def vq_assign(x: Tensor, codebook: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`vector_quantize` as one operation, opaque to the compiler."""
-    _check(x, codebook)
-    _check_precision(precision)
-    if _has_kernel(x, codebook):
-        from kernels import vq_triton  # here, so that machines without Triton have the reference
-
-        return vq_triton.assign(x, codebook, precision)
-    quantized, codes, commitment = vector_quantize_reference(x, codebook, precision)
-    return (*(t.clone(memory_format=torch.contiguous_format) for t in (quantized, codes)), commitment)
-
-
-@vq_assign.register_fake
-def _(x: Tensor, codebook: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty((), dtype=_loss_dtype(x))
-
-
-def _save_for_assign(ctx, inputs, output) -> None:
-    # Not the codes and the codebook: its buffer has moved on by the time of the backward pass.
-    ctx.save_for_backward(inputs[0], output[0])
-    ctx.set_materialize_grads(False)
-
-
-def _assign_backward(ctx, grad_quantized, grad_codes, grad_commitment):
-    """dL/dx = dL/dquantized + dL/dcommitment * 2 (x - code) / numel, in plain PyTorch: the compiler fuses it with what surrounds it."""
-    x, quantized = ctx.saved_tensors
-    grad = grad_quantized
-    if grad_commitment is not None:
-        wide = _loss_dtype(x)
-        grad = (x.to(wide) - quantized.detach().to(wide)) * (grad_commitment * (2 / x.numel()))
-        if grad_quantized is not None:
-            grad = grad + grad_quantized
-    return None if grad is None else grad.to(x.dtype), None, None
-
-
-vq_assign.register_autograd(_assign_backward, setup_context=_save_for_assign)
-
-
-def vector_quantize(x: Tensor, codebook: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
-    """Replace each row by its nearest code.
-
-    Args:
-        x: encoder outputs [N, Q, d], any float dtype. The kernel takes fp32, bf16 and fp16; float64 runs the reference.
-        codebook: codes [Q, V, d], or [1, V, d] when all heads share one; fp32 for the kernel. It receives no gradient.
-        precision: "fp32", or "bf16" to choose codes with operands rounded to bf16, which is faster.
-
-    Returns:
-        quantized: [N, Q, d] in the dtype of x. Its value is the code; its gradient passes to x unchanged (straight-through).
-        codes: int64 [N, Q]. Ties go to the lowest index.
-        commitment: scalar, mean (x - sg(code))^2, whose gradient goes to x only; fp32, or float64 for such x. NaN for no rows.
-
-    Raises:
-        ValueError: the shapes do not fit each other, or the precision is unknown.
-
-    Example:
-        >>> quantized, codes, commitment = vector_quantize(torch.randn(100, 4, 64), torch.randn(4, 256, 64))
-    """
-    _check(x, codebook)
-    _check_precision(precision)
-    if _has_kernel(x, codebook):
-        return torch.ops.aime_fast.vq_assign(x, codebook, precision)
-    return vector_quantize_reference(x, codebook, precision)
 
 
 def code_histogram(codes: Tensor, size: int, shared: bool) -> Tensor:
@@ -202,18 +124,18 @@ def _candidate_rows(x: Tensor, candidates_u: Tensor) -> Tensor:
     return pool.gather(1, index.unsqueeze(2).expand(-1, -1, width))
 
 
-def _code_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
+def code_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
     """Sum of the rows assigned to each code: [Q|1, V, d]."""
     width = x.shape[2]
     if x.device.type == "cpu":
         offset = torch.arange(groups, device=codes.device) * size
         flat = (codes + offset).reshape(-1)
         return x.new_zeros(groups * size, width).index_add(0, flat, x.reshape(-1, width)).view(groups, size, width)
-    return _one_hot_sums(x, codes, groups, size)  # index_add is a race of atomics on a GPU
+    return one_hot_sums(x, codes, groups, size)  # index_add is a race of atomics on a GPU
 
 
-def _one_hot_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
-    """`_code_sums` as a product with one-hot rows, which adds in a fixed order."""
+def one_hot_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
+    """`code_sums` as a product with one-hot rows, which adds in a fixed order."""
     width = x.shape[2]
     codes = codes.reshape(1, -1) if groups == 1 else codes.t()  # [G, R]
     rows = x.reshape(1, -1, width) if groups == 1 else x.transpose(0, 1)  # [G, R, d]
@@ -239,12 +161,12 @@ def codebook_update_reference(
     dead_threshold: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`codebook_update` in plain PyTorch."""
-    _check(x, codebook)
+    check_shapes(x, codebook)
     groups, size, _ = codebook.shape
     x = x.to(codebook.dtype)
     histogram = code_histogram(codes, size, groups == 1)
     cluster_size = torch.lerp(histogram.to(codebook.dtype), cluster_size, decay)
-    embedding_sum = torch.lerp(_code_sums(x, codes, groups, size), embedding_sum, decay)
+    embedding_sum = torch.lerp(code_sums(x, codes, groups, size), embedding_sum, decay)
 
     total = cluster_size.sum(1, keepdim=True)  # [Q|1, 1]
     smoothed = (cluster_size + eps) / (total + size * eps) * total  # never 0 while the head is in use, and keeps the total
@@ -258,77 +180,6 @@ def codebook_update_reference(
         torch.where(dead.unsqueeze(2), fresh * dead_threshold, embedding_sum),
         histogram,
     )
-
-
-@torch.library.custom_op("aime_fast::vq_update", mutates_args=())
-def vq_update(
-    x: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embedding_sum: Tensor,
-    candidates_u: Tensor,
-    decay: float,
-    eps: float,
-    dead_threshold: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`codebook_update` as one operation, opaque to the compiler. It has no gradient."""
-    _check(x, codebook)
-    if _has_kernel(x, codebook):
-        from kernels import vq_triton
-
-        return vq_triton.update(x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay, eps, dead_threshold)
-    state = codebook_update_reference(x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay, eps, dead_threshold)
-    return tuple(t.contiguous() for t in state)
-
-
-@vq_update.register_fake
-def _(x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay, eps, dead_threshold):
-    state = (codebook, cluster_size, embedding_sum)
-    return *(t.new_empty(t.shape) for t in state), codebook.new_empty(codebook.shape[:2], dtype=torch.int64)
-
-
-@torch.no_grad()
-def codebook_update(
-    x: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embedding_sum: Tensor,
-    candidates_u: Tensor,
-    decay: float = 0.99,
-    eps: float = 1e-5,
-    dead_threshold: float = 2.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One moving-average step of the codebook; returns new tensors and changes none.
-
-    The averages are of rows *a batch*: `cluster_size` tends to the mean number of rows that a code wins in a batch. A code whose
-    average is below `dead_threshold` is replaced by a row of this batch, and starts again with a `cluster_size` of exactly the
-    threshold: it has the next batches to prove itself, and is moved again if it wins less than that.
-    The result is deterministic: rows are added in order on a CPU, by one-hot products elsewhere, whose
-    split into partial sums depends on the shapes alone.
-
-    Args:
-        x: encoder outputs [N, Q, d].
-        codes: their codes, int64 [N, Q].
-        codebook: [Q|1, V, d].
-        cluster_size: moving average of the counts [Q|1, V].
-        embedding_sum: moving average of the sums of rows [Q|1, V, d].
-        candidates_u: uniform randoms in [0, 1) [Q|1, V]; entry (q, v) picks the row that replaces code v of head q if it is dead.
-        decay: weight of the old averages.
-        eps: Laplace smoothing of the counts.
-        dead_threshold: smallest average count of a living code; 0 replaces none.
-
-    Returns:
-        codebook, cluster_size, embedding_sum: the same shapes and dtypes.
-        counts: int64 [Q|1, V], how often each code was chosen in this batch; see `codebook_usage`.
-
-    Raises:
-        ValueError: x and the codebook do not fit each other.
-    """
-    _check(x, codebook)
-    update = torch.ops.aime_fast.vq_update if _has_kernel(x, codebook) else codebook_update_reference
-    return update(x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay, eps, dead_threshold)
 
 
 @torch.no_grad()
@@ -355,7 +206,7 @@ def initialise_codebook(
     Returns:
         codebook, cluster_size, embedding_sum, initialised.
     """
-    _check(x, codebook)
+    check_shapes(x, codebook)
     fresh = _candidate_rows(x.to(codebook.dtype), candidates_u)
     return (
         torch.where(initialised, codebook, fresh),

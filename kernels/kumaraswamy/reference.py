@@ -54,16 +54,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import use_triton
-
 KL_METHODS = ("exact", "series10")
 
-_LN2 = math.log(2.0)
-_EULER_GAMMA = 0.5772156649015329
-_LARGE_T = 15.0  # from here on the expansion of log(1 - v) is exact to float32, and e^-t is still far from underflow
+LN2 = math.log(2.0)
+EULER_GAMMA = 0.5772156649015329
+LARGE_T = 15.0  # from here on the expansion of log(1 - v) is exact to float32, and e^-t is still far from underflow
 
 
-def _quadrature(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def quadrature(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """-log(u_i) and weights w_i [24] of the tanh-sinh rule on (0, 1); the logarithm is taken where u_i itself would round to 1.
 
     Worked out on the device each time: a table would have to be copied there, which a compiled or captured step must not do.
@@ -75,7 +73,7 @@ def _quadrature(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor,
     return functional.softplus(-y).to(dtype), (weights / weights.sum()).to(dtype)  # normalised: a constant is integrated exactly
 
 
-_MINUS_LOG_U, _WEIGHTS = (table.tolist() for table in _quadrature(torch.float64, "cpu"))
+MINUS_LOG_U, WEIGHTS = (table.tolist() for table in quadrature(torch.float64, "cpu"))
 
 
 def l1me(t: Tensor) -> Tensor:
@@ -84,20 +82,20 @@ def l1me(t: Tensor) -> Tensor:
     For small t it takes 1 - e^-t = 2h / (1 + h), h = tanh(t/2): Inductor compiles expm1(x) to exp(x) - 1 on a CPU, which leaves a
     small t no digits.
     """
-    small = t < _LN2
-    h = torch.tanh(0.5 * torch.where(small, t, _LN2))
+    small = t < LN2
+    h = torch.tanh(0.5 * torch.where(small, t, LN2))
     near = torch.log(2 * h / (1 + h))
-    far = torch.log1p(-torch.exp(-torch.where(small, _LN2, t)))
+    far = torch.log1p(-torch.exp(-torch.where(small, LN2, t)))
     return torch.where(small, near, far)
 
 
 def _log_sticks(log_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """log v and log(1 - v) of the sample with t = -log(u) / b > 0."""
-    large = t > _LARGE_T
+    large = t > LARGE_T
     z = l1me(t)
     log_v = torch.exp(-log_a) * z
-    usual = l1me(torch.where(large, _LN2, -log_v))
-    tail = torch.where(large, t, _LARGE_T)
+    usual = l1me(torch.where(large, LN2, -log_v))
+    tail = torch.where(large, t, LARGE_T)
     expansion = -log_a - tail + 0.5 * torch.exp(-tail) - 0.5 * torch.exp(-log_a - tail)
     return log_v, torch.where(large, expansion, usual)
 
@@ -108,7 +106,7 @@ def stick_breaking(log_v: Tensor, log_rest: Tensor) -> Tensor:
     return functional.pad(log_v, (0, 1)) + remaining
 
 
-def _working(*tensors: Tensor) -> tuple[Tensor, ...]:
+def working(*tensors: Tensor) -> tuple[Tensor, ...]:
     """float16 and bfloat16 are worked out in float32."""
     return tuple(x if x.dtype in (torch.float32, torch.float64) else x.float() for x in tensors)
 
@@ -151,57 +149,13 @@ def kumaraswamy_sticks_reference(
 ) -> Sticks:
     """`kumaraswamy_sticks` in plain PyTorch; differentiable in a floating `noise` as well."""
     dtype = log_a.dtype
-    la, lb = _working(log_a, log_b)
+    la, lb = working(log_a, log_b)
     t = (_minus_log_uniform(noise, la) * torch.exp(-lb)).clamp_min(torch.finfo(la.dtype).tiny)
     log_v, log_rest = _log_sticks(la, t)
     log_pi = stick_breaking(log_v, log_rest)
     log_q = la + lb + torch.expm1(la) * log_v - torch.expm1(lb) * t
     divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
     return Sticks(log_v.exp().to(dtype), log_pi.exp().to(dtype), log_pi.to(dtype), log_q.to(dtype), divergence)
-
-
-def kumaraswamy_sticks(
-    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
-) -> Sticks:
-    """Sample v_k ~ Kumaraswamy(a_k, b_k) by inversion, break a stick of length 1 with them, and work out KL(q(v_k) || Beta(1, alpha)).
-
-    On the kernels' path one launch each way; the backward keeps nothing but the inputs.
-
-    Args:
-        log_a, log_b: [..., K-1], float32, bfloat16 or float16, worked in float32; or float64. Made for the range [-5, 5].
-        noise: uniform randoms in [0, 1] of the same shape; P(v < x) = 1 - u(x), so a large u gives a small v. Or an int64 tensor [1] on
-            the device: a seed from which they are drawn, the same ones for the same seed, so take a fresh one for every call.
-        alpha: concentration of the Beta prior, or its mean; broadcasts to [..., K-1]. No KL without it.
-        log_alpha: mean of log alpha; log(alpha) when left out. With the two means the KL is its expectation under q(alpha), exactly.
-        kl: "exact" (quadrature), or "series10", AIME's ten-term series, which is biased.
-
-    Returns:
-        `Sticks` in the dtype of log_a, differentiable in log_a, log_b, alpha and log_alpha (reparameterised).
-
-    Raises:
-        ValueError: shapes that do not agree, an unknown kl, log_alpha without alpha.
-
-    Example:
-        >>> log_a, log_b = torch.zeros(2, 160, 7).unbind(0)
-        >>> sticks = kumaraswamy_sticks(log_a, log_b, torch.rand(160, 7), alpha=torch.ones(160, 1))
-    """
-    if log_b.shape != log_a.shape or log_a.shape[-1:] in ((), (0,)):
-        raise ValueError(f"kumaraswamy_sticks: log_a {list(log_a.shape)} and log_b {list(log_b.shape)} must both be [..., K-1], K > 1")
-    if noise.shape != ((1,) if noise.dtype == torch.int64 else log_a.shape):
-        raise ValueError(
-            f"kumaraswamy_sticks: noise is {noise.dtype} {list(noise.shape)}; give uniforms {list(log_a.shape)} or a seed, int64 [1]"
-        )
-    if kl not in KL_METHODS:
-        raise ValueError(f"kumaraswamy_sticks: kl {kl!r} is unknown; choose one of {', '.join(KL_METHODS)}")
-    if log_alpha is not None and alpha is None:
-        raise ValueError("kumaraswamy_sticks: log_alpha needs alpha")
-    for name, x in (("alpha", alpha), ("log_alpha", log_alpha)):
-        if x is not None and (x.dim() > log_a.dim() or any(n not in (1, m) for n, m in zip(x.shape[::-1], log_a.shape[::-1]))):
-            raise ValueError(f"kumaraswamy_sticks: {name} {list(x.shape)} does not broadcast to {list(log_a.shape)}")
-    if not _takes_kernel(log_a):
-        return kumaraswamy_sticks_reference(log_a, log_b, noise, alpha, log_alpha, kl)
-    *sticks, divergence = torch.ops.aime_fast.kumaraswamy_sticks(log_a, log_b, noise, alpha, log_alpha, kl)
-    return Sticks(*sticks, None if alpha is None else divergence)
 
 
 def kumaraswamy_log_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -219,7 +173,7 @@ def kumaraswamy_mean_sticks(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _log_rest_integral(log_a: Tensor, log_b: Tensor) -> Tensor:
     """S = E[log(1 - v)] + 1/b by quadrature, [...] -> [...]; the module's docstring derives it."""
-    nodes, weights = _quadrature(log_a.dtype, log_a.device)
+    nodes, weights = quadrature(log_a.dtype, log_a.device)
     b = torch.exp(log_b).unsqueeze(-1)
     beta = b.clamp_min(1.0)
     t = nodes / beta  # [..., 24]
@@ -258,82 +212,15 @@ def kumaraswamy_beta_kl(log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: 
     if method not in KL_METHODS:
         raise ValueError(f"kumaraswamy_beta_kl: method {method!r} is unknown; choose one of {', '.join(KL_METHODS)}")
     dtype = log_a.dtype
-    log_a, log_b, alpha = _working(log_a, log_b, alpha)
-    log_alpha = torch.log(alpha) if log_alpha is None else _working(log_alpha)[0]
-    harmonic = torch.special.digamma(torch.exp(log_b) + 1) + _EULER_GAMMA
+    log_a, log_b, alpha = working(log_a, log_b, alpha)
+    log_alpha = torch.log(alpha) if log_alpha is None else working(log_alpha)[0]
+    harmonic = torch.special.digamma(torch.exp(log_b) + 1) + EULER_GAMMA
     common = log_a + log_b + torch.expm1(-log_a) * harmonic - 1 - log_alpha
     inverse_b = torch.exp(-log_b)
     if method == "series10":
         return (common + inverse_b - (alpha - 1) * _log_rest_series(log_a, log_b)).to(dtype)
     # 1/b of the KL and (alpha - 1)/b of -(alpha - 1) L join to alpha/b, so the large terms never cancel.
     return (common + alpha * inverse_b - (alpha - 1) * _log_rest_integral(log_a, log_b)).to(dtype)
-
-
-def _takes_kernel(log_a: Tensor) -> bool:
-    return use_triton(log_a) and log_a.dtype != torch.float64
-
-
-@torch.library.custom_op("aime_fast::kumaraswamy_sticks", mutates_args=())
-def _sticks_op(
-    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None, log_alpha: Tensor | None, kl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _takes_kernel(log_a):
-        from kernels import kumaraswamy_triton
-
-        return kumaraswamy_triton.forward(log_a, log_b, noise, alpha, log_alpha, kl)
-    sticks = kumaraswamy_sticks_reference(log_a, log_b, noise, alpha, log_alpha, kl)
-    return tuple(log_a.new_empty(0) if x is None else x.contiguous() for x in sticks)
-
-
-@_sticks_op.register_fake
-def _(log_a, log_b, noise, alpha, log_alpha, kl):
-    shape = log_a.shape
-    weights = (*shape[:-1], shape[-1] + 1)
-    return tuple(log_a.new_empty(s) for s in (shape, weights, weights, shape, (0,) if alpha is None else shape))
-
-
-@torch.library.custom_op("aime_fast::kumaraswamy_sticks_backward", mutates_args=())
-def _sticks_backward_op(
-    log_a: Tensor,
-    log_b: Tensor,
-    noise: Tensor,
-    alpha: Tensor | None,
-    log_alpha: Tensor | None,
-    kl: str,
-    grad_v: Tensor | None,
-    grad_pi: Tensor | None,
-    grad_log_pi: Tensor | None,
-    grad_log_q: Tensor | None,
-    grad_kl: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of log_a, log_b, alpha and log_alpha; those of a missing alpha or log_alpha are empty."""
-    grads = (grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl)
-    if _takes_kernel(log_a):
-        from kernels import kumaraswamy_triton
-
-        return kumaraswamy_triton.backward(log_a, log_b, noise, alpha, log_alpha, kl, *grads)
-    return _backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, *grads)
-
-
-@_sticks_backward_op.register_fake
-def _(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
-    return tuple(log_a.new_empty(0) if x is None else x.new_empty(x.shape) for x in (log_a, log_b, alpha, log_alpha))
-
-
-def _remember(ctx, inputs, output):
-    *tensors, ctx.kl = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, *grads):
-    _, _, _, alpha, log_alpha = tensors = ctx.saved_tensors
-    grads = grads if alpha is not None else (*grads[:-1], None)
-    log_a, log_b, for_alpha, for_log_alpha = torch.ops.aime_fast.kumaraswamy_sticks_backward(*tensors, ctx.kl, *grads)
-    return log_a, log_b, None, None if alpha is None else for_alpha, None if log_alpha is None else for_log_alpha, None
-
-
-_sticks_op.register_autograd(_differentiate, setup_context=_remember)
 
 
 def _damped(x: Tensor) -> Tensor:
@@ -345,13 +232,13 @@ def _rest_slope(log_a: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log v, R(-log v) and t rho: the factors of the derivatives of log(1 - v)."""
     z = l1me(t)
     log_v = torch.exp(-log_a) * z
-    rho = torch.where(t > _LARGE_T, 1 + 0.5 * torch.exp(-t), torch.exp(-t) / (torch.expm1(-t) * z))
+    rho = torch.where(t > LARGE_T, 1 + 0.5 * torch.exp(-t), torch.exp(-t) / (torch.expm1(-t) * z))
     return log_v, _damped(-log_v), t * rho
 
 
 def _integral_gradients(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """dS/dla and dS/dlb of `_log_rest_integral`."""
-    nodes, weights = _quadrature(log_a.dtype, log_a.device)
+    nodes, weights = quadrature(log_a.dtype, log_a.device)
     log_a, b = log_a.unsqueeze(-1), torch.exp(log_b).unsqueeze(-1)
     beta = b.clamp_min(1.0)
     t = nodes / beta  # [..., 24]
@@ -373,9 +260,9 @@ def _series_gradients(log_a: Tensor, log_b: Tensor, terms: int = 10) -> tuple[Te
     return -(term * by_log_a).sum(-1), -(term * by_log_b).sum(-1)
 
 
-def _backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
+def backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
     """The backward op without its kernel: the docstring's formulas, since autograd does not reach inside an op."""
-    la, lb = _working(log_a, log_b)
+    la, lb = working(log_a, log_b)
     grads = [None if g is None else g.to(la.dtype) for g in (grad_v, grad_pi, grad_log_pi, grad_log_q)]
     v, pi, log_pi, log_q, _ = kumaraswamy_sticks_reference(la, lb, noise)
     grad_v, grad_pi, grad_log_pi, grad_log_q = (torch.zeros_like(x) if g is None else g for x, g in zip((v, pi, log_pi, log_q), grads))
@@ -394,7 +281,7 @@ def _backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_
         else:
             slopes, rest = _series_gradients(la, lb), _log_rest_series(la, lb)
         shared = mean if kl == "exact" else torch.ones_like(mean)  # 1/b of the series stays its own term
-        harmonic = torch.special.digamma(b + 1) + _EULER_GAMMA
+        harmonic = torch.special.digamma(b + 1) + EULER_GAMMA
         by_log_a = by_log_a + g * (1 - torch.exp(-la) * harmonic - (mean - 1) * slopes[0])
         curve = torch.expm1(-la) * b * torch.special.polygamma(1, b + 1)
         by_log_b = by_log_b + g * (1 + curve - shared / b - (mean - 1) * slopes[1])

@@ -12,7 +12,7 @@ these n + 1 vectors (`gram_matrix`), once for result and new direction as linear
     dF/dalpha_i = -1/(n(n-1)) sum_{j != i} [-sin_i (cos_j C_ij + sin_j gbar_i.w_j) + cos_i (cos_j gbar_j.w_i + sin_j w_i.w_j)]
                   + lambda sin_i / (2n)
 
-and the norm of the result is sqrt(c^T M c), free. `kernels.rgb_direct` is the algorithm as the specification words it, on whole vectors;
+and the norm of the result is sqrt(c^T M c), free. `kernels.rgb.direct` is the algorithm as the specification words it, on whole vectors;
 tests hold the two together.
 
 Where the algorithm leaves a case open, both forms do the same:
@@ -34,8 +34,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.backend import use_triton
-
 MIN_NORM = 1e-12  # a gradient this short counts as zero
 MIN_CONSENSUS = 1e-3  # a mean of unit vectors this short is rounding noise in float32 and has no direction
 ALIGNED = 0.999  # |cosine| to d from which a task is not rotated
@@ -45,10 +43,10 @@ MAX_TASKS = 15  # that the kernels take
 
 TaskGradients = Tensor | Sequence[Sequence[Tensor | None]]
 
-_BLOCK = 1 << 17  # numbers of a vector taken at once: the rows of a block fit the cache, and float32 sums stay short
+BLOCK = 1 << 17  # numbers of a vector taken at once: the rows of a block fit the cache, and float32 sums stay short
 
 
-def _columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
+def parameter_columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
     """One entry for each parameter tensor: the gradient of every task, or None."""
     if isinstance(gradients, Tensor):
         if gradients.ndim != 2:
@@ -66,11 +64,11 @@ def _columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
     return columns
 
 
-def _like(column: list[Tensor | None]) -> Tensor:
+def first_present(column: list[Tensor | None]) -> Tensor:
     return next(gradient for gradient in column if gradient is not None)
 
 
-def _check_sizes(
+def check_sizes(
     columns: list[list[Tensor | None]],
     direction: Tensor,
     angles: Tensor | None = None,
@@ -78,7 +76,7 @@ def _check_sizes(
     max_norm: float | None = None,
     out: Tensor | None = None,
 ) -> None:
-    size, tasks = sum(_like(column).numel() for column in columns), len(columns[0])
+    size, tasks = sum(first_present(column).numel() for column in columns), len(columns[0])
     if size != direction.numel():
         raise ValueError(
             f"RGB: the task gradients hold {size} numbers and the direction {direction.numel()}; the set of shared parameters has changed"
@@ -98,10 +96,10 @@ def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
     start = 0
     for column in columns:
         present = [i for i, gradient in enumerate(column) if gradient is not None] + [len(column)]
-        size = _like(column).numel()
+        size = first_present(column).numel()
         vectors = [g.reshape(-1).to(direction.dtype) for g in column if g is not None] + [direction[start : start + size]]
-        for offset in range(0, size, _BLOCK):
-            yield present, torch.stack([v[offset : offset + _BLOCK] for v in vectors]), start + offset
+        for offset in range(0, size, BLOCK):
+            yield present, torch.stack([v[offset : offset + BLOCK] for v in vectors]), start + offset
         start += size
 
 
@@ -133,8 +131,8 @@ def gram_matrix(gradients: TaskGradients, direction: Tensor) -> Tensor:
     Raises:
         ValueError: tasks with different numbers of tensors, a parameter that no task reaches, or sizes that do not add up to P.
     """
-    columns = _columns(gradients)
-    _check_sizes(columns, direction)
+    columns = parameter_columns(gradients)
+    check_sizes(columns, direction)
     return _gram(columns, direction)
 
 
@@ -256,7 +254,7 @@ def _combine_(columns: list[list[Tensor | None]], direction: Tensor, c: Tensor, 
             direction[block] = torch.where(finite, new, rows[-1])
 
 
-def _rotate_reference_(
+def rotate_reference_(
     columns: list[list[Tensor | None]],
     direction: Tensor,
     angles: Tensor,
@@ -274,117 +272,3 @@ def _rotate_reference_(
     angles.copy_(torch.where(finite, new_angles, angles))
     has_direction.logical_or_(finite)
     return gram, norm
-
-
-@torch.library.custom_op("aime_fast::rgb_rotate_", mutates_args=("direction", "angles", "has_direction", "result"))
-def _rotate_op_(
-    gradients: Tensor,
-    direction: Tensor,
-    angles: Tensor,
-    has_direction: Tensor,
-    result: Tensor,
-    mu: float,
-    lam: float,
-    alpha_steps: int,
-    lr_inner: float,
-    aggregation: str,
-    max_norm: float | None,
-) -> tuple[Tensor, Tensor]:
-    """gradients [n, P] -> gram [n+1, n+1] and norm, float64; writes `result` [P] and the state."""
-    settings = (mu, lam, alpha_steps, lr_inner, aggregation)
-    if not use_triton(gradients):
-        return _rotate_reference_([list(gradients)], direction, angles, has_direction, settings, max_norm, result)
-    from kernels import rgb_triton
-
-    limits = {"MIN_NORM": MIN_NORM, "MIN_CONSENSUS": MIN_CONSENSUS, "ALIGNED": ALIGNED, "MAX_ANGLE": MAX_ANGLE}
-    gram, c, e, norm = rgb_triton.rotation_(gradients, direction, angles, has_direction, *settings, max_norm or 0.0, limits)
-    rgb_triton.combine_(gradients, direction, c, e, norm, result)
-    return gram, norm
-
-
-@_rotate_op_.register_fake
-def _(gradients, direction, angles, has_direction, result, mu, lam, alpha_steps, lr_inner, aggregation, max_norm):
-    n = gradients.shape[0]
-    return gradients.new_empty((n + 1, n + 1), dtype=torch.float64), gradients.new_empty((), dtype=torch.float64)
-
-
-def _arena(columns: list[list[Tensor | None]]) -> Tensor:
-    """Lists of tensors -> [n, P]: the kernels read flat rows. Costs one more pass; keep gradients flat where it matters."""
-    rows = ([torch.zeros_like(_like(c)) if c[i] is None else c[i] for c in columns] for i in range(len(columns[0])))
-    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
-
-
-def _takes_kernel(columns: list[list[Tensor | None]], direction: Tensor) -> bool:
-    narrow = all(_like(column).dtype in (torch.float32, torch.bfloat16, torch.float16) for column in columns)
-    return use_triton(direction) and direction.dtype == torch.float32 and narrow and len(columns[0]) <= MAX_TASKS
-
-
-@torch.no_grad()
-def rgb_rotate_(
-    gradients: TaskGradients,
-    direction: Tensor,
-    angles: Tensor,
-    has_direction: Tensor,
-    *,
-    mu: float = 0.9,
-    lam: float = 1.0,
-    alpha_steps: int = 3,
-    lr_inner: float = 0.2,
-    aggregation: str = "norm_weighted",
-    max_norm: float | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
-    """Balance task gradients and advance the state in place; nothing waits for the device.
-
-    Where |result| is not finite, `direction`, `angles` and `has_direction` stay as they are.
-
-    Args:
-        gradients: [n, P]; or for each task a list of one tensor for each parameter, None where the task does not reach it. Kernels
-            read float32, bfloat16 or float16, at most 15 tasks, and a float32 direction; everything else runs the reference.
-        direction: old direction [P], made the new one. Zero means that there is none yet.
-        angles: angles of the last call [n], made the new ones.
-        has_direction: bool scalar on the device, false before the first call.
-        mu, lam, alpha_steps, lr_inner, aggregation: as in `rotation_coefficients`.
-        max_norm: clip the result to this length, at no cost: its norm is known before it is formed.
-        out: where to write the result, flat [P]; `.grad` may be views of it.
-
-    Returns:
-        result: [P] in the dtype of the gradients (`out` if given); for lists, one tensor for each parameter, in its shape and dtype.
-        gram: float64 [n+1, n+1], the inner products of the task gradients and, last, the old direction.
-        result_norm: float64 scalar, |result| before clipping.
-
-    Raises:
-        ValueError: unknown aggregation, tasks with different numbers of tensors, a parameter that no task reaches, sizes that do not
-            add up to P, a `max_norm` that is not positive, or an `out` that does not fit.
-    """
-    columns = _columns(gradients)
-    _check_sizes(columns, direction, angles, aggregation, max_norm, out)
-    settings = (mu, lam, alpha_steps, lr_inner, aggregation)
-    flat = isinstance(gradients, Tensor)
-    dtype = gradients.dtype if flat else direction.dtype
-    result = torch.empty(direction.shape, dtype=dtype, device=direction.device) if out is None else out
-    # Compiled code calls the operation even where it runs the reference, whose writes by blocks would be traced into copies of all of P.
-    if _takes_kernel(columns, direction) or (flat and torch.compiler.is_compiling()):
-        rows = gradients if flat else _arena(columns)
-        gram, norm = torch.ops.aime_fast.rgb_rotate_(rows, direction, angles, has_direction, result, *settings, max_norm)
-    else:
-        gram, norm = _rotate_reference_(columns, direction, angles, has_direction, settings, max_norm, result)
-    if flat:
-        return result, gram, norm
-    like = [_like(column) for column in columns]
-    return [piece.view(g.shape).to(g.dtype) for piece, g in zip(result.split([g.numel() for g in like]), like)], gram, norm
-
-
-@torch.no_grad()
-def rgb_rotate(
-    gradients: TaskGradients, direction: Tensor, angles: Tensor, has_direction: Tensor, **settings
-) -> tuple[Tensor | list[Tensor], Tensor, Tensor, Tensor]:
-    """`rgb_rotate_` on copies of the state: (result, new direction, new angles, result_norm).
-
-    Example:
-        >>> g = torch.randn(4, 1000)
-        >>> result, d, angles, norm = rgb_rotate(g, torch.zeros(1000), torch.zeros(4), torch.tensor(False))
-    """
-    direction, angles, has_direction = direction.clone(), angles.clone(), has_direction.clone()
-    result, _, norm = rgb_rotate_(gradients, direction, angles, has_direction, **settings)
-    return result, direction, angles, norm

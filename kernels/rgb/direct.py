@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.rgb import ALIGNED, MAX_ANGLE, MIN_CONSENSUS, MIN_NORM
+from kernels.rgb.reference import ALIGNED, MAX_ANGLE, MIN_CONSENSUS, MIN_NORM
 
 
 def rgb_direct(

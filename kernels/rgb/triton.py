@@ -10,29 +10,19 @@ so the same gradients give the same bits.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.backend import ARCHITECTURES, Launch, Specialisation, architecture, device_of
+from kernels.rgb import reference
 
-PROGRAMS = 528  # of pass 1 at most: four for each multiprocessor of an H200, all resident at once, and few enough for one program to add up
-
-# Pass 1 holds (n+1)(n+2)/2 accumulators for each column in flight, so many tasks leave room for fewer columns.
-GRAM = {
-    arch: {4: Launch({"BLOCK": 512}, 4, 3), 8: Launch({"BLOCK": 128}, 4, 3), 15: Launch({"BLOCK": 128}, 4, 1)} for arch in ARCHITECTURES
-}
-ROTATION = {arch: {4: Launch({"CHUNK": 32}, 4), 8: Launch({"CHUNK": 16}, 8), 15: Launch({"CHUNK": 16}, 8)} for arch in ARCHITECTURES}
-COMBINE = {arch: Launch({"BLOCK": 1024}, 4) for arch in ARCHITECTURES}
-
-
-def _for_tasks(table: dict[int, Launch], tasks: int) -> Launch:
-    return next(launch for most, launch in table.items() if tasks <= most)
+_MIN_NORM = tl.constexpr(reference.MIN_NORM)
+_MIN_CONSENSUS = tl.constexpr(reference.MIN_CONSENSUS)
+_ALIGNED = tl.constexpr(reference.ALIGNED)
+_MAX_ANGLE = tl.constexpr(reference.MAX_ANGLE)
 
 
 @triton.jit
-def _gram_kernel(
+def gram_kernel(
     gradients,  # [N, P], rows `stride` apart
     direction,  # [P]
     partials,  # [programs, PAIRS] float32; pair (i, j), j <= i, at i (i + 1) / 2 + j; vector N is the direction
@@ -80,7 +70,7 @@ def _diagonal(matrix, row, column):
 
 
 @triton.jit
-def _rotation_kernel(
+def rotation_kernel(
     partials,  # [programs, PAIRS] float32
     angles,  # [N], read and written
     has_direction,  # uint8 scalar, read and written
@@ -97,10 +87,6 @@ def _rotation_kernel(
     LR: tl.constexpr,
     NORM_WEIGHTED: tl.constexpr,
     MAX_NORM: tl.constexpr,  # 0: no clipping
-    MIN_NORM: tl.constexpr,
-    MIN_CONSENSUS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    MAX_ANGLE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """`kernels.rgb.rotation_coefficients`, line by line; see there for what the names mean."""
@@ -119,7 +105,7 @@ def _rotation_kernel(
 
     task = index < N
     square = tl.where(task, _diagonal(gram, row, column), 0.0)
-    active = square > MIN_NORM * MIN_NORM
+    active = square > _MIN_NORM * _MIN_NORM
     norm = tl.sqrt(tl.where(active, square, 1.0))
     inverse = tl.where(active, 1.0 / norm, 0.0)
     between_tasks = (row < N) & (column < N)
@@ -128,18 +114,18 @@ def _rotation_kernel(
     tasks = tl.maximum(count, 1.0)
 
     mean_square = tl.sum(tl.sum(cosine, 1)) / (tasks * tasks)
-    has_consensus = mean_square > MIN_CONSENSUS * MIN_CONSENSUS
+    has_consensus = mean_square > _MIN_CONSENSUS * _MIN_CONSENSUS
     inverse_y = tl.where(has_consensus, 1.0 / tl.sqrt(tl.where(has_consensus, mean_square, 1.0)), 0.0)
     with_y = tl.sum(cosine, 1) / tasks * inverse_y
     old_square = tl.sum(tl.sum(tl.where((row == N) & (column == N), gram, 0.0), 1))
-    has_old = (tl.load(has_direction) != 0) & (old_square > MIN_NORM * MIN_NORM)
+    has_old = (tl.load(has_direction) != 0) & (old_square > _MIN_NORM * _MIN_NORM)
     with_old = tl.where(has_old, tl.where(task, tl.sum(tl.where(column == N, gram, 0.0), 1) * inverse, 0.0), 0.0)
     old_y = tl.sum(with_old) / tasks * inverse_y
     one = tl.sum(tl.where(index == 0, 1.0, 0.0).to(tl.float64))
     old = tl.where(has_old, tl.where(has_consensus, MU * one, one), 0.0)
     new = tl.where(has_consensus, tl.where(has_old, (1 - MU) * one, one), 0.0)
     length_square = old * old * tl.where(has_old, old_square, 0.0) + 2 * old * new * old_y + new * new
-    cancelled = has_old & has_consensus & (length_square < MIN_CONSENSUS * MIN_CONSENSUS)
+    cancelled = has_old & has_consensus & (length_square < _MIN_CONSENSUS * _MIN_CONSENSUS)
     old = tl.where(cancelled, 0.0, old)
     new = tl.where(cancelled, 1.0, new)
     length_square = tl.where(cancelled, 1.0, length_square)
@@ -150,7 +136,7 @@ def _rotation_kernel(
 
     p = (old * with_old + new * with_y) * inverse_d
     can_turn = has_new & (count > 1)
-    free = active & (tl.where(can_turn, tl.abs(p), 2.0) <= ALIGNED)  # the interpreter cannot & a block with a scalar
+    free = active & (tl.where(can_turn, tl.abs(p), 2.0) <= _ALIGNED)  # the interpreter cannot & a block with a scalar
     inverse_q = tl.where(free, 1.0 / tl.sqrt(tl.where(free, (1 - p) * (1 + p), 1.0)), 0.0)
     other = row != column
     gw = tl.where(other, (p[:, None] - p[None, :] * cosine) * inverse_q[None, :], 0.0)
@@ -166,7 +152,7 @@ def _rotation_kernel(
         along_g = tl.sum(gg * cos[None, :] + gw * sin[None, :], 1)
         along_w = tl.sum(gw * cos[:, None], 0) + tl.sum(ww * sin[None, :], 1)
         slope = (sin * along_g - cos * along_w) / (tasks * tl.maximum(tasks - 1, 1.0)) + LAM * sin / (2 * tasks)
-        angle = tl.where(free, tl.minimum(tl.maximum(angle - LR * slope, 0.0), MAX_ANGLE), 0.0)
+        angle = tl.where(free, tl.minimum(tl.maximum(angle - LR * slope, 0.0), _MAX_ANGLE), 0.0)
 
     share = active.to(tl.float64) if NORM_WEIGHTED else inverse / tasks
     sin, cos = _sin_cos(angle)
@@ -188,7 +174,7 @@ def _rotation_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     gradients,  # [N, P], rows `stride` apart
     direction,  # [P], read and written
     c,  # [N+1] float64
@@ -211,79 +197,3 @@ def _combine_kernel(
         new += tl.load(e + i).to(tl.float32) * gradient
     tl.store(result + column, total, mask=inside)
     tl.store(direction + column, tl.where(tl.load(norm) < float("inf"), new, old), mask=inside)
-
-
-def _rows(gradients: Tensor) -> Tensor:
-    return gradients if gradients.stride(1) == 1 else gradients.contiguous()
-
-
-def rotation_(
-    gradients: Tensor,
-    direction: Tensor,
-    angles: Tensor,
-    has_direction: Tensor,
-    mu: float,
-    lam: float,
-    alpha_steps: int,
-    lr_inner: float,
-    aggregation: str,
-    max_norm: float,
-    limits: dict[str, float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pass 1 and the rotation: (gram, c, e, norm); `angles` and `has_direction` advance unless the norm is not finite."""
-    gradients = _rows(gradients)
-    n, size = gradients.shape
-    arch = architecture(gradients.device)
-    gram_launch, rotation_launch = _for_tasks(GRAM[arch], n), _for_tasks(ROTATION[arch], n)
-    programs = min(PROGRAMS, triton.cdiv(size, gram_launch.blocks["BLOCK"]))
-    new = gradients.new_empty
-    partials = new((programs, (n + 1) * (n + 2) // 2), dtype=torch.float32)
-    gram, c, e, norm = (new(shape, dtype=torch.float64) for shape in ((n + 1, n + 1), (n + 1,), (n + 1,), ()))
-    with device_of(gradients):
-        _gram_kernel[(programs,)](
-            gradients, direction, partials, size, gradients.stride(0), N=n,
-            **gram_launch.arguments,
-        )  # fmt: skip
-        _rotation_kernel[(1,)](
-            partials, angles, has_direction.view(torch.uint8), gram, c, e, norm, programs,
-            N=n, NP=triton.next_power_of_2(n + 1), MU=mu, LAM=lam, STEPS=alpha_steps, LR=lr_inner,
-            NORM_WEIGHTED=aggregation == "norm_weighted", MAX_NORM=max_norm, **limits,
-            **rotation_launch.arguments,
-        )  # fmt: skip
-    return gram, c, e, norm
-
-
-def combine_(gradients: Tensor, direction: Tensor, c: Tensor, e: Tensor, norm: Tensor, result: Tensor) -> None:
-    """Pass 2, in place: `result`, and `direction` unless `norm` is not finite."""
-    gradients = _rows(gradients)
-    n, size = gradients.shape
-    launch = COMBINE[architecture(gradients.device)]
-    with device_of(gradients):
-        _combine_kernel[(triton.cdiv(size, launch.blocks["BLOCK"]),)](
-            gradients, direction, c, e, norm, result, size, gradients.stride(0), N=n,
-            **launch.arguments,
-        )  # fmt: skip
-
-
-def specialisations(arch: int) -> list[Specialisation]:
-    """Every committed configuration, with the largest number of tasks that it serves."""
-    settings = {"MU": 0.9, "LAM": 1.0, "STEPS": 3, "LR": 0.2, "NORM_WEIGHTED": True, "MAX_NORM": 5.0}
-    limits = {"MIN_NORM": 1e-12, "MIN_CONSENSUS": 1e-3, "ALIGNED": 0.999, "MAX_ANGLE": 1.570795}
-    sizes = {"P": "i32", "stride": "i32", "N": "constexpr", "BLOCK": "constexpr"}
-    made = []
-    for n, launch in GRAM[arch].items():
-        for dtype in ("fp32", "bf16"):
-            memory = {"gradients": f"*{dtype}", "direction": "*fp32"}
-            gram = memory | {"partials": "*fp32"} | sizes
-            combine = memory | {"c": "*fp64", "e": "*fp64", "norm": "*fp64", "result": "*fp32"} | sizes
-            made += [
-                Specialisation(f"rgb gram {dtype} n={n}", _gram_kernel, gram, {"N": n}, launch),
-                Specialisation(f"rgb combine {dtype} n={n}", _combine_kernel, combine, {"N": n}, COMBINE[arch]),
-            ]
-    for n, launch in ROTATION[arch].items():
-        constants = {"N": n, "NP": triton.next_power_of_2(n + 1)} | settings | limits
-        rotation = {"partials": "*fp32", "angles": "*fp32", "has_direction": "*u8"}
-        rotation |= {name: "*fp64" for name in ("gram_out", "c_out", "e_out", "norm_out")} | {"programs": "i32"}
-        rotation |= {name: "constexpr" for name in [*constants, "CHUNK"]}
-        made.append(Specialisation(f"rgb rotation n={n}", _rotation_kernel, rotation, constants, launch))
-    return made
