@@ -6,15 +6,14 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from aime_fast.config import PRESETS, Config, preset
+from aime_fast.config import PRESETS, RENAMED, Config, preset
+from aime_fast.errors import UserError
 
 T = TypeVar("T")
 
-
-class ConfigError(ValueError):
-    """Settings that contradict each other or the machine. The message names the value, the place and the remedy."""
+_NEW_FLAGS = {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in RENAMED.items()}
 
 
 def parse_arguments(cls: type[T], prog: str, description: str, argv: Sequence[str] | None = None, default: T | None = None) -> T:
@@ -34,9 +33,13 @@ def parse_arguments(cls: type[T], prog: str, description: str, argv: Sequence[st
 
 
 def _spell_out(words: Sequence[str]) -> list[str]:
-    """`--compile` without a value becomes `--compile best`."""
+    """Flags under the names that they have now; `--compile` without a value becomes `--compile best`."""
     spelt: list[str] = []
     for word, following in zip(words, [*words[1:], "--"]):
+        flag, equals, value = word.partition("=")
+        if (new := _NEW_FLAGS.get(flag.replace("_", "-"))) is not None:
+            print(f"{flag} is called {new} now; the old name goes with the next version", file=sys.stderr)
+            word = new + equals + value
         spelt += [word, "best"] if word == "--compile" and following.startswith("-") else [word]
     return spelt
 
@@ -63,18 +66,17 @@ def parse_config(prog: str, description: str, argv: Sequence[str] | None = None,
     return parse_arguments(Config, prog, description, argv, default=preset(tier_from(argv, default_tier)))
 
 
-def fail(message: object) -> None:
-    """Print `error: message` on stderr and leave with status 2."""
+def fail(message: object, status: int = UserError.status) -> NoReturn:
+    """Print `error: message` on stderr and leave with `status`."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
-def run_command(main: Callable[[], object], user_errors: tuple[type[Exception], ...] = ()) -> None:
-    """Call `main()`; turn errors the user can mend into one line on stderr and exit status 2, Ctrl-C into status 130.
+def run_command(main: Callable[[], object]) -> None:
+    """Call `main()`; turn errors that the user can mend into one line on stderr and their exit status, Ctrl-C into status 130.
 
-    SIGTERM, which batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own. The errors are
-    `ConfigError`, `DataError`, `FileNotFoundError` and `user_errors`. Anything else is a fault of the program and keeps its
-    traceback.
+    These are `UserError` and `FileNotFoundError`; any other error is a fault of the program and keeps its traceback. SIGTERM, which
+    batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -82,12 +84,10 @@ def run_command(main: Callable[[], object], user_errors: tuple[type[Exception], 
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        from aime_fast.data import DataError
-
-        if isinstance(error, (ConfigError, DataError, FileNotFoundError, *user_errors)):
-            fail(error)
-        raise
+    except UserError as error:
+        fail(error, error.status)
+    except FileNotFoundError as error:
+        fail(error)
 
 
 def _interrupt(number: int, frame: object) -> None:

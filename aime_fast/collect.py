@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config: DataConfig = dataclasses.replace(data, **{name: getattr(options, name) for name in shared})
     out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
 
-    from aime_fast.data import DataError, DMCVBDataset, collect
+    from aime_fast.data import DMCVBDataset, collect
+    from aime_fast.errors import DataError
 
     if out.is_file() and not options.overwrite:
         raise DataError(f"--out {out}: the file exists; pass --overwrite to replace it, or another --out")

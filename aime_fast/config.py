@@ -17,6 +17,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Settings under the names that they had in the version before: still read from the command line and from old checkpoints.
+RENAMED = {
+    "dynamics_updates": "latent_phase_updates",
+    "dynamics_batch_size": "latent_phase_batch_size",
+    "dynamics_frames": "latent_phase_frames",
+    "dynamics_learning_rate": "latent_phase_learning_rate",
+    "lambda_att_dyn": "lambda_attention_motion",
+}
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -76,9 +85,9 @@ class ModelConfig:
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: float = 0.1  # share of input tokens replaced by random codes when training the predictor
-    attention_dropout: float = 0.5  # share of training sequences drawn without their attention, so that z holds what must be foretold
-    overshoot_frames: int = 5  # frames of the model's own roll-out that are scored in training
-    refinement_steps: int = 0  # MaskGIT rounds for one frame of generated tokens; 0 draws all tokens at once
+    attention_dropout: float = 0.5  # share of training sequences decoded without their attention: z must hold what is predicted
+    overshoot_frames: int = 5  # imagined frames that are scored in training
+    refinement_steps: int = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,9 @@ class LossConfig:
     beta: float = 1.0  # KL terms, after warm-up
     entropy_weight: float = 0.1  # entropy of the mixture weights
     lambda_gram: float = 0.05  # Gram distance to the EMA encoder
-    lambda_overshoot: float = 0.5  # the model's own roll-out of a few frames
+    lambda_overshoot: float = 0.5  # scores of imagined frames
     lambda_commitment: float = 0.25  # VQ commitment
-    lambda_att_dyn: float = 0.1  # attention dynamics
+    lambda_attention_motion: float = 0.1  # attention motion
     lambda_gan: float = 0.1  # generator GAN loss
     lambda_fm: float = 1.0  # feature matching
     enforce_diversity: bool = True  # overlap and entropy of slot maps
@@ -106,12 +115,12 @@ class OptimConfig:
     discriminator_lr: float = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
     adam_beta1: float = 0.9  # Adam's momentum; RGB's consensus is a second one, so lower either this or the rate where RGB turns far
-    adversarial_start_epochs: float = 2.0  # until then the discriminators learn alone: RGB would give a noisy critic an equal vote
-    lr_warmup_steps: int = 20  # the learning rate rises to its value over these updates: Adam's first ones are all of full size
+    adversarial_start_epochs: float = 2.0  # until then only the discriminators learn: RGB would give a noisy critic an equal vote
+    lr_warmup_steps: int = 20  # updates over which the learning rate rises: Adam's first steps are all of full size
     grad_clip: float = 5.0  # global norm
     beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
-    overshoot_warmup_epochs: float = 3.0  # the weight of the model's own roll-out rises from 0 over this many epochs: first it must see
-    own_tokens: float = 0.5  # share of frames that the token predictor reads as it predicted them, after its warm-up
+    overshoot_warmup_epochs: float = 3.0  # lambda_overshoot rises from 0 over this many epochs: reconstruction comes first
+    own_tokens: float = 0.5  # scheduled sampling: share of input frames whose tokens are the predictor's own, after warm-up
     own_tokens_warmup_epochs: float = 10.0  # that share rises from 0 over this many epochs
     ema_decay: float = 0.995  # EMA of the weights, every step
     n_critic: int = 2  # generator steps for one discriminator step
@@ -121,10 +130,10 @@ class OptimConfig:
     rgb_alpha_steps: int = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: float = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    dynamics_updates: int = 0  # after all others: updates of recurrence and priors alone, on latents that the averaged weights inferred
-    dynamics_batch_size: int = 32  # sequences of such an update
-    dynamics_frames: int = 15  # frames imagined in it, after up to 8 that are shown
-    dynamics_learning_rate: float = 1e-3  # its Adam's, falling as a cosine
+    latent_phase_updates: int = 0  # after the joint updates: updates of recurrence and priors alone, on latents inferred once
+    latent_phase_batch_size: int = 32  # sequences of such an update
+    latent_phase_frames: int = 15  # frames imagined in it, after up to 8 observed ones
+    latent_phase_learning_rate: float = 1e-3  # of its Adam, falling as a cosine
     accumulate: int = 1  # batches whose gradients make one update
 
 
@@ -135,7 +144,7 @@ class RunConfig:
     seed: int = 0  # seed of data, weights and noise
     steps: int | None = None  # generator updates; give this or --epochs
     epochs: float | None = None  # passes over the training sequences
-    device: str = "auto"  # cpu, cuda or auto
+    device: str = "auto"  # cpu, cuda, cuda:N or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
     compile: Literal["off", "on", "graph", "best"] = "off"  # torch.compile; graph: and one CUDA graph; bare: best for the device
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
@@ -148,7 +157,7 @@ class RunConfig:
     validation_batches: int = 4  # batches of a validation
     sample_every: int = 200  # steps between sample pictures
     checkpoint_every: int = 1000  # steps between checkpoints
-    keep_checkpoints: int = 3  # newest checkpoints kept
+    keep_checkpoints: int = 3  # how many of the newest checkpoints stay
     on_nan: Literal["stop", "skip"] = "stop"  # a non-finite loss or gradient stops the run, or the update is skipped
 
 
@@ -174,9 +183,9 @@ TIER_1 = Config(
         tokenizer_channels=(16, 32, 64), encoder_channels=(24, 32, 64, 64), blocks_per_level=1,
         discriminator_channels=(16, 32, 64), discriminator_dim=64,
     ),
-    # Short runs: a high rate, and RGB held close to the original gradients. At lambda 1 every gradient turns by 50 degrees into a moving
-    # average of unit vectors, and the latent was seen to die before the decoder had learnt to use it.
-    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, dynamics_updates=1000),
+    # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
+    # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
+    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, latent_phase_updates=1000),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 
@@ -224,11 +233,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. Raises ValueError naming any field that is unknown."""
+    """The inverse of `to_dict`; fields may have the names of `RENAMED`. Raises ValueError naming any field that is unknown."""
 
     def build(cls: type, section: dict[str, Any], where: str):
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(section) - set(known)):
+        section = {RENAMED.get(name, name): value for name, value in section.items()}
+        if unknown := sorted(set(section) - {f.name for f in dataclasses.fields(cls)}):
             raise ValueError(f"config: {where or 'top level'} has no field {', '.join(unknown)}; was it written by another version?")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
 

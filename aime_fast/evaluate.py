@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from aime_fast.cli import ConfigError, parse_arguments, run_command
+from aime_fast.cli import parse_arguments, run_command
+from aime_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from aime_fast.config import DataConfig
     from aime_fast.data import SequenceBatches
-    from aime_fast.training.evaluation import Clips
-    from aime_fast.training.positions import PositionReader
+    from aime_fast.evaluation.open_loop import Clips
+    from aime_fast.evaluation.positions import PositionReader
 
 SHOWN_STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 35, 50)  # rows of the printed tables; the file has every step
 # What drew the frames, as the tables call it.
@@ -62,12 +63,12 @@ def evaluate(options: EvaluateConfig) -> dict:
     import torch
 
     from aime_fast.data import make_batches
-    from aime_fast.provenance import git_commit, version
-    from aime_fast.training import evaluation
+    from aime_fast.evaluation import open_loop as evaluation
+    from aime_fast.evaluation.clips import draw_prediction
+    from aime_fast.evaluation.lpips import find_lpips
+    from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
+    from aime_fast.runtime.provenance import git_commit, version
     from aime_fast.training.checkpoint import load_model
-    from aime_fast.training.lpips import find_lpips
-    from aime_fast.training.samples import draw_prediction
-    from aime_fast.training.settings import choose_compile, choose_device, choose_kernels, keep_freed_memory
 
     check(options)
     began = time.perf_counter()
@@ -96,7 +97,7 @@ def evaluate(options: EvaluateConfig) -> dict:
         result = {
             "checkpoint": str(info["checkpoint"]),
             "step": info["step"],
-            "dynamics_updates": info["dynamics_updates"],
+            "latent_phase_updates": info["latent_phase_updates"],
             "ema": options.ema,
             "data": data.data,
             "held_out_episodes": len(episodes),
@@ -134,7 +135,7 @@ def held_out(
 ) -> tuple[list[TensorDict], PositionReader | str]:
     """The first `limit` held-out episodes, or all, on the host, and a reader of positions, or why there is none: "not measured: ..." """
     from aime_fast.data import DMCVBDataset
-    from aime_fast.training.positions import make_reader
+    from aime_fast.evaluation.positions import make_reader
 
     chosen = range(len(validation.episodes))[:limit]
     if data.data == "synthetic":
@@ -149,9 +150,9 @@ def held_out(
 def draw_clip(model: nn.Module, clips: Clips, path: Path, columns: int = 8) -> None:
     """A sheet of the first clip's predicted frames: truth | prediction | error | attention overlay, evenly spaced in the horizon."""
     from aime_fast.data import normalise
-    from aime_fast.training.evaluation import predict
-    from aime_fast.training.pictures import save_samples
-    from aime_fast.training.samples import spread
+    from aime_fast.evaluation.clips import spread
+    from aime_fast.evaluation.open_loop import predict
+    from aime_fast.evaluation.pictures import save_samples
 
     first = clips[:1].to(model.decoder.background.device)
     out = predict(model, first)
@@ -211,12 +212,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate(parse_arguments(EvaluateConfig, "python -m aime_fast.evaluate", "Evaluate a trained run.", argv))
 
 
-def command() -> None:
-    """`main` with errors that the user can mend as one line and exit status 2."""
-    from aime_fast.training.checkpoint import CheckpointError
-
-    run_command(main, user_errors=(CheckpointError,))
-
-
 if __name__ == "__main__":
-    command()
+    run_command(main)

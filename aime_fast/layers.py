@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """bf16 and fp16 become fp32; fp32 and fp64 stay. Losses, log-densities and softmax maps leave autocast here."""
+    """bf16 and fp16 [...] become fp32; fp32 and fp64 stay. Losses, log-densities and softmax maps leave autocast here."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -21,14 +21,17 @@ def outside_autocast(x: Tensor) -> torch.autocast:
 
 
 def starts(is_init: Tensor | None, batch: int, frames: int, device: torch.device, first: bool = True) -> Tensor:
-    """Where memory is empty: every frame marked by `is_init` and, if `first`, the first one of the sequence. bool [B, T]."""
+    """The frames at which recurrent state, context and attention restart: bool [B, T].
+
+    These are the frames that `is_init` [B, T] or [B, T, 1] marks and, if `first`, the first one of the sequence.
+    """
     zeros = torch.zeros(batch, frames, dtype=torch.bool, device=device)
     marked = zeros if is_init is None else is_init.reshape(batch, frames).bool()
     return marked | (torch.arange(frames, device=device) == 0) if first else marked
 
 
 def previous(x: Tensor, start: Tensor, initial: Tensor | float = 0.0) -> Tensor:
-    """The value one frame earlier; `initial` where memory is empty.
+    """x one frame earlier, [B, T, ...]; `initial` where a frame has no predecessor.
 
     Args:
         x: [B, T, ...].
@@ -41,7 +44,7 @@ def previous(x: Tensor, start: Tensor, initial: Tensor | float = 0.0) -> Tensor:
 
 
 def episode_mask(start: Tensor, window: int) -> Tensor:
-    """Which frames may look at which: the past `window` frames of the same episode, itself included. bool [B, T, T]."""
+    """Which frames a frame attends to: the last `window` of its episode, itself included. start bool [B, T] -> bool [B, T, T]."""
     episode = start.cumsum(1)
     time = torch.arange(start.shape[1], device=start.device)
     age = time[:, None] - time[None, :]
@@ -88,15 +91,15 @@ class MLP(nn.Sequential):
 
 @torch.no_grad()
 def emphasise_last(linear: nn.Linear, count: int) -> None:
-    """Scales up the last `count` inputs of a fresh layer so that together they weigh as much as all others together.
+    """Scales up the weights of the last `count` inputs of a new layer, so that their variance equals that of all others together.
 
-    An action is one or a few numbers beside hundreds of others, which a short training does not learn to listen to.
+    An action is one or a few numbers beside hundreds of others; a short training would not learn to use it.
     """
     linear.weight[:, -count:] *= ((linear.in_features - count) / count) ** 0.5
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or itself); `rotary` adds time positions."""
+    """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or x itself); `rotary` adds positions in time."""
 
     def __init__(self, dim: int, heads: int = 4, memory_dim: int | None = None, rotary: bool = False):
         super().__init__()
@@ -111,20 +114,20 @@ class Attention(nn.Module):
         return self._mix(x, self.key_value(x if memory is None else memory), mask)
 
     def extend(self, x: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of T further frames x [B, T, D] over themselves and P frames before them.
+        """Attention of T further frames x [B, T, D] over themselves and P cached frames before them.
 
-        Args: past [B, P, 2 D], their keys and values; mask bool [B, T, P + T].
+        Args: past [B, P, 2 D], cached keys and values; mask bool [B, T, P + T].
 
         Returns: (output [B, T, D], keys and values of the last P frames [B, P, 2 D]).
         """
-        seen = torch.cat([past, self.key_value(x)], dim=1)
-        return self._mix(x, seen, mask), seen[:, x.shape[1] :]
+        key_value = torch.cat([past, self.key_value(x)], dim=1)
+        return self._mix(x, key_value, mask), key_value[:, x.shape[1] :]
 
     def _mix(self, x: Tensor, key_value: Tensor, mask: Tensor | None) -> Tensor:
         split = "b n (h d) -> b h n d"
         query = rearrange(self.query(x), split, h=self.heads)
         key, value = (rearrange(t, split, h=self.heads) for t in key_value.chunk(2, -1))
-        if self.rotary:  # only distances count: kept keys are not rotated and time begins at the oldest, so late angles lose no digits
+        if self.rotary:  # only distances count: cached keys are not rotated and time begins at the oldest, so angles stay small
             query, key = rotate_by_time(query, key.shape[-2] - query.shape[-2]), rotate_by_time(key)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None])
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
@@ -148,7 +151,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
     def extend(self, x: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """T further frames x [B, T, D] after those kept in `past`, see `Attention.extend`."""
+        """`forward` for T further frames x [B, T, D] after the cached ones, see `Attention.extend`."""
         mixed, past = self.attention.extend(self.norm_attention(x), past, mask)
         x = x + mixed
         return x + self.mlp(self.norm_mlp(x)), past
@@ -178,7 +181,7 @@ class ResidualCell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> the same
         y = self.branch(x)
         gate = self.excite(y.mean((2, 3)))[:, :, None, None]
-        return x + 0.5 * gate * y  # gate starts at 0.5; together with 0.5 the sum keeps its variance
+        return x + 0.5 * gate * y  # gate starts at 0.5; with the factor 0.5 the variance of the sum stays that of x
 
 
 def downsample(inputs: int, outputs: int) -> nn.Conv2d:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from aime_fast.cli import ConfigError, parse_arguments, run_command
+from aime_fast.cli import parse_arguments, run_command
+from aime_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ def report(options: ReportConfig) -> Path:
 
 def _model(options: ReportConfig):
     """The newest checkpoint's model with held-out episodes, or in words why there is none: the rest of the report does without."""
-    from aime_fast.data import DataError, make_batches
+    from aime_fast.data import make_batches
+    from aime_fast.errors import CheckpointError, DataError
     from aime_fast.reporting.page import EPISODES, Model
-    from aime_fast.training.checkpoint import CheckpointError, latest_checkpoint, load_model
-    from aime_fast.training.settings import choose_device, choose_kernels
+    from aime_fast.runtime.machine import choose_device, choose_kernels
+    from aime_fast.training.checkpoint import latest_checkpoint, load_model
 
     device = choose_device(options.device)
     choose_kernels(None)
@@ -67,10 +69,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(parse_arguments(ReportConfig, "python -m aime_fast.report", "Write the report of a run as one HTML file.", argv))
 
 
-def command() -> None:
-    """`main` with errors that the user can mend as one line and exit status 2."""
-    run_command(main)
-
-
 if __name__ == "__main__":
-    command()
+    run_command(main)

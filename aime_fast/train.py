@@ -15,16 +15,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse a config, train, say where everything is."""
     config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
     from aime_fast.report import ReportConfig, report
-    from aime_fast.training import DMCVBTrainer, NonFiniteError, TrainingInterrupted
+    from aime_fast.training import DMCVBTrainer, TrainingInterrupted
 
     try:
         result = DMCVBTrainer(config).train()
     except TrainingInterrupted as interrupt:
         print(interrupt, file=sys.stderr)
         sys.exit(interrupt.status)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
     print_result(result)
     report(ReportConfig(str(result["run_dir"]), device=config.run.device))
 
@@ -38,12 +35,5 @@ def print_result(result: dict) -> None:
     print(f"\nrun         {result['run_dir']}\ncheckpoint  {result['checkpoint']}\nvideo       {result['video']}")
 
 
-def command() -> None:
-    """`main` with errors that the user can mend as one line and exit status 2."""
-    from aime_fast.training.checkpoint import CheckpointError
-
-    run_command(main, user_errors=(CheckpointError,))
-
-
 if __name__ == "__main__":
-    command()
+    run_command(main)

@@ -1,129 +1,104 @@
 """DPGMMVariationalRecurrentAutoencoder: the five pillars joined.
 
 `forward_sequence` is the time-parallel path of training: everything but the LSTM runs over B*T frames at once. `step` is the
-one-frame definition, what imagination loops over. The two agree to rounding (tests/test_world_model.py).
+definition, one frame at a time. The two agree to rounding (tests/test_world_model.py).
 
 One frame, in order (docs/architecture.md draws it):
 
     tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t), with mean m_t
     p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [m_t, m_t - m_{t-1}, c_t, a_t])
-    A_t ~ look(x_t, h_t, c_t);  expect(A_{t-1}, h_{t-1}, m_{t-1});  x_hat_t = decoder(z_t, A_t)
+    A_t = posterior(x_t, h_t, c_t), predicted by prior(A_{t-1}, h_{t-1}, m_{t-1});  x_hat_t = decoder(z_t, A_t)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from aime_fast import imagination
 from aime_fast.attention_schema import AttentionSchema
 from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
-from aime_fast.config import Config
+from aime_fast.config import Config, ModelConfig
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
-from aime_fast.imagination import State
-from aime_fast.inference import Inference, draw_latents, foretell
+from aime_fast.imagination import frame as imagination
+from aime_fast.imagination.frame import State
+from aime_fast.imagination.overshooting import pixel_overshooting
+from aime_fast.imagination.sequence import Inference, predict_latents, sample_latents
 from aime_fast.layers import emphasise_last, full_precision, previous, starts
 from aime_fast.multi_task_learning import losses
-from aime_fast.overshooting import overshoot
 from aime_fast.perceiver_io import CausalPerceiverIO
+from aime_fast.perceiver_io.context import PerceptionCache
 from aime_fast.perceiver_io.tokenizer import Tokens
-from aime_fast.roll_out import RollOut, alike
-from aime_fast.spans import span
+from aime_fast.runtime.roll_out import RollOut, match_layout
+from aime_fast.runtime.spans import span
 from aime_fast.temporal_dynamics import ContextPrior, LSTMLayer
+
+
+def _as_tensordict(method: Callable[..., dict[str, Tensor]]) -> Callable[..., TensorDict]:
+    """The method with the same arguments and its dictionary as a TensorDict without batch size."""
+
+    @functools.wraps(method)
+    def wrapped(*arguments: Any, **options: Any) -> TensorDict:
+        return TensorDict(method(*arguments, **options), batch_size=[])
+
+    return wrapped
 
 
 class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     """AIME's world model.
 
     Args:
-        max_components, latent_dim, hidden_dim, context_dim: K, Z, Dh, Dc.
         image_size: H = W in pixels.
         action_dim: A.
-        attention_dim, num_attention_slots: Ds, S.
         sequence_length: T, the window of attention over time.
-        Further keywords are the fields of `aime_fast.config.ModelConfig`, explained there.
+        sizes: fields of `aime_fast.config.ModelConfig`, which has their defaults: `max_components`, `latent_dim`, `hidden_dim`,
+            `context_dim`, `attention_dim`, `num_attention_slots` (K, Z, Dh, Dc, Ds, S) and others.
 
     Frames are float [-1, 1] or uint8 `[B, T, 3, H, W]`; actions `[B, T, A]`; `is_init` bool `[B, T]` or `[B, T, 1]`.
     """
 
-    def __init__(
-        self,
-        max_components: int = 15,
-        latent_dim: int = 36,
-        hidden_dim: int = 512,
-        context_dim: int = 256,
-        image_size: int = 64,
-        action_dim: int = 6,
-        attention_dim: int = 64,
-        num_attention_slots: int = 5,
-        sequence_length: int = 16,
-        *,
-        slot_iterations: int = 3,
-        attention_fusion: str = "weighted",
-        attention_prior_dim: int = 64,
-        lstm_layers: int = 1,
-        num_latents: int = 128,
-        num_latent_channels: int = 256,
-        context_layers: int = 2,
-        predictor_dim: int = 256,
-        predictor_layers: int = 4,
-        codebook_heads: int = 4,
-        codebook_size: int = 1024,
-        code_dim: int = 64,
-        share_codebook: bool = False,
-        codebook_decay: float = 0.99,
-        tokenizer_channels: tuple[int, ...] = (64, 128, 256),
-        encoder_channels: tuple[int, ...] = (64, 128, 256, 256),
-        blocks_per_level: int = 2,
-        discriminator_channels: tuple[int, ...] = (64, 128, 256),
-        discriminator_dim: int = 128,
-        likelihood: str = "gaussian",
-        likelihood_std: float = 0.1,
-        mol_components: int = 10,
-        prior_context: str = "previous",
-        kl: str = "exact",
-        token_corruption: float = 0.1,
-        refinement_steps: int = 0,
-        overshoot_frames: int = 5,
-        attention_dropout: float = 0.5,
-    ):
+    def __init__(self, *, image_size: int = 64, action_dim: int = 6, sequence_length: int = 16, **sizes: Any):
         super().__init__()
-        if prior_context not in ("previous", "current"):
-            raise ValueError(f"prior_context is {prior_context!r}, expected 'previous' or 'current'")
-        if not 0.0 <= attention_dropout <= 1.0:
-            raise ValueError(f"attention_dropout is {attention_dropout}, a share of the sequences: it must lie in [0, 1]")
-        self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, latent_dim
-        self.prior_context, self.overshoot_frames, self.attention_dropout = prior_context, overshoot_frames, attention_dropout
+        c = ModelConfig(**sizes)
+        if c.prior_context not in ("previous", "current"):
+            raise ValueError(f"prior_context is {c.prior_context!r}, expected 'previous' or 'current'")
+        if not 0.0 <= c.attention_dropout <= 1.0:
+            raise ValueError(f"attention_dropout is {c.attention_dropout}, a share of the sequences: it must lie in [0, 1]")
+        self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, c.latent_dim
+        self.prior_context, self.overshoot_frames, self.attention_dropout = c.prior_context, c.overshoot_frames, c.attention_dropout
         self.perceiver_io = CausalPerceiverIO(
-            (sequence_length, 3, image_size, image_size), num_latents, num_latent_channels, 2 * num_latent_channels, context_dim,
-            action_dim, context_layers,
+            (sequence_length, 3, image_size, image_size), c.num_latents, c.num_latent_channels, 2 * c.num_latent_channels, c.context_dim,
+            action_dim, c.context_layers,
             tokenizer=dict(
-                channels=tokenizer_channels, codebook_heads=codebook_heads, codebook_size=codebook_size, code_dim=code_dim,
-                share_codebook=share_codebook, codebook_decay=codebook_decay,
+                channels=c.tokenizer_channels, codebook_heads=c.codebook_heads, codebook_size=c.codebook_size, code_dim=c.code_dim,
+                share_codebook=c.share_codebook, codebook_decay=c.codebook_decay,
             ),
             predictor=dict(
-                dim=predictor_dim, layers=predictor_layers, corruption=token_corruption, refinement_steps=refinement_steps
+                dim=c.predictor_dim, layers=c.predictor_layers, corruption=c.token_corruption, refinement_steps=c.refinement_steps
             ),
         )  # fmt: skip
-        self.encoder = VAEEncoder(image_size, latent_dim, context_dim, encoder_channels, blocks_per_level)
-        self.decoder = VAEDecoder(image_size, latent_dim, encoder_channels, blocks_per_level, likelihood, likelihood_std, mol_components)
-        self.prior = DPGMMPrior(hidden_dim, context_dim, latent_dim, max_components, kl)
-        self.dynamics = LSTMLayer(2 * latent_dim + context_dim + action_dim, hidden_dim, lstm_layers)
-        emphasise_last(self.dynamics.input_gates[0], action_dim)
-        self.expect_context = ContextPrior(hidden_dim, context_dim, latent_dim)
+        self.encoder = VAEEncoder(image_size, c.latent_dim, c.context_dim, c.encoder_channels, c.blocks_per_level)
+        self.decoder = VAEDecoder(
+            image_size, c.latent_dim, c.encoder_channels, c.blocks_per_level, c.likelihood, c.likelihood_std, c.mol_components
+        )
+        self.prior = DPGMMPrior(c.hidden_dim, c.context_dim, c.latent_dim, c.max_components, c.kl)
+        self.recurrence = LSTMLayer(2 * c.latent_dim + c.context_dim + action_dim, c.hidden_dim, c.lstm_layers)
+        emphasise_last(self.recurrence.input_gates[0], action_dim)
+        self.context_prior = ContextPrior(c.hidden_dim, c.context_dim, c.latent_dim)
         self.attention = AttentionSchema(
-            image_size, hidden_dim, context_dim, latent_dim, attention_dim, num_attention_slots, slot_iterations, attention_fusion,
-            attention_prior_dim,
+            image_size, c.hidden_dim, c.context_dim, c.latent_dim, c.attention_dim, c.num_attention_slots, c.slot_iterations,
+            c.attention_fusion, c.attention_prior_dim,
         )  # fmt: skip
-        self.image_discriminator = ImageDiscriminator(discriminator_channels)
-        self.temporal_discriminator = TemporalDiscriminator(image_size, latent_dim, discriminator_dim, max_frames=sequence_length)
+        self.image_discriminator = ImageDiscriminator(c.discriminator_channels)
+        self.temporal_discriminator = TemporalDiscriminator(image_size, c.latent_dim, c.discriminator_dim, max_frames=sequence_length)
         self.roll_out = RollOut(imagination.imagine)
         self.to(memory_format=torch.channels_last)
 
@@ -156,50 +131,19 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     def compile_regions(self) -> None:
         """`torch.compile`, in place, of the regions that gain from it on a CPU: those of many small operators.
 
-        Mixture prior, recurrence, slot attention, attention modulation. Convolutions and the transformers stay with oneDNN and MKL,
-        which Inductor does not beat (docs/performance.md). Several backward passes go through one compiled forward, so donated
+        These are mixture prior, recurrence, slot attention and attention modulation. Inductor does not beat oneDNN and MKL on
+        convolutions and transformers (docs/performance.md). Several backward passes go through one compiled forward, so donated
         buffers are off.
         """
         torch._functorch.config.donated_buffer = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # frames of a batch, and of a roll-out
-        for region in (self.prior, self.dynamics, self.attention.posterior.slot_attention, *self.decoder.modulations):
+        for region in (self.prior, self.recurrence, self.attention.posterior.slot_attention, *self.decoder.modulations):
             region.compile(dynamic=False)
 
     def compile_imagination(self, mode: str = "on") -> None:
         """How `predict_future` and token generation run a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
         self.roll_out = RollOut(imagination.imagine, mode)
         self.perceiver_io.compile_generation(mode)
-
-    def forward_sequence(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        is_init: Tensor | None = None,
-        ema: DPGMMVariationalRecurrentAutoencoder | None = None,
-        own_tokens: Tensor | float = 0.0,
-    ) -> TensorDict:
-        """Infers, reconstructs and scores a batch of sequences, in parallel over time.
-
-        Args:
-            observations: [B, T, 3, H, W], uint8 or float in [-1, 1].
-            actions: [B, T, A]; a_t is taken after seeing x_t.
-            is_init: bool [B, T] or [B, T, 1]; memory is empty before these frames and before frame 0.
-            ema: the EMA copy of this model, whose encoder anchors the Gram term; without it the term is 0.
-            own_tokens: share of frames whose tokens the predictor reads as it predicted them itself, in training mode.
-
-        Returns:
-            TensorDict without batch size: reconstructions [B, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z],
-            mixture_weights [B, T, K], component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc],
-            slot_maps [B, T, S, Ha, Wa], attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa],
-            tokens [B, T, Ht, Wt, Q], and scalars: every name of `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame),
-            perplexity, code_usage, token_accuracy, slot_overlap.
-
-        Raises:
-            ValueError: a shape does not fit the model.
-        """
-        return TensorDict(self.infer_and_score(observations, actions, is_init, ema, own_tokens), batch_size=[])
-
-    forward = forward_sequence
 
     def infer_and_score(
         self,
@@ -209,43 +153,63 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         ema: DPGMMVariationalRecurrentAutoencoder | None = None,
         own_tokens: Tensor | float = 0.0,
     ) -> dict[str, Tensor]:
-        """`forward_sequence` into a plain dictionary, for compiled code: Dynamo guards TensorDict's global state and recompiles."""
+        """Infers, reconstructs and scores a batch of sequences, in parallel over time.
+
+        Args:
+            observations: [B, T, 3, H, W], uint8 or float in [-1, 1].
+            actions: [B, T, A]; a_t is taken after seeing x_t.
+            is_init: bool [B, T] or [B, T, 1]; the state is empty before these frames and before frame 0.
+            ema: the EMA copy of this model, whose encoder anchors the Gram term; without it the term is 0.
+            own_tokens: in training, share of frames whose tokens are replaced, as the predictor's input, by its own prediction of them.
+
+        Returns:
+            reconstructions [B, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z], mixture_weights [B, T, K],
+            component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc], slot_maps [B, T, S, Ha, Wa],
+            attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa], tokens [B, T, Ht, Wt, Q], and scalars: every name of
+            `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame), perplexity, code_usage, token_accuracy, slot_overlap.
+            In a dictionary for compiled code: Dynamo guards TensorDict's global state and recompiles.
+
+        Raises:
+            ValueError: a shape does not fit the model.
+        """
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, seen = self._infer(video, actions, start)
-        q, p = seen.posterior, seen.prior
+        tokens, inferred = self._infer(video, actions, start)
+        q, p = inferred.posterior, inferred.prior
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
-            drawn = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)
-            terms["token_reconstruction"] = F.mse_loss(full_precision(drawn), video)
+            decoded = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)
+            terms["token_reconstruction"] = F.mse_loss(full_precision(decoded), video)
         with span("perceiver_io: predictor"):
             predictor = self.perceiver_io.predictor
-            terms["next_token"], terms["token_accuracy"] = predictor.loss(tokens.codes, seen.context, actions, start, own_tokens)
+            terms["next_token"], terms["token_accuracy"] = predictor.loss(tokens.codes, inferred.context, actions, start, own_tokens)
         with span("encoder_decoder: likelihood"):
-            terms["recon"] = self.decoder.likelihood.nll(seen.drawn, video.flatten(0, 1)).mean()
+            terms["recon"] = self.decoder.likelihood.nll(inferred.decoded, video.flatten(0, 1)).mean()
         with span("generative_prior: KL"):
-            z = seen.latents if self.training else draw_latents(q.mean, q.logvar, True)
+            z = inferred.latents if self.training else sample_latents(q.mean, q.logvar, True)
             terms["kl_z"] = losses.kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean()
             terms["kl_hierarchical"] = p.kl_hierarchical.mean()
             terms["mixture_entropy"] = losses.categorical_entropy(p.log_weights).mean()
         with span("encoder_decoder: Gram"):
             terms["gram"] = self._gram(q.features, video, ema)
         with span("attention_schema: losses"):
-            maps = (seen.maps.attention, seen.attention_before, seen.expected.movement)
-            terms["kl_attention"] = attention_kl(seen.maps.attention, seen.expected.log_attention).mean()
-            terms["attention_dynamics"] = self.attention.dynamics_loss(*(m.unflatten(0, start.shape) for m in maps), start)
-            terms["slot_overlap"] = slot_overlap(seen.maps.slot_maps)
-            terms["diversity"] = terms["slot_overlap"] + map_entropy(seen.maps.slot_maps)
+            maps = (inferred.maps.attention, inferred.attention_before, inferred.predicted.movement)
+            terms["kl_attention"] = attention_kl(inferred.maps.attention, inferred.predicted.log_attention).mean()
+            terms["attention_motion"] = self.attention.motion_loss(*(m.unflatten(0, start.shape) for m in maps), start)
+            terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
+            terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
         with span("temporal_dynamics: overshooting"):
-            terms |= overshoot(self, seen, video, actions, start, self.overshoot_frames)
-        out = seen.describe(tokens.codes, self.decoder.likelihood, start.shape)
+            terms |= pixel_overshooting(self, inferred, video, actions, start, self.overshoot_frames)
+        out = inferred.describe(tokens.codes, self.decoder.likelihood, start.shape)
         with span("encoder_decoder: adversarial"):
             terms |= self._adversarial(out["reconstructions"], video, out["latents"])
         return out | terms
 
+    forward_sequence = forward = _as_tensordict(infer_and_score)
+
     def _infer(self, video: Tensor, actions: Tensor, start: Tensor) -> tuple[Tokens, Inference]:
-        """Everything but the losses; only the line with `dynamics` is sequential."""
+        """Everything but the losses; only the recurrence in `predict_latents` is sequential."""
         shape, flat = start.shape, video.flatten(0, 1)
         with span("perceiver_io: tokenizer"):
             tokens = self.perceiver_io.tokenizer.tokenize(video, start)
@@ -253,25 +217,25 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             context = self.perceiver_io.context(tokens.codes, start)
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
-            latents = draw_latents(posterior.mean, posterior.logvar, self.training)
-        # Recurrence, prior and attention read where the latent is without gradient: else it is pulled to where it is easy to go on from.
+            latents = sample_latents(posterior.mean, posterior.logvar, self.training)
+        # Recurrence and priors get the means without gradient: else the latent is pulled to where it is easy to predict.
         means = posterior.mean.detach().unflatten(0, shape)
-        moved, hidden, lstm, hidden_before, latents_before, prior = foretell(self, means, context, actions, start, self.training)
+        delta, hidden, lstm, hidden_before, latents_before, prior = predict_latents(self, means, context, actions, start, self.training)
 
         with span("attention_schema: posterior"):
-            maps = self.attention.look(flat, hidden.flatten(0, 1), context.flatten(0, 1))
+            maps = self.attention.posterior(flat, hidden.flatten(0, 1), context.flatten(0, 1))
         with span("attention_schema: prior"):
             attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
-            expected = self.attention.expect(attention_before, hidden_before, latents_before)
+            predicted = self.attention.prior(attention_before, hidden_before, latents_before)
         with span("encoder_decoder: decoder"):
-            drawn = self.decoder(latents, self._with_dropout(maps.attention, shape))
-        moved = moved.flatten(0, 1)
-        return tokens, Inference(posterior, latents, moved, prior, context, hidden, lstm, maps, attention_before, expected, drawn)
+            decoded = self.decoder(latents, self._with_dropout(maps.attention, shape))
+        delta = delta.flatten(0, 1)
+        return tokens, Inference(posterior, latents, delta, prior, context, hidden, lstm, maps, attention_before, predicted, decoded)
 
     def _with_dropout(self, attention: Tensor, shape: torch.Size) -> Tensor:
-        """In training, uniform maps instead of the true ones for a share of the sequences: [B * T, Ha, Wa], shape (B, T). `step` has none.
+        """Attention dropout: in training, uniform maps [B * T, Ha, Wa] for a share of the sequences; shape is (B, T). `step` has none.
 
-        A map is read off the frame and costs no nat: a decoder that always had it would draw from it what only z can foretell.
+        A map is inferred from the frame at no KL cost: a decoder that always had it would decode from it what only z can predict.
         """
         if not self.training or self.attention_dropout == 0:
             return attention
@@ -301,7 +265,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return total, dict(discriminator_image=image, discriminator_temporal=temporal)
 
     def _adversarial(self, fake: Tensor, real: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """The generator's side of the game; the latent only tells the discriminator what to expect and gets no gradient."""
+        """The generator's losses; the discriminator is conditioned on the latent, which gets no gradient."""
         z = latents.detach()
         image_fake, image_features = self.image_discriminator(fake.flatten(0, 1))
         temporal_fake, temporal_features = self.temporal_discriminator(fake, z)
@@ -319,7 +283,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return losses.gram_distance(features, anchor)
 
     def initial_state(self, batch: int) -> State:
-        """The empty memory before a first frame."""
+        """The empty state before a first frame."""
         return imagination.initial_state(self, batch)
 
     def step(self, observation: Tensor, action: Tensor, state: State, is_init: Tensor | None = None) -> tuple[TensorDict, State]:
@@ -337,7 +301,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return TensorDict(out, batch_size=[batch]), state
 
     def imagine(self, action: Tensor, state: State, sample: bool = False) -> tuple[TensorDict, State]:
-        """One frame without seeing it; see `imagination.imagine`.
+        """One frame without observing it; see `imagination.frame.imagine`.
 
         Args: action [B, A], taken after the imagined frame; state of the frame before.
 
@@ -349,11 +313,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, observations: Tensor, actions: Tensor) -> Tensor:
         """[B, T, 3, H, W] and [B, T, A] -> reconstructions [B, T, 3, H, W]."""
-        return self.decoder.likelihood.mean(self.infer(observations, actions).drawn).unflatten(0, actions.shape[:2])
+        return self.decoder.likelihood.mean(self.infer(observations, actions).decoded).unflatten(0, actions.shape[:2])
 
     @torch.no_grad()
     def infer(self, observations: Tensor, actions: Tensor) -> Inference:
-        """All that is inferred about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A]; see `Inference`."""
+        """`Inference` about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A]."""
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
         return self._infer(video, actions, starts(None, *video.shape[:2], video.device))[1]
@@ -362,8 +326,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     def encode(self, observations: Tensor) -> TensorDict:
         """Posterior of each frame: posterior_mean, posterior_logvar [B, T, Z], context [B, T, Dc], tokens [B, T, Ht, Wt, Q]."""
         video = self._frames(observations)
-        tokens = self.perceiver_io.tokenizer.tokenize(video).codes
-        context = self.perceiver_io.context(tokens)
+        start = starts(None, *video.shape[:2], video.device)
+        tokens = self.perceiver_io.tokenizer.tokenize(video, start).codes
+        context = self.perceiver_io.context(tokens, start)
         q = self.encoder(video.flatten(0, 1), context.flatten(0, 1))
         shape = video.shape[:2]
         return TensorDict(
@@ -384,7 +349,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             observations: [B, Tc, 3, H, W], the frames that are shown.
             actions: [B, Tc, A], taken after each of them.
             future_actions: [B, F, A]; future_actions[:, i] is taken after predicted frame i, so frame i depends on those before i.
-            sample: draw from the priors; otherwise the likeliest component's mean.
+            sample: sample the priors; otherwise take the mean of the likeliest component.
 
         Returns:
             TensorDict [B, F]: reconstructions [B, F, 3, H, W], latents [B, F, Z], mixture_weights [B, F, K], attention [B, F, Ha, Wa].
@@ -401,10 +366,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         if future_actions.shape[1] == 0:
             raise ValueError("predict_future: future_actions are empty, expected one action for each frame to predict")
         start, perceiver = starts(None, batch, shown, video.device), self.perceiver_io
-        tokens, seen = self._infer(video, actions, start)
-        _, memory = perceiver.extend_context(tokens.codes, perceiver.empty_memory(batch))
-        state = imagination.state_after(seen, lambda x: x[:, -1], tokens.kept, memory)
-        out, _ = self.roll_out(self, future_actions, alike(state, self.initial_state(batch)), sample)
+        tokens, inferred = self._infer(video, actions, start)
+        _, context_cache = perceiver.extend_context(tokens.codes, perceiver.empty_cache(batch).context)
+        state = imagination.state_after(inferred, lambda x: x[:, -1], PerceptionCache(tokens.cache, context_cache))
+        out, _ = self.roll_out(self, future_actions, match_layout(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 
     def _frames(self, observations: Tensor) -> Tensor:

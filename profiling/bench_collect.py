@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from aime_fast.config import PRESETS, DataConfig, preset
-from aime_fast.data import DataError, DMCVBDataset, collect
+from aime_fast.data import DMCVBDataset, collect
+from aime_fast.errors import DataError
 from profiling.machine import describe, title
 from profiling.rows import spread, write_rows
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from aime_fast.config import PRESETS, DataConfig, preset
-from aime_fast.data import DataError, DMCVBDataset, make_batches
+from aime_fast.data import DMCVBDataset, make_batches
+from aime_fast.errors import DataError
 from profiling.machine import describe, title
 from profiling.rows import spread, write_rows
 from profiling.steps import synchronize, synthetic

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from aime_fast.cli import ConfigError
 from aime_fast.config import PRESETS, preset
+from aime_fast.errors import ConfigError
 from kernels.backend import CHOICES
 from profiling.machine import describe, title
 from profiling.rows import write_rows

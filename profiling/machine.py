@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aime_fast.provenance import command_line, git_commit, version
+from aime_fast.runtime.provenance import command_line, git_commit, version
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "numpy", "vector-quantize-pytorch", "torchjd")

@@ -10,10 +10,10 @@ from tensordict import TensorDict
 
 from aime_fast.config import Config
 from aime_fast.data import make_batches
-from aime_fast.graph import WARM_UP
-from aime_fast.spans import span
+from aime_fast.runtime.cuda_graph import WARM_UP
+from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
+from aime_fast.runtime.spans import span
 from aime_fast.training.schedules import Every
-from aime_fast.training.settings import choose_compile, choose_device, choose_kernels, keep_freed_memory
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 

@@ -17,11 +17,12 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile, record_function
 
-from aime_fast.cli import ConfigError, parse_arguments, run_command, tier_from
+from aime_fast.cli import parse_arguments, run_command, tier_from
 from aime_fast.config import Config, preset
-from aime_fast.provenance import command_line
-from aime_fast.spans import use_nvtx
-from aime_fast.training.settings import choose_compile, choose_device
+from aime_fast.errors import ConfigError
+from aime_fast.runtime.machine import choose_compile, choose_device
+from aime_fast.runtime.provenance import command_line
+from aime_fast.runtime.spans import use_nvtx
 from profiling.machine import title
 from profiling.steps import Updates, synchronize
 

@@ -1,4 +1,4 @@
-"""Pillar 4, attention schema: slots say where the model looks, a prior predicts where it will."""
+"""Pillar 4, attention schema: slots infer where the model attends, a prior predicts where it will."""
 
 from aime_fast.attention_schema.posterior import AttentionPosterior
 from aime_fast.attention_schema.prior import AttentionPrior

@@ -1,4 +1,4 @@
-"""AttentionPosterior (bottom-up): where the frame says to look, given what is remembered."""
+"""AttentionPosterior (bottom-up): attention inferred from a frame, the recurrent state and the context."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.attention_schema.slot_attention import SlotAttention
+from aime_fast.config import ModelConfig
 from aime_fast.layers import downsample, full_precision, grid_positions, halvings
 
 
 class AttentionMaps(NamedTuple):
+    """Where each slot, and all of them together, attend in N frames."""
+
     slot_maps: Tensor  # [N, S, Ha, Wa], each sums to 1
     attention: Tensor  # [N, Ha, Wa], sums to 1
 
 
 class FeaturePyramid(nn.Module):
-    """Frame -> features at H/4 that know H/8: two levels, merged top-down (Lin et al., arXiv 1612.03144)."""
+    """Frame -> features at H/4, merged top-down with those at H/8 (feature pyramid; Lin et al., arXiv 1612.03144)."""
 
     def __init__(self, image_size: int, dim: int):
         super().__init__()
@@ -36,10 +39,10 @@ class FeaturePyramid(nn.Module):
 
 
 class AttentionPosterior(nn.Module):
-    """Slots, seeded from [h_t, c_t], share out the feature pyramid of x_t; their maps are fused into one.
+    """Slots, seeded from [h_t, c_t], compete for the feature pyramid of x_t; their maps are fused into one.
 
-    The schema reads memory and does not shape it: no gradient flows into h_t and c_t. Otherwise slot diversity, whose gradient on the
-    encoder outweighs that of a young ELBO fifty times, decides what the latent becomes.
+    No gradient flows into h_t and c_t. Otherwise slot diversity, whose gradient on the encoder is fifty times that of the ELBO early in
+    training, decides what the latent becomes.
 
     Args:
         image_size: H.
@@ -53,10 +56,10 @@ class AttentionPosterior(nn.Module):
         image_size: int,
         hidden_dim: int,
         context_dim: int,
-        dim: int = 64,
-        slots: int = 5,
-        iterations: int = 3,
-        fusion: str = "weighted",
+        dim: int = ModelConfig.attention_dim,
+        slots: int = ModelConfig.num_attention_slots,
+        iterations: int = ModelConfig.slot_iterations,
+        fusion: str = ModelConfig.attention_fusion,
     ):
         super().__init__()
         if fusion not in ("weighted", "max", "gated"):
@@ -66,7 +69,7 @@ class AttentionPosterior(nn.Module):
         self.grid = self.pyramid.grid
         self.register_buffer("positions", grid_positions(self.grid, self.grid, dim), persistent=False)
         self.seed = nn.Linear(hidden_dim + context_dim, slots * dim)
-        self.slot_identity = nn.Parameter(torch.randn(slots, dim))  # without it all slots would be one
+        self.slot_identity = nn.Parameter(torch.randn(slots, dim))  # without it all slots would be equal
         self.slot_attention = SlotAttention(dim, iterations)
         self.score = nn.Linear(dim, 1)
 
@@ -79,7 +82,7 @@ class AttentionPosterior(nn.Module):
         return AttentionMaps(maps.unflatten(2, grid), attention.unflatten(1, grid))
 
     def seeds(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """What memory gives the slots to start from: hidden [..., Dh], context [..., Dc] -> [..., S, Ds]."""
+        """The slots' initial values, without their identities: hidden [..., Dh], context [..., Dc] -> [..., S, Ds]."""
         memory = torch.cat([hidden, context.to(hidden.dtype)], dim=-1).detach()
         return self.seed(memory).unflatten(-1, (self.slots, self.dim))
 

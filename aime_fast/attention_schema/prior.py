@@ -1,4 +1,4 @@
-"""AttentionPrior (top-down): where attention will go, from where it was and what is remembered."""
+"""AttentionPrior (top-down): attention predicted from the map, recurrent state and latent of the frame before."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.layers import TransformerBlock, downsample, full_precision, grid_positions, halvings
 
 MAX_MOVEMENT = 0.5  # largest predicted movement of a position in one frame, as a share of the image
 
 
 class PredictedAttention(NamedTuple):
+    """The prior's map of N frames, and how each of its positions is predicted to move."""
+
     log_attention: Tensor  # [N, Ha, Wa], exp sums to 1
     movement: Tensor  # [N, 2, Ha, Wa], (dx, dy) as a share of the image
 
@@ -21,8 +24,8 @@ class PredictedAttention(NamedTuple):
 class AttentionPrior(nn.Module):
     """p(A_t | A_{t-1}, h_{t-1}, z_{t-1}) and a movement field.
 
-    Convolutions with large kernels see how the map may move; self-attention over the grid (at half its resolution) and
-    cross-attention to [h, z] decide; the result re-weights the map that was. Like the posterior it reads h and z without shaping them.
+    Convolutions with large kernels read the map of the frame before; self-attention over the grid (at half its resolution) and
+    cross-attention to [h, z] predict a re-weighting of that map. Like the posterior it passes no gradient to h and z.
 
     Args:
         grid: Ha = Wa.
@@ -30,7 +33,7 @@ class AttentionPrior(nn.Module):
         dim: width.
     """
 
-    def __init__(self, grid: int, hidden_dim: int, latent_dim: int, dim: int = 64):
+    def __init__(self, grid: int, hidden_dim: int, latent_dim: int, dim: int = ModelConfig.attention_prior_dim):
         super().__init__()
         self.grid, coarse = grid, halvings(grid, 1)[-1]
         self.coarse = coarse
@@ -41,7 +44,7 @@ class AttentionPrior(nn.Module):
         self.over_grid = TransformerBlock(dim, hidden_dim=2 * dim)
         self.to_memory = TransformerBlock(dim, hidden_dim=2 * dim, memory_dim=dim)
         self.head = nn.Conv2d(dim, 4 * 3, 3, padding=1)
-        self.persistence = nn.Parameter(torch.tensor(0.5))  # how much of the old map's log stays
+        self.persistence = nn.Parameter(torch.tensor(0.5))  # weight of the log of the old map
 
     def forward(self, attention: Tensor, hidden: Tensor, latents: Tensor) -> PredictedAttention:
         """attention [N, Ha, Wa], hidden [N, Dh], latents [N, Z], all of frame t-1 -> `PredictedAttention` of frame t."""

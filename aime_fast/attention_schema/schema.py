@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aime_fast.attention_schema.posterior import AttentionMaps, AttentionPosterior
-from aime_fast.attention_schema.prior import AttentionPrior, PredictedAttention
+from aime_fast.attention_schema.posterior import AttentionPosterior
+from aime_fast.attention_schema.prior import AttentionPrior
+from aime_fast.config import ModelConfig
 from aime_fast.layers import grid_coordinates, outside_autocast
 
 LOG_FLOOR = 1e-8  # keeps log A finite where a map is zero
 
 
 class AttentionSchema(nn.Module):
-    """Where the model looks (posterior) and where it expects to look (prior).
+    """Attention inferred from a frame (`posterior`) and predicted before it (`prior`).
 
     Args: see `AttentionPosterior` and `AttentionPrior`.
     """
@@ -27,25 +28,17 @@ class AttentionSchema(nn.Module):
         hidden_dim: int,
         context_dim: int,
         latent_dim: int,
-        attention_dim: int = 64,
-        num_slots: int = 5,
-        iterations: int = 3,
-        fusion: str = "weighted",
-        prior_dim: int = 64,
+        attention_dim: int = ModelConfig.attention_dim,
+        num_slots: int = ModelConfig.num_attention_slots,
+        iterations: int = ModelConfig.slot_iterations,
+        fusion: str = ModelConfig.attention_fusion,
+        prior_dim: int = ModelConfig.attention_prior_dim,
     ):
         super().__init__()
         self.posterior = AttentionPosterior(image_size, hidden_dim, context_dim, attention_dim, num_slots, iterations, fusion)
         self.grid = self.posterior.grid
         self.prior = AttentionPrior(self.grid, hidden_dim, latent_dim, prior_dim)
         self.register_buffer("coordinates", grid_coordinates(self.grid), persistent=False)
-
-    def look(self, frames: Tensor, hidden: Tensor, context: Tensor) -> AttentionMaps:
-        """The posterior: frames [N, 3, H, W], hidden [N, Dh], context [N, Dc]."""
-        return self.posterior(frames, hidden, context)
-
-    def expect(self, attention: Tensor, hidden: Tensor, latents: Tensor) -> PredictedAttention:
-        """The prior, from frame t-1: attention [N, Ha, Wa], hidden [N, Dh], latents [N, Z]."""
-        return self.prior(attention, hidden, latents)
 
     def uniform(self, batch: int) -> Tensor:
         """The map before the first frame: [batch, Ha, Wa]."""
@@ -56,10 +49,10 @@ class AttentionSchema(nn.Module):
         with outside_autocast(attention):
             return torch.einsum("...hw,chw->...c", attention, self.coordinates.to(attention.dtype))
 
-    def dynamics_loss(self, attention: Tensor, before: Tensor, movement: Tensor, start: Tensor) -> Tensor:
-        """Smooth L1 between the predicted movement, averaged under the old map, and that of the centre of mass.
+    def motion_loss(self, attention: Tensor, before: Tensor, movement: Tensor, start: Tensor) -> Tensor:
+        """Smooth L1 between the predicted movement, averaged under the map of the frame before, and that of the centre of mass.
 
-        The movement to be predicted is a target and gets no gradient: maps must not learn to stand still.
+        The target gets no gradient: maps must not learn to stand still.
 
         Args: attention, before [B, T, Ha, Wa]; movement [B, T, 2, Ha, Wa]; start bool [B, T], frames without a past.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.layers import full_precision
 
 
@@ -16,7 +17,7 @@ class SlotAttention(nn.Module):
         iterations: rounds.
     """
 
-    def __init__(self, dim: int, iterations: int = 3):
+    def __init__(self, dim: int, iterations: int = ModelConfig.slot_iterations):
         super().__init__()
         self.iterations, self.scale = iterations, dim**-0.5
         self.norm_inputs = nn.LayerNorm(dim)
@@ -35,14 +36,14 @@ class SlotAttention(nn.Module):
             query = self.query(self.norm_slots(slots)) * self.scale
             share = full_precision(query @ key.transpose(1, 2)).softmax(dim=1) + 1e-8  # over slots: [N, S, M]
             maps = share / share.sum(dim=2, keepdim=True)
-            seen = maps.to(value.dtype) @ value  # [N, S, Ds]
-            slots = gru(self.update, seen, slots.to(seen.dtype))
+            update = maps.to(value.dtype) @ value  # [N, S, Ds]
+            slots = gru(self.update, update, slots.to(update.dtype))
             slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, maps
 
 
 def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
-    """`cell`, written out: PyTorch's fused CUDA cell cannot be traced into a compiled step. x, h [..., D] -> [..., D]."""
+    """`cell`, written out: PyTorch's fused CUDA cell has no meta kernel, so it cannot be compiled. x, h [..., D] -> [..., D]."""
     x_reset, x_update, x_new = F.linear(x, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
     h_reset, h_update, h_new = F.linear(h, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
     new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()

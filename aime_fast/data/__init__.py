@@ -4,12 +4,11 @@ from aime_fast.data.augment import augment, normalise
 from aime_fast.data.batches import SequenceBatches, make_batches
 from aime_fast.data.collectors import collect
 from aime_fast.data.dataset import DMCVBDataset
-from aime_fast.data.episodes import DataError, EpisodeWriter
+from aime_fast.data.episodes import EpisodeWriter
 from aime_fast.data.synthetic import SyntheticEpisodes
 
 __all__ = [
     "DMCVBDataset",
-    "DataError",
     "EpisodeWriter",
     "SequenceBatches",
     "SyntheticEpisodes",

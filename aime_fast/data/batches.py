@@ -20,11 +20,11 @@ from torch import Tensor
 from aime_fast.config import DataConfig
 from aime_fast.data.augment import normalise
 from aime_fast.data.dataset import DMCVBDataset
-from aime_fast.data.episodes import DataError
 from aime_fast.data.prefetch import Prefetcher
 from aime_fast.data.replay import EpisodeSource, Replay, lies_on_device, plain, replay_bytes
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
+from aime_fast.errors import DataError
 
 
 def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cpu") -> tuple[SequenceBatches, SequenceBatches]:

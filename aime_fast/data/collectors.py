@@ -22,7 +22,8 @@ from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.config import DataConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
-from aime_fast.data.episodes import DataError, EpisodeWriter
+from aime_fast.data.episodes import EpisodeWriter
+from aime_fast.errors import DataError
 
 if TYPE_CHECKING:
     from torchrl.collectors import BaseCollector

@@ -14,7 +14,8 @@ import torch
 from tensordict import TensorDict
 from torch.utils.data import Dataset
 
-from aime_fast.data.episodes import SHARED, DataError, check_shard, open_shard, read_episode
+from aime_fast.data.episodes import SHARED, check_shard, open_shard, read_episode
+from aime_fast.errors import DataError
 
 SUFFIXES = (".h5", ".hdf5")
 

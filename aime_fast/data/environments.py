@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from aime_fast.config import DataConfig
-from aime_fast.data.episodes import DataError
+from aime_fast.errors import DataError
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase

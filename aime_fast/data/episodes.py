@@ -26,6 +26,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from aime_fast.errors import DataError
+
 FORMAT_VERSION = 1
 CHUNK_FRAMES = 16
 DTYPES = {"pixels": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "is_init": np.bool_}
@@ -40,10 +42,6 @@ SHARED = {
     "action_dim": None,
 }
 RECOLLECT = "re-collect it with `python -m aime_fast.collect --overwrite --out FILE`"
-
-
-class DataError(ValueError):
-    """Recorded data, or a request to record some, is unusable. The message names the place, the value and the remedy."""
 
 
 class EpisodeWriter:

@@ -11,8 +11,8 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from aime_fast.data.episodes import DataError
 from aime_fast.data.prefetch import CopyStream
+from aime_fast.errors import DataError
 
 KEYS = ("pixels", "action", "reward", "is_init")
 DEVICE_SHARE = 0.25  # of the free device memory, the most that "auto" gives to a replay: the rest is the model's and the step's

@@ -1,4 +1,4 @@
-"""VAEDecoder: p(x_t | z_t, A_t), the mirror of the encoder; it sees the latent and the attention map, nothing else."""
+"""VAEDecoder: p(x_t | z_t, A_t), the mirror of the encoder; its only inputs are the latent and the attention map."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.encoder_decoder.keypoints import GaussianHeatmaps
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
 from aime_fast.layers import ResidualCell, Upsample, full_precision, group_norm, halvings
@@ -26,7 +27,7 @@ class AttentionModulation(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """Draws frames from z and A: a dense start at H/16, and bumps placed by z at each finer resolution.
+    """Decodes frames from z and A: a dense layer at H/16, and Gaussians positioned by z at each finer resolution.
 
     Args:
         image_size: H = W.
@@ -37,7 +38,7 @@ class VAEDecoder(nn.Module):
         likelihood_std: standard deviation of the Gaussian, pixels in [-1, 1].
         mol_components: logistics of the mixture.
 
-    `background` [3, H, W] is a learnt image that z and A paint over; the trainer starts it at the mean training frame.
+    `background` [3, H, W] is a learnt image to which the output is added; the trainer sets it to the mean training frame at first.
     """
 
     def __init__(
@@ -45,10 +46,10 @@ class VAEDecoder(nn.Module):
         image_size: int,
         latent_dim: int,
         channels: tuple[int, ...],
-        blocks: int = 2,
-        likelihood: str = "gaussian",
-        likelihood_std: float = 0.1,
-        mol_components: int = 10,
+        blocks: int = ModelConfig.blocks_per_level,
+        likelihood: str = ModelConfig.likelihood,
+        likelihood_std: float = ModelConfig.likelihood_std,
+        mol_components: int = ModelConfig.mol_components,
     ):
         super().__init__()
         full, half, quarter, eighth, self.grid = halvings(image_size, 4)
@@ -68,7 +69,7 @@ class VAEDecoder(nn.Module):
         self.to_half = nn.Sequential(group_norm(c4), nn.SiLU(), Upsample(c4, c2, half))
         self.head = Upsample(c2, self.likelihood.channels, full)
         with torch.no_grad():
-            self.head.conv.weight.zero_()  # the first frames are the background: a random drawing would teach the decoder to ignore z
+            self.head.conv.weight.zero_()  # the first output is the background: a random picture would teach it to ignore z
             self.head.conv.bias.zero_()
 
     def forward(self, latents: Tensor, attention: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.layers import TransformerBlock, downsample, full_precision
 
 
 class ImageDiscriminator(nn.Module):
-    """Real or drawn, patch by patch: frames [N, 3, H, W] -> (logits [N, 1, H/8, W/8], features of each level)."""
+    """Real or decoded, patch by patch: frames [N, 3, H, W] -> (logits [N, 1, H/8, W/8], features of each level)."""
 
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
@@ -33,7 +34,7 @@ class ImageDiscriminator(nn.Module):
 
 
 class TemporalDiscriminator(nn.Module):
-    """Real or drawn, from how frames follow each other.
+    """Real or decoded, from how frames follow each other.
 
     Args:
         image_size, latent_dim: H, Z.
@@ -42,7 +43,15 @@ class TemporalDiscriminator(nn.Module):
         max_frames: learnt time positions; later frames repeat the last one.
     """
 
-    def __init__(self, image_size: int, latent_dim: int, dim: int = 128, layers: int = 4, heads: int = 4, max_frames: int = 64):
+    def __init__(
+        self,
+        image_size: int,
+        latent_dim: int,
+        dim: int = ModelConfig.discriminator_dim,
+        layers: int = 4,
+        heads: int = 4,
+        max_frames: int = 64,
+    ):
         super().__init__()
         patch = 8
         self.frame = nn.Sequential(

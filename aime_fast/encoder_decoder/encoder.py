@@ -1,4 +1,4 @@
-"""VAEEncoder: q(z_t | x_t, c_t), a residual tower in the manner of NVAE (Vahdat and Kautz, arXiv 2007.03898)."""
+"""VAEEncoder: q(z_t | x_t, c_t), a residual tower like that of NVAE (Vahdat and Kautz, arXiv 2007.03898)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.encoder_decoder.keypoints import SpatialSoftmax
 from aime_fast.layers import MLP, ResidualCell, downsample, full_precision, group_norm, halvings, outside_autocast
 
 LOGVAR_BOUND = 8.0  # log-variances are bounded smoothly to [-8, 8]: standard deviations in [0.018, 55]
-MEAN_BOUND = 5.0  # means to [-5, 5]: the prior goes on from where a latent was, so nothing else would keep it from growing
+MEAN_BOUND = 5.0  # means to [-5, 5]: the prior is relative to the last latent, so nothing else bounds them
 
 
 def bounded_logvar(raw: Tensor) -> Tensor:
-    """Smooth bound of a log-variance, in full precision."""
+    """Smooth bound of a log-variance [...], in full precision."""
     return LOGVAR_BOUND * torch.tanh(full_precision(raw) / LOGVAR_BOUND)
 
 
 def bounded_mean(raw: Tensor) -> Tensor:
-    """Smooth bound of a latent's mean, in full precision."""
+    """Smooth bound of a latent's mean [...], in full precision."""
     return MEAN_BOUND * torch.tanh(full_precision(raw) / MEAN_BOUND)
 
 
@@ -34,9 +35,9 @@ class Posterior(NamedTuple):
 
 
 class VAEEncoder(nn.Module):
-    """Convolutional tower, pooled to the places of its channels at H/8 and their strengths at H/16; context joins after pooling.
+    """Convolutional tower, pooled to keypoints of its channels at H/8 and channel means at H/16; context joins after pooling.
 
-    But for its bound the mean is linear in what was pooled: a latent moves as the things in the picture move.
+    But for its bound the mean is linear in the pooled features: a latent moves as the objects in the picture move.
 
     Args:
         image_size: H = W.
@@ -45,7 +46,9 @@ class VAEEncoder(nn.Module):
         blocks: residual cells at each resolution.
     """
 
-    def __init__(self, image_size: int, latent_dim: int, context_dim: int, channels: tuple[int, ...], blocks: int = 2):
+    def __init__(
+        self, image_size: int, latent_dim: int, context_dim: int, channels: tuple[int, ...], blocks: int = ModelConfig.blocks_per_level
+    ):
         super().__init__()
         if len(channels) != 4:
             raise ValueError(f"encoder_channels is {channels}, expected four widths, for H/2, H/4, H/8 and H/16")
@@ -59,12 +62,12 @@ class VAEEncoder(nn.Module):
         pooled = 2 * channels[2] + width
         self.mean = nn.Linear(pooled + context_dim, latent_dim)
         self.logvar = MLP(pooled + context_dim, 4 * width, latent_dim)
-        # A latent that starts as noise is ignored by the decoder, and then nothing teaches the encoder. So frames start apart and
-        # posteriors narrow.
+        # The decoder ignores a latent that starts as noise, and then the encoder gets no gradient. So means of different frames start far
+        # apart and posteriors narrow.
         with torch.no_grad():
             self.mean.weight *= 16.0
             self.logvar[-1].bias.fill_(-4.0)
-            # The context changes from update to update while tokens are being learnt; it joins from zero, as it proves useful.
+            # The context changes from update to update while tokens are being learnt, so its weights start at zero.
             self.mean.weight[:, pooled:] = 0.0
             self.logvar[0].weight[:, pooled:] = 0.0
 
@@ -74,7 +77,7 @@ class VAEEncoder(nn.Module):
         x = self.levels[0](x)
         features = self.levels[1](x)
         x = torch.cat([self.places(features), self.strengths(self.levels[2](features)), context], dim=-1)
-        with outside_autocast(x):  # movement is the difference of two means
+        with outside_autocast(x):  # delta is a small difference of two means
             mean = bounded_mean(self.mean(full_precision(x)))
         return Posterior(mean, bounded_logvar(self.logvar(x)), features)
 

@@ -1,8 +1,8 @@
-"""Places in a picture: feature maps to coordinates (`SpatialSoftmax`, in the encoder) and back (`GaussianHeatmaps`, in the decoder).
+"""Keypoints: feature maps to coordinates (`SpatialSoftmax`, in the encoder) and back (`GaussianHeatmaps`, in the decoder).
 
-A flattened feature map gives each position of a thing a code of its own, and a dense layer has to learn to draw each of them. Coordinates
-move as things move, so that the next latent can be predicted from where the last ones were, and what is drawn in one place is drawn in
-every other. Sources: Finn et al., arXiv 1509.06113 (spatial softmax); Jakab et al., arXiv 1806.07823 (Gaussian heatmaps).
+In a flattened feature map every position of an object has a code of its own, and a dense layer has to learn to decode each of them.
+Coordinates move as objects move: the next latent can be predicted from the last ones, and an object that is decoded at one position is
+decoded at every other. Sources: Finn et al., arXiv 1509.06113 (spatial softmax); Jakab et al., arXiv 1806.07823 (Gaussian heatmaps).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from aime_fast.layers import full_precision, grid_coordinates, outside_autocast
 
-SHARPNESS = 4.0  # first factor of the features in the softmax; they come normalised
-CELLS = 1.5  # first standard deviation of a bump, in cells of its grid
-EDGE = 0.8  # bumps start within this share of the picture
+SHARPNESS = 4.0  # initial factor of the features, which are normalised, in the softmax
+CELLS = 1.5  # initial standard deviation of a Gaussian, in cells of its grid
+EDGE = 0.8  # Gaussians start within this share of the picture
 
 
 class SpatialSoftmax(nn.Module):
-    """Where each channel is strongest: features [N, C, h, w] -> mean (x, y) under the channel's softmax, in [-1, 1], [N, 2 C].
+    """Expected position of each channel: features [N, C, h, w] -> mean (x, y) under the channel's softmax, in [-1, 1], [N, 2 C].
 
     Args: channels, grid: C; h = w.
     """
@@ -38,11 +38,11 @@ class SpatialSoftmax(nn.Module):
 
 
 class GaussianHeatmaps(nn.Module):
-    """z -> feature maps made of Gaussian bumps whose places and heights are linear in z; the same places at every resolution.
+    """z -> feature maps made of Gaussians whose positions and amplitudes are linear in z; the same positions at every resolution.
 
     Args:
         latent_dim: Z.
-        count: of bumps.
+        count: number of Gaussians.
         grids: h = w of each feature map.
         channels: C of each feature map.
     """
@@ -54,7 +54,7 @@ class GaussianHeatmaps(nn.Module):
         self.to_features = nn.ModuleList(nn.Conv2d(count, c, 1, bias=False) for c in channels)
         for i, grid in enumerate(grids):
             self.register_buffer(f"middles_{i}", 2 * grid_coordinates(grid)[0, 0] - 1, persistent=False)
-        with torch.no_grad():  # a latent of unit size moves them by a third of the picture
+        with torch.no_grad():  # a latent of unit size moves the positions by a third of the picture
             self.place.weight.normal_(std=0.6 / math.sqrt(latent_dim))
             self.place.bias.uniform_(-EDGE, EDGE)
             self.height.weight.normal_(std=0.4 / math.sqrt(latent_dim))

@@ -1,9 +1,9 @@
-"""What a model makes of one held-out episode, for the pictures of a run and of its report."""
+"""Clips of held-out episodes, and what a model makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from aime_fast.data import normalise
-from aime_fast.training.pictures import attention_sheet, filmstrip, prediction_frames, save_samples, write_png, write_video
 
 CONTEXT, HORIZON = 8, 16  # frames shown and predicted in the pictures of training: the convention of the evaluation
 COLUMNS = 8
@@ -74,45 +73,50 @@ def strip_columns(clip: Clip, columns: int = COLUMNS) -> list[int]:
     return [clip.shown - 1, *(clip.shown + i for i in spread(columns - 1, len(clip.truth) - clip.shown))]
 
 
-def draw_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int) -> dict[str, Path]:
-    """Write the pictures of a training step: reconstruction, open-loop filmstrip and attention, each as a PNG.
+@dataclass(frozen=True)
+class Clips:
+    """Clips of F = context + horizon frames, cut from whole episodes, episode by episode."""
 
-    Args:
-        model: in eval mode. episode: as for `predict_clip`, with `is_init`. folder: where `step_<step>[_<name>].png` go.
+    pixels: Tensor  # uint8 [N, F, 3, H, W]
+    actions: Tensor  # [N, F, A]
+    context: int
+    positions: Tensor | None = None  # [N, F, n, 2], pixels
 
-    Returns:
-        The files by name: samples, open_loop, attention.
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def horizon(self) -> int:
+        return self.pixels.shape[1] - self.context
+
+    def __getitem__(self, rows: slice) -> Clips:
+        return Clips(self.pixels[rows], self.actions[rows], self.context, None if self.positions is None else self.positions[rows])
+
+    def to(self, device: torch.device) -> Clips:
+        positions = None if self.positions is None else self.positions.to(device)
+        return Clips(self.pixels.to(device), self.actions.to(device), self.context, positions)
+
+
+def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_episode: int) -> Clips:
+    """Up to `per_episode` clips from each episode, the first at its start, the last at its end, the others evenly between.
+
+    Clips overlap where an episode is too short for that many side by side.
+
+    Args: episodes with `pixels` uint8 [T, 3, H, W], `action` [T, A] and, all or none, `positions` [T, n, 2].
+
+    Raises ValueError: context or horizon below 1, or every episode is shorter than a clip.
     """
-    paths = {name: folder / f"step_{step:08d}{suffix}.png" for name, suffix in (("samples", ""), ("open_loop", "_open_loop"))}
-    paths["attention"] = folder / f"step_{step:08d}_attention.png"
-    out = look_at(model, episode, COLUMNS)
-    save_samples(paths["samples"], out["video"], out["reconstructions"], out["attention"])
-    clip = predict_clip(model, episode)
-    columns = strip_columns(clip)
-    write_png(paths["open_loop"], filmstrip(clip.truth[columns], clip.drawn[columns], shown=1))
-    write_png(paths["attention"], attention_sheet(out["video"], out["attention"], out["slot_maps"]))
-    return paths
-
-
-def draw_prediction(
-    model: nn.Module, episodes: Iterable[TensorDict], path: Path, device: torch.device, context: int = CONTEXT, horizon: int = HORIZON
-) -> None:
-    """Write a video of whole episodes' middle parts: truth | reconstruction, then open-loop prediction | error.
-
-    Args:
-        model: in eval mode.
-        episodes: as for `predict_clip`, on any device; those of fewer than two frames are left out.
-        path: mp4 to write.
-        device: where the model is.
-        context: frames the model sees; horizon: frames it predicts from the actions alone.
-
-    Raises:
-        ValueError: no episode has two frames.
-    """
-    clips = (
-        predict_clip(model, episode.select("pixels", "action").to(device), context, horizon) for episode in episodes if len(episode) > 1
-    )
-    films = [prediction_frames(clip.truth, clip.drawn, clip.shown) for clip in clips]
-    if not films:
-        raise ValueError("prediction video: every held-out episode has fewer than two frames")
-    write_video(path, torch.cat(films))
+    if context < 1 or horizon < 1 or per_episode < 1:
+        raise ValueError(f"--context {context}, --horizon {horizon}, --clips {per_episode}: each must be at least 1")
+    frames, longest, clips = context + horizon, 0, []
+    for episode in episodes:
+        length = episode.shape[0]
+        longest = max(longest, length)
+        count = min(per_episode, length - frames + 1)
+        for i in range(count):
+            first = round(i * (length - frames) / max(count - 1, 1))
+            clips.append(episode[first : first + frames].select("pixels", "action", "positions", strict=False).clone())
+    if not clips:
+        raise ValueError(f"--context {context} --horizon {horizon}: the longest held-out episode has {longest} frames, ask for fewer")
+    cut = torch.stack(clips)
+    return Clips(cut["pixels"], cut["action"], context, cut.get("positions", None))

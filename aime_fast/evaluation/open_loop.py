@@ -7,17 +7,17 @@ measured on the horizon only, step by step, beside what needs no model at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from aime_fast.data import normalise
-from aime_fast.training.lpips import Lpips
-from aime_fast.training.measures import Calibration, Reconstruction, psnr, squared_error, ssim
-from aime_fast.training.positions import PositionReader, position_errors
+from aime_fast.evaluation.clips import Clips
+from aime_fast.evaluation.lpips import Lpips
+from aime_fast.evaluation.measures import psnr, squared_error, ssim
+from aime_fast.evaluation.positions import PositionReader, position_errors
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 GAIN_STEPS = range(5, 17)  # over which the gain on repeat-last-frame is averaged
@@ -30,55 +30,6 @@ WANTED = {
     "rolled_out_token_accuracy_at_10": 0.6,
     "rolled_out_to_teacher_forced_at_10": 0.75,
 }
-
-
-@dataclass(frozen=True)
-class Clips:
-    """Clips of F = context + horizon frames, cut from whole episodes, episode by episode."""
-
-    pixels: Tensor  # uint8 [N, F, 3, H, W]
-    actions: Tensor  # [N, F, A]
-    context: int
-    positions: Tensor | None = None  # [N, F, n, 2], pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    @property
-    def horizon(self) -> int:
-        return self.pixels.shape[1] - self.context
-
-    def __getitem__(self, rows: slice) -> Clips:
-        return Clips(self.pixels[rows], self.actions[rows], self.context, None if self.positions is None else self.positions[rows])
-
-    def to(self, device: torch.device) -> Clips:
-        positions = None if self.positions is None else self.positions.to(device)
-        return Clips(self.pixels.to(device), self.actions.to(device), self.context, positions)
-
-
-def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_episode: int) -> Clips:
-    """Up to `per_episode` clips from each episode, the first at its start, the last at its end, the others evenly between.
-
-    Clips overlap where an episode is too short for that many side by side.
-
-    Args: episodes with `pixels` uint8 [T, 3, H, W], `action` [T, A] and, all or none, `positions` [T, n, 2].
-
-    Raises ValueError: context or horizon below 1, or every episode is shorter than a clip.
-    """
-    if context < 1 or horizon < 1 or per_episode < 1:
-        raise ValueError(f"--context {context}, --horizon {horizon}, --clips {per_episode}: each must be at least 1")
-    frames, longest, clips = context + horizon, 0, []
-    for episode in episodes:
-        length = episode.shape[0]
-        longest = max(longest, length)
-        count = min(per_episode, length - frames + 1)
-        for i in range(count):
-            first = round(i * (length - frames) / max(count - 1, 1))
-            clips.append(episode[first : first + frames].select("pixels", "action", "positions", strict=False).clone())
-    if not clips:
-        raise ValueError(f"--context {context} --horizon {horizon}: the longest held-out episode has {longest} frames, ask for fewer")
-    cut = torch.stack(clips)
-    return Clips(cut["pixels"], cut["action"], context, cut.get("positions", None))
 
 
 def predict(
@@ -244,26 +195,4 @@ def _targets(result: dict) -> dict[str, dict]:
     return {
         name: {"value": value, "wanted": WANTED[name], "met": None if value is None else value >= WANTED[name]}
         for name, value in values.items()
-    }
-
-
-@torch.no_grad()
-def evaluate_sequences(
-    model: DPGMMVariationalRecurrentAutoencoder, batches: Iterable[TensorDict], mean_frame: Tensor, codebook_size: int
-) -> dict[str, dict]:
-    """What is measured on held-out sequences of the trained length: `reconstruction` (see `measures.Reconstruction`, and the
-    teacher-forced token_accuracy) and `calibration` of the one-step prior (see `measures.Calibration`)."""
-    reconstruction, calibration, correct = Reconstruction(mean_frame, codebook_size), Calibration(), 0.0
-    for batch in batches:
-        video = normalise(batch["pixels"])
-        outputs = model.forward_sequence(video, batch["action"], batch["is_init"])
-        start = batch["is_init"].squeeze(-1).clone()
-        start[:, 0] = True
-        reconstruction.update(outputs, video)
-        calibration.update(outputs, start)
-        correct += outputs["token_accuracy"].item() * video.shape[:2].numel()
-    measured = reconstruction.compute()
-    return {
-        "reconstruction": measured | {"token_accuracy": correct / reconstruction.frames},
-        "calibration": calibration.compute(),
     }

@@ -10,16 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.encoder_decoder.encoder import bounded_logvar
 from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import MLP, full_precision
 
-APART = 0.1  # standard deviation of the first biases of the components' offsets; their weights add 0.6
+OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets; their weights add 0.6
 
 
 class Mixture(NamedTuple):
-    """A Gaussian mixture for each of N frames, with what its KL terms need."""
+    """A Gaussian mixture for each of N frames, and the KL of its weights' posterior."""
 
     log_weights: Tensor  # [N, K], log pi
     means: Tensor  # [N, K, Z]
@@ -27,7 +28,7 @@ class Mixture(NamedTuple):
     kl_hierarchical: Tensor  # [N], nats: sticks and concentration
 
     def sample(self, sample: bool = True) -> Tensor:
-        """z [N, Z]: the mean of the likeliest component, or a draw. No gradient passes the choice of the component."""
+        """z [N, Z]: the mean of the likeliest component, or a sample. No gradient passes the choice of the component."""
         if not sample:
             chosen = self.log_weights.argmax(-1)
         else:
@@ -43,9 +44,9 @@ class Mixture(NamedTuple):
 class DPGMMPrior(nn.Module):
     """Weights, widths, offsets and gates are network outputs of the concatenated [h, c].
 
-    Means are offsets from where the latent would be if it went on as it moved: m_{t-1} + g (m_{t-1} - m_{t-2}), m being the mean of q(z)
-    (in imagination z itself) and g in (0, 1) a gate for each dimension. What is in a video has inertia; a network that had to find speed
-    in h by itself did not in 750 updates (docs/evaluation.md).
+    Means are offsets from an extrapolation of the latent, m_{t-1} + g (m_{t-1} - m_{t-2}), where m is the mean of q(z) (in imagination z
+    itself) and g in (0, 1) a gate for each dimension. Objects in a video have inertia; a network that had to find speed in h by itself did
+    not within 750 updates (docs/log.md).
 
     Args:
         hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
@@ -53,7 +54,9 @@ class DPGMMPrior(nn.Module):
         kl: "exact" or "series10", see `kernels.kumaraswamy.kumaraswamy_sticks`.
     """
 
-    def __init__(self, hidden_dim: int, context_dim: int, latent_dim: int, max_components: int = 15, kl: str = "exact"):
+    def __init__(
+        self, hidden_dim: int, context_dim: int, latent_dim: int, max_components: int = ModelConfig.max_components, kl: str = ModelConfig.kl
+    ):
         super().__init__()
         self.latent_dim, self.components, self.kl_method = latent_dim, max_components, kl
         self.trunk = nn.Sequential(MLP(hidden_dim + context_dim, hidden_dim, hidden_dim), nn.SiLU(), nn.LayerNorm(hidden_dim))
@@ -63,21 +66,21 @@ class DPGMMPrior(nn.Module):
         self.inertia = nn.Linear(hidden_dim, latent_dim)
         nn.init.zeros_(self.inertia.weight)
         nn.init.zeros_(self.inertia.bias)
-        with torch.no_grad():  # components start apart from each other, each as wide as the posterior's start
+        with torch.no_grad():  # components start at different means, each with the initial width of the posterior
             self.components_head.bias.copy_(
-                torch.cat([torch.randn(max_components * latent_dim) * APART, torch.zeros(max_components * latent_dim)])
+                torch.cat([torch.randn(max_components * latent_dim) * OFFSET_STD, torch.zeros(max_components * latent_dim)])
             )
 
-    def forward(self, hidden: Tensor, context: Tensor, latents: Tensor, moved: Tensor, sample: bool = True) -> Mixture:
-        """The prior of a frame, from the one before.
+    def forward(self, hidden: Tensor, context: Tensor, latents: Tensor, delta: Tensor, sample: bool = True) -> Mixture:
+        """Predicts a frame's latent from the frame before.
 
-        Args: hidden [N, Dh]; context [N, Dc]; latents, moved [N, Z], where the latent is and by how much it moved to get there;
-            sample: False takes mean sticks.
+        Args: hidden [N, Dh]; context [N, Dc]; latents, delta [N, Z], the latent and its difference from the one before it; sample: False
+            takes mean sticks.
         """
         features = self.trunk(torch.cat([hidden, context.to(hidden.dtype)], dim=-1))
         concentration, rate, alpha, log_alpha = self.alpha(hidden)
         sticks = self.sticks(features, None, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
-        going_on = latents + self.inertia(features).sigmoid() * moved
-        means = full_precision(going_on).unsqueeze(-2) + full_precision(means)
+        extrapolated = latents + self.inertia(features).sigmoid() * delta
+        means = full_precision(extrapolated).unsqueeze(-2) + full_precision(means)
         return Mixture(sticks.log_pi, means, bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate))

@@ -1,9 +1,8 @@
-"""The world model one frame at a time: `step` sees the frame, `imagine` draws it.
+"""The world model one frame at a time: `step` observes the frame, `imagine` predicts and decodes it.
 
-Both map a `State` of fixed shape to the next one and cost one frame, however long the video is: perception keeps one product for each
-causal convolution and the keys and values of the attention window. `step` is the definition that the parallel path is tested against.
-`imagine` looks at nothing: latent, attention and context come from their predictions, so what is drawn never feeds back.
-`model` is always the world model, whose methods of the same names are the public ones.
+Both map a `State` of fixed shape to the next one and cost one frame, however long the video is. `step` is the definition that the
+parallel path is tested against. `imagine` observes nothing: latent, attention and context come from their priors, so a decoded frame is
+never an input. `model` is always the world model, whose methods of the same names are the public ones.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.generative_prior.dpgmm_prior import Mixture
-from aime_fast.inference import Inference, draw_latents, recurrent_input
-from aime_fast.perceiver_io.context import Memory
-from aime_fast.roll_out import alike
+from aime_fast.imagination.sequence import Inference, recurrent_input, sample_latents
+from aime_fast.perceiver_io.context import PerceptionCache
+from aime_fast.runtime.roll_out import match_layout
 
 
 class State(NamedTuple):
@@ -26,40 +25,39 @@ class State(NamedTuple):
     lstm: Tensor  # [B, layers, 2, Dh], hidden and cell
     hidden: Tensor  # [B, Dh], h_t
     latents: Tensor  # [B, Z], the mean of q(z_t); z_t where it was imagined
-    moved: Tensor  # [B, Z], how far that is from the one before
-    fresh: Tensor  # bool [B], no frame was there before: nothing has moved
+    delta: Tensor  # [B, Z], latents minus those of the frame before
+    fresh: Tensor  # bool [B], true before an episode's first frame: there is no latent to take a difference from
     context: Tensor  # [B, Dc], c_t
     attention: Tensor  # [B, Ha, Wa], A_t
-    kept: tuple[Tensor, ...]  # [B, C, h, w] each, of the tokenizer's causal convolutions
-    memory: Memory | None  # of the context's attention over time
+    cache: PerceptionCache | None  # None where no further frame will be observed
 
 
 def initial_state(model: nn.Module, batch: int) -> State:
-    """The empty memory before a first frame."""
+    """The empty state before a first frame."""
     like, perceiver = model.decoder.background, model.perceiver_io
 
     def zeros(width: int) -> Tensor:
         return torch.zeros(batch, width, device=like.device, dtype=like.dtype)
 
     return State(
-        lstm=model.dynamics.initial_state(batch, like.device, like.dtype),
-        hidden=zeros(model.dynamics.hidden_dim),
+        lstm=model.recurrence.initial_state(batch, like.device, like.dtype),
+        hidden=zeros(model.recurrence.hidden_dim),
         latents=zeros(model.latent_dim),
-        moved=zeros(model.latent_dim),
+        delta=zeros(model.latent_dim),
         fresh=torch.ones(batch, dtype=torch.bool, device=like.device),
         context=zeros(perceiver.out[-1].out_features),
         attention=model.attention.uniform(batch).to(like.dtype),
-        kept=perceiver.tokenizer.nothing_kept(batch),
-        memory=perceiver.empty_memory(batch),
+        cache=perceiver.empty_cache(batch),
     )
 
 
-def state_after(seen: Inference, pick: Callable[[Tensor], Tensor], kept: tuple[Tensor, ...] = (), memory: Memory | None = None) -> State:
-    """What one of the inferred frames leaves for the next; `pick` takes it out of [B, T, ...]. Where the latent is gets no gradient."""
-    shape = seen.hidden.shape[:2]
-    latents, moved, attention = (pick(x.unflatten(0, shape)) for x in (seen.posterior.mean.detach(), seen.moved, seen.maps.attention))
+def state_after(inferred: Inference, pick: Callable[[Tensor], Tensor], cache: PerceptionCache | None = None) -> State:
+    """The state after one of the inferred frames; `pick` takes that frame out of [B, T, ...]. Latents get no gradient."""
+    shape = inferred.hidden.shape[:2]
+    flat = (inferred.posterior.mean.detach(), inferred.delta, inferred.maps.attention)
+    latents, delta, attention = (pick(x.unflatten(0, shape)) for x in flat)
     fresh = torch.zeros(shape[0], dtype=torch.bool, device=latents.device)
-    return State(pick(seen.lstm), pick(seen.hidden), latents, moved, fresh, pick(seen.context), attention, kept, memory)
+    return State(pick(inferred.lstm), pick(inferred.hidden), latents, delta, fresh, pick(inferred.context), attention, cache)
 
 
 def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Tensor) -> tuple[dict[str, Tensor], State]:
@@ -70,79 +68,79 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     Returns: (the per-frame outputs of `forward_sequence` without the T axis, the next state).
     """
     given, state = state, _restart(model, state, init)
-    codes, context, kept, memory = model.perceiver_io.observe(frame.unsqueeze(1), state.kept, state.memory, init.unsqueeze(1))
+    codes, context, cache = model.perceiver_io.observe(frame.unsqueeze(1), state.cache, init.unsqueeze(1))
     codes, context = codes[:, 0], context[:, 0]
     posterior = model.encoder(frame, context)
-    z = draw_latents(posterior.mean, posterior.logvar, model.training)
-    mean = posterior.mean.detach()  # as in `world_model._infer`: the prior must not pull the latent to where it is easy to go on from
-    moved = _movement(state, mean)
-    hidden, lstm = _recur(model, mean, moved, context, action, state.lstm)
+    z = sample_latents(posterior.mean, posterior.logvar, model.training)
+    mean = posterior.mean.detach()  # as in `world_model._infer`: the prior must not pull the latent to where it is easy to predict
+    delta = _delta(state, mean)
+    hidden, lstm = _recur(model, mean, delta, context, action, state.lstm)
     context_before = context if model.prior_context == "current" else state.context
-    prior = model.prior(state.hidden, context_before, state.latents, state.moved, sample=model.training)
-    maps = model.attention.look(frame, hidden, context)
-    expected = model.attention.expect(state.attention, state.hidden, state.latents)
-    drawn = model.decoder(z, maps.attention)
-    seen = Inference(posterior, z, moved, prior, context, hidden, lstm, maps, state.attention, expected, drawn)
-    out = seen.describe(codes, model.decoder.likelihood, (frame.shape[0],))
-    return out, alike(State(lstm, hidden, mean, moved, torch.zeros_like(init), context, maps.attention, kept, memory), given)
+    prior = model.prior(state.hidden, context_before, state.latents, state.delta, sample=model.training)
+    maps = model.attention.posterior(frame, hidden, context)
+    predicted = model.attention.prior(state.attention, state.hidden, state.latents)
+    decoded = model.decoder(z, maps.attention)
+    inferred = Inference(posterior, z, delta, prior, context, hidden, lstm, maps, state.attention, predicted, decoded)
+    out = inferred.describe(codes, model.decoder.likelihood, (frame.shape[0],))
+    return out, match_layout(State(lstm, hidden, mean, delta, torch.zeros_like(init), context, maps.attention, cache), given)
 
 
 def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
-    """One frame without seeing it: latent and attention from their priors, the context from its own prediction, the frame drawn.
+    """One frame without observing it: `imagine_latents`, then the decoder.
 
-    With `prior_context="current"` too the prior is given c_{t-1}: c_t is predicted only after z_t. What perception keeps (`kept`,
-    `memory`) stays that of the last frame seen.
+    With `prior_context="current"` too the prior is given c_{t-1}: c_t is predicted only after z_t. The cache of perception stays that of
+    the last observed frame.
 
-    Args: action [B, A], taken after the imagined frame; state of the frame before; sample: draw from the priors, otherwise the mean of
+    Args: action [B, A], taken after the imagined frame; state of the frame before; sample: sample the prior, otherwise take the mean of
     the likeliest component.
 
     Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
     """
-    p, _, following = dream(model, action, state, sample)
-    drawn = model.decoder(following.latents, following.attention)
+    prior, _, after = imagine_latents(model, action, state, sample)
+    decoded = model.decoder(after.latents, after.attention)
     out = dict(
-        reconstructions=model.decoder.likelihood.mean(drawn), latents=following.latents, mixture_weights=p.log_weights.exp(),
-        attention=following.attention,
+        reconstructions=model.decoder.likelihood.mean(decoded), latents=after.latents, mixture_weights=prior.log_weights.exp(),
+        attention=after.attention,
     )  # fmt: skip
-    return out, alike(following, state)
+    return out, match_layout(after, state)
 
 
-def dream(
+def imagine_latents(
     model: nn.Module, action: Tensor, state: State, sample: bool = False, attends: bool = True
 ) -> tuple[Mixture, Tensor | None, State]:
-    """`imagine` without the drawing, differentiable: (prior of z_t, log of the expected attention [B, Ha, Wa], the next state).
+    """`imagine` in latent space, differentiable: (prior of z_t, log of the predicted attention [B, Ha, Wa], the next state).
 
-    Where it does not attend, the map stays as it was and its log is None. Drawn latents move by their noise too, which training, where
-    movement is that of means, does not show the prior.
+    Without `attends` the map stays as it is and its log is None. In training, delta is a difference of means; the delta of sampled latents
+    contains their noise, which the prior was not trained on.
     """
-    p = model.prior(state.hidden, state.context, state.latents, state.moved, sample=sample)
-    z = p.sample(sample)
-    log_attention = model.attention.expect(state.attention, state.hidden, state.latents).log_attention if attends else None
-    context = model.expect_context(state.hidden, state.context, z)
-    moved = _movement(state, z)
-    hidden, lstm = _recur(model, z, moved, context, action, state.lstm)
-    following = state._replace(
-        lstm=lstm, hidden=hidden, latents=z, moved=moved,
+    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample=sample)
+    z = prior.sample(sample)
+    log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
+    context = model.context_prior(state.hidden, state.context, z)
+    delta = _delta(state, z)
+    hidden, lstm = _recur(model, z, delta, context, action, state.lstm)
+    after = state._replace(
+        lstm=lstm, hidden=hidden, latents=z, delta=delta,
         fresh=torch.zeros_like(state.fresh), context=context, attention=log_attention.exp() if attends else state.attention,
     )  # fmt: skip
-    return p, log_attention, following
+    return prior, log_attention, after
 
 
-def _movement(state: State, latents: Tensor) -> Tensor:
-    """How far the latents [B, Z] of this frame are from those of the frame before; 0 where there was none."""
+def _delta(state: State, latents: Tensor) -> Tensor:
+    """The latents [B, Z] of this frame minus those of the frame before; 0 where there was none."""
     return torch.where(state.fresh[:, None], 0.0, latents - state.latents)
 
 
-def _recur(model: nn.Module, latents: Tensor, moved: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
-    x = recurrent_input(latents, moved, context, action).unsqueeze(1)
-    going_on = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
-    hidden, lstm = model.dynamics(x, going_on, lstm)
+def _recur(model: nn.Module, latents: Tensor, delta: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
+    x = recurrent_input(latents, delta, context, action).unsqueeze(1)
+    no_start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
+    hidden, lstm = model.recurrence(x, no_start, lstm)
     return hidden[:, 0], lstm[:, 0]
 
 
 def _restart(model: nn.Module, state: State, init: Tensor) -> State:
-    """Empties the memory of the batch rows where an episode begins, but for perception, which is told of it."""
+    """Empties the state of the batch rows where an episode begins. Perception is told of `init` itself, so its cache stays."""
     empty = initial_state(model, init.shape[0])
-    names = ("lstm", "hidden", "latents", "moved", "fresh", "context", "attention")
+    names = ("lstm", "hidden", "latents", "delta", "fresh", "context", "attention")
     pairs = {name: (getattr(empty, name), getattr(state, name)) for name in names}
     return state._replace(**{name: torch.where(init.reshape(-1, *(1,) * (old.dim() - 1)), new, old) for name, (new, old) in pairs.items()})

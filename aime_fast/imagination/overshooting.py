@@ -1,31 +1,68 @@
-"""Overshooting: the model's own roll-out of a few frames, from a state that it inferred, scored against what was seen.
+"""Overshooting: a roll-out of a few imagined frames from an inferred state, scored against what was inferred from the true frames.
 
-One-step training never shows the priors a state that they produced themselves, and open-loop prediction shows them nothing else. Here
-latent, attention and context of k frames come from their predictions, as in `imagination.imagine`, and are scored: the latent's
-posterior sample under the mixture, the attention map against the posterior's, the context against the one that was read, and the
-frames that the decoder draws of them against the truth. Targets get no gradient, nor does the latent where the roll-out begins, so that
-the posterior is not bent towards what is easy to predict. Source: latent overshooting (Hafner et al., arXiv 1811.04551), with pixels
-scored too.
+One-step training never shows the priors a state that they produced themselves, and open-loop prediction shows them nothing else. One loop,
+`imagine_and_score`, serves two uses: `pixel_overshooting` in a joint update, which decodes the imagined frames too, and
+`latent_overshooting` in the latent phase, for sequences whose latents were inferred before. Targets get no gradient, nor does the latent
+where a roll-out begins: the posterior is not bent towards what is easy to predict. Source: latent overshooting (Hafner et al., arXiv
+1811.04551), here with pixels too.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.attention_schema.schema import attention_kl
-from aime_fast.imagination import dream, state_after
-from aime_fast.inference import Inference
+from aime_fast.imagination.frame import State, imagine_latents, state_after
+from aime_fast.imagination.sequence import Inference, Latents, predict_latents, sample_latents
+from aime_fast.layers import previous, starts
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 
-SEEN = 3  # frames up to the first state, where the sequence is long enough: the fewest that show speed and its change
+BURN_IN = 3  # frames up to the first state, where the sequence is long enough: the fewest that show speed and its change
+SEED_WEIGHT = 10.0  # of the squared error of the slots' seeds
 
 
-def overshoot(model: nn.Module, seen: Inference, video: Tensor, actions: Tensor, start: Tensor, frames: int) -> dict[str, Tensor]:
-    """Rolls out min(frames, T - 1) frames from one random frame, the same for the whole batch, with SEEN - 1 before it where T allows.
+class Targets(NamedTuple):
+    """What a roll-out over B sequences of T frames is scored against, and the actions that it is given."""
 
-    Args: seen, of B*T frames; video [B, T, 3, H, W] in [-1, 1]; actions [B, T, A]; start bool [B, T].
+    latents: Tensor  # [B, T, Z], samples of the posterior
+    context: Tensor  # [B, T, Dc]
+    attention: Tensor  # [B, T, Ha, Wa]
+    actions: Tensor  # [B, T, A]
+
+
+def imagine_and_score(
+    model: nn.Module, state: State, first: Tensor, frames: int, targets: Targets, attends: bool = True
+) -> tuple[dict[str, Tensor], list[State]]:
+    """Imagines `frames` frames from `state`, the state after frame `first`.
+
+    Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too.
+
+    Returns: (scores in nats, `latent`, `context` and, where it attends, `attention`: [frames, B] each; the imagined states).
+    """
+    scores: dict[str, list[Tensor]] = {"latent": [], "context": []} | ({"attention": []} if attends else {})
+    states = []
+    for age in range(1, frames + 1):
+        latents, context, attention, action = (_at(x, first + age) for x in targets)
+        prior, log_attention, state = imagine_latents(model, action, state, attends=attends)
+        scores["latent"].append(_nll(latents, prior))
+        if attends:
+            scores["attention"].append(attention_kl(attention, log_attention))
+        scores["context"].append(0.5 * (state.context - context).square().sum(-1))
+        states.append(state)
+    return {name: torch.stack(parts) for name, parts in scores.items()}, states
+
+
+def pixel_overshooting(
+    model: nn.Module, inferred: Inference, video: Tensor, actions: Tensor, start: Tensor, frames: int
+) -> dict[str, Tensor]:
+    """Scores min(frames, T - 1) imagined frames after a random one, the same for the whole batch, and their decoded pictures.
+
+    Args: inferred from B*T frames; video [B, T, 3, H, W] in [-1, 1]; actions [B, T, A]; start bool [B, T].
 
     Returns: the terms `OVERSHOOT`, in nats a frame, means over imagined frames that lie in the episode of the first; 0 where T is 1.
     """
@@ -33,32 +70,67 @@ def overshoot(model: nn.Module, seen: Inference, video: Tensor, actions: Tensor,
     frames = min(frames, length - 1)
     if frames < 1:
         return {name: video.new_zeros(()) for name in OVERSHOOT}
-    earliest = min(SEEN - 1, length - frames - 1)
-    first = torch.randint(earliest, length - frames, (1,), device=start.device)  # on the device: a captured graph draws anew
+    first = _first_frame(length, frames, start.device)
+    latents, attention = (x.unflatten(0, start.shape) for x in (inferred.latents, inferred.maps.attention))
+    state = state_after(inferred, lambda x: _at(x, first))
+    targets = Targets(latents.detach(), inferred.context.detach(), attention.detach(), actions)
+    scores, states = imagine_and_score(model, state, first, frames, targets)
 
-    def at(x: Tensor, age: int) -> Tensor:  # [B, T, ...] -> [B, ...]
-        return x.index_select(1, first + age)[:, 0]
-
-    latents, attention = seen.latents.unflatten(0, start.shape), seen.maps.attention.unflatten(0, start.shape)
-    state = state_after(seen, lambda x: at(x, 0))
-    going_on = torch.ones(batch, dtype=torch.bool, device=start.device)
-    imagined, scores, weights = [], [], []
+    in_episode = torch.ones(batch, dtype=torch.bool, device=start.device)
+    truth, weights = [], []
     for age in range(1, frames + 1):
-        prior, log_attention, state = dream(model, at(actions, age), state)
-        going_on = going_on & ~at(start, age)
-        scores.append(
-            torch.stack(
-                [
-                    -mixture_log_prob(at(latents, age).detach(), prior.log_weights, prior.means, prior.logvars),
-                    attention_kl(at(attention, age).detach(), log_attention),
-                    0.5 * (state.context - at(seen.context, age).detach()).square().sum(-1),
-                ]
-            )
-        )
-        imagined.append((state.latents, state.attention, at(video, age)))
-        weights.append(going_on.to(scores[0].dtype))
-    z, a, truth = (torch.cat(parts) for parts in zip(*imagined))  # [k * B, ...]
-    recon = model.decoder.likelihood.nll(model.decoder(z, a), truth)
+        in_episode = in_episode & ~_at(start, first + age)
+        truth.append(_at(video, first + age))
+        weights.append(in_episode.to(scores["latent"].dtype))
+    z, a = (torch.cat([getattr(state, name) for state in states]) for name in ("latents", "attention"))  # [frames * B, ...]
+    recon = model.decoder.likelihood.nll(model.decoder(z, a), torch.cat(truth))
     weight = torch.cat(weights)
-    everything = torch.cat([recon.unsqueeze(0), torch.cat(scores, dim=1)])  # [4, k * B]
-    return dict(zip(OVERSHOOT, ((everything * weight).sum(1) / weight.sum().clamp_min(1.0)).unbind()))
+    terms = torch.stack([recon, *(scores[name].flatten() for name in ("latent", "attention", "context"))])  # [4, frames * B]
+    return dict(zip(OVERSHOOT, ((terms * weight).sum(1) / weight.sum().clamp_min(1.0)).unbind()))
+
+
+def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
+    """Scores `frames` imagined frames after a random one, the same for the whole batch, and each frame predicted from the one before.
+
+    The slots' seeds, which read h, are trained towards their old values: attention does not move as the recurrence changes.
+
+    Args: inferred, one episode a sequence; frames, from 1 to T - 1; attends: score attention too, at more than the cost of all the rest.
+
+    Returns: scalars, to be added: of the latent `one_step`, `sticks`, `rolled_out`, then `context`; and where it attends `attention`,
+    `attention_rolled_out` and `seeds`. All but the last are nats a frame.
+    """
+    batch, length = inferred.mean.shape[:2]
+    start = starts(None, batch, length, inferred.mean.device)
+    latents = sample_latents(inferred.mean, inferred.logvar, True)
+    predicted = predict_latents(model, inferred.mean, inferred.context, inferred.actions, start, sample=True)
+    terms = {"one_step": _nll(latents.flatten(0, 1), predicted.prior).mean(), "sticks": predicted.prior.kl_hierarchical.mean()}
+    if attends:
+        before = previous(inferred.attention, start, model.attention.uniform(1)).flatten(0, 1)
+        attention = model.attention.prior(before, predicted.hidden_before, predicted.latents_before)
+        terms["attention"] = attention_kl(inferred.attention.flatten(0, 1), attention.log_attention).mean()
+        seeds = model.attention.posterior.seeds(predicted.hidden, inferred.context)
+        terms["seeds"] = SEED_WEIGHT * F.mse_loss(seeds, inferred.seeds)
+
+    first = _first_frame(length, frames, start.device)
+    parts = (predicted.lstm, predicted.hidden, inferred.mean, predicted.delta, inferred.context, inferred.attention)
+    lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
+    fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
+    state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
+    targets = Targets(latents, inferred.context, inferred.attention, inferred.actions)
+    scores, _ = imagine_and_score(model, state, first, frames, targets, attends)
+    names = {"latent": "rolled_out", "context": "context", "attention": "attention_rolled_out"}
+    return terms | {names[name]: score.mean() for name, score in scores.items()}
+
+
+def _first_frame(length: int, frames: int, device: torch.device) -> Tensor:
+    """A random frame with BURN_IN - 1 before it, where the length allows, and `frames` after it: int64 [1]."""
+    return torch.randint(min(BURN_IN - 1, length - frames - 1), length - frames, (1,), device=device)
+
+
+def _at(x: Tensor, time: Tensor) -> Tensor:
+    """The frame `time` [1] of x: [B, T, ...] -> [B, ...]."""
+    return x.index_select(1, time)[:, 0]
+
+
+def _nll(latents: Tensor, prior) -> Tensor:
+    return -mixture_log_prob(latents, prior.log_weights, prior.means, prior.logvars)

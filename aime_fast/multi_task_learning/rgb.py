@@ -1,4 +1,4 @@
-"""RGB as an optimiser's helper: task losses in, balanced gradients in `.grad` out."""
+"""RGB over the parameters of a model: task losses in, balanced gradients in `.grad` out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from aime_fast.config import OptimConfig
 from kernels.rgb import AGGREGATIONS, MIN_NORM, TaskGradients, rgb_rotate_
 
 
@@ -43,11 +44,11 @@ class RGB(nn.Module):
 
     def __init__(
         self,
-        mu: float = 0.9,
-        lam: float = 1.0,
-        alpha_steps: int = 3,
-        lr_inner: float = 0.2,
-        aggregation: str = "norm_weighted",
+        mu: float = OptimConfig.rgb_mu,
+        lam: float = OptimConfig.rgb_lambda,
+        alpha_steps: int = OptimConfig.rgb_alpha_steps,
+        lr_inner: float = OptimConfig.rgb_lr_inner,
+        aggregation: str = OptimConfig.aggregation,
     ):
         super().__init__()
         if aggregation not in AGGREGATIONS:
@@ -62,7 +63,7 @@ class RGB(nn.Module):
         self.register_buffer("has_direction", torch.tensor(False))
 
     def reset(self, num_tasks: int, num_parameters: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
-        """Give the state its size and forget it: no direction, angles 0. The first `rotate` does it; do it before compiling."""
+        """Allocate an empty state: no direction, angles 0. The first `rotate` does it by itself; call it before compiling."""
         self.task_num, self.device = num_tasks, torch.device(device)
         self.direction = torch.zeros(num_parameters, dtype=dtype, device=device)
         self.angles = torch.zeros(num_tasks, dtype=dtype, device=device)
@@ -78,10 +79,10 @@ class RGB(nn.Module):
         self.task_num = self.angles.numel() or None
 
     def _prepare(self, task_gradients: TaskGradients) -> None:
-        """Size and place the state for these gradients; a no-op from the second call on."""
+        """Allocate the state for these gradients, on their device; a no-op from the second call on."""
         rows = [[row] for row in task_gradients] if isinstance(task_gradients, Tensor) else task_gradients
-        some = [next((g for g in column if g is not None), None) for column in zip(*rows)]
-        known = [g for g in some if g is not None]
+        reached = [next((g for g in column if g is not None), None) for column in zip(*rows)]
+        known = [g for g in reached if g is not None]
         if not known:
             raise ValueError("RGB: no task has a gradient; are the losses computed from the shared parameters?")
         tasks, numbers = len(rows), sum(g.numel() for g in known)
@@ -130,7 +131,12 @@ class RGB(nn.Module):
         return result, info
 
     def task_gradients(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """Gradient of each loss with respect to each parameter; a loss that does not depend on any has None everywhere."""
+        """Gradient of each loss with respect to each parameter.
+
+        Args: losses, n scalars; parameters, P tensors of any shape.
+
+        Returns: n lists of P tensors in the parameters' shapes and dtypes; None where a loss does not depend on a parameter.
+        """
         gradients = []
         for i, loss in enumerate(losses):
             if loss.requires_grad:

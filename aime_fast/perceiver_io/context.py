@@ -1,8 +1,8 @@
 """CausalPerceiverIO: tokens -> one context vector a frame, never looking ahead.
 
 Learned latents read the tokens of a frame (Perceiver IO; Jaegle et al., arXiv 2107.14795); a causal transformer with rotary positions
-mixes frames. Frames see at most `window` frames back, as in training, so that longer videos ask for nothing that was not learnt.
-`observe` goes on from a `Memory` of fixed size, so that frames may come one by one at the cost of one frame each.
+mixes frames. A frame attends at most `window` frames back, as in training, so that longer videos need nothing that was not learnt.
+`observe` continues from a `PerceptionCache` of fixed size: frames may come one by one, at the cost of one frame each.
 """
 
 from __future__ import annotations
@@ -14,17 +14,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.layers import TransformerBlock, episode_mask, grid_positions, starts
 from aime_fast.perceiver_io.predictor import PerceiverTokenPredictor
 from aime_fast.perceiver_io.tokenizer import VQPTTokenizer
-from aime_fast.roll_out import RollOut, alike
+from aime_fast.runtime.roll_out import RollOut, match_layout
 
 
-class Memory(NamedTuple):
-    """What attention over time keeps of the last window - 1 frames, oldest first."""
+class ContextCache(NamedTuple):
+    """Keys and values of attention over time, of the last window - 1 frames, oldest first."""
 
     key_value: Tensor  # [B, layers, window - 1, 2 D], keys not yet rotated
-    known: Tensor  # bool [B, window - 1], the entries that hold a frame of this episode
+    known: Tensor  # bool [B, window - 1], entries that belong to a frame of this episode
+
+
+class PerceptionCache(NamedTuple):
+    """What perception caches between frames."""
+
+    convolutions: tuple[Tensor, ...]  # [B, C, h, w] each, `Tokens.cache`
+    context: ContextCache
 
 
 class CausalPerceiverIO(nn.Module):
@@ -38,18 +46,18 @@ class CausalPerceiverIO(nn.Module):
         action_dim: A, for the predictor.
         tokenizer, predictor: further keywords of `VQPTTokenizer` and `PerceiverTokenPredictor`.
 
-    The tokenizer learns from its own reconstruction and commitment alone: context and predictor read codes, which are discrete.
+    The tokenizer is trained by its own reconstruction and commitment alone: context and predictor read discrete codes.
     """
 
     def __init__(
         self,
         video_shape: tuple[int, int, int, int] = (16, 3, 64, 64),
-        num_latents: int = 128,
-        num_latent_channels: int = 256,
-        hidden_dim: int = 512,
-        context_dim: int = 256,
+        num_latents: int = ModelConfig.num_latents,
+        num_latent_channels: int = ModelConfig.num_latent_channels,
+        hidden_dim: int = 2 * ModelConfig.num_latent_channels,
+        context_dim: int = ModelConfig.context_dim,
         action_dim: int = 6,
-        context_layers: int = 2,
+        context_layers: int = ModelConfig.context_layers,
         tokenizer: dict | None = None,
         predictor: dict | None = None,
     ):
@@ -72,36 +80,39 @@ class CausalPerceiverIO(nn.Module):
         )
         self.roll_out = RollOut(next_tokens)
 
-    def context(self, tokens: Tensor, is_init: Tensor | None = None) -> Tensor:
-        """tokens int64 [B, T, Ht, Wt, Q] -> context [B, T, Dc]; c_t depends on frames <= t of the same episode."""
-        start = starts(is_init, *tokens.shape[:2], tokens.device)
+    def context(self, tokens: Tensor, start: Tensor) -> Tensor:
+        """tokens int64 [B, T, Ht, Wt, Q], start bool [B, T] -> context [B, T, Dc]; c_t depends on frames <= t of the same episode."""
         x, mask = self._summarise(tokens), episode_mask(start, self.window)
         for block in self.time:
             x = block(x, mask=mask)
         return self.out(x)
 
-    def extend_context(self, tokens: Tensor, memory: Memory, is_init: Tensor | None = None) -> tuple[Tensor, Memory]:
-        """`context` of T further frames, one or many, after those in `memory`. Returns (context [B, T, Dc], the next memory)."""
+    def extend_context(self, tokens: Tensor, cache: ContextCache, is_init: Tensor | None = None) -> tuple[Tensor, ContextCache]:
+        """`context` of T further frames, one or many, after the cached ones. Returns (context [B, T, Dc], the next cache).
+
+        `is_init` bool [B, T] marks first frames of an episode; without it all frames continue that of the cache.
+        """
         batch, frames = tokens.shape[:2]
-        past = memory.known.shape[1]
+        past = cache.known.shape[1]
         start = F.pad(starts(is_init, batch, frames, tokens.device, first=False), (past, 0))  # [B, past + T]
-        known = F.pad(memory.known, (0, frames), value=True)
+        known = F.pad(cache.known, (0, frames), value=True)
         mask = episode_mask(start, self.window)[:, past:] & known[:, None]  # [B, T, past + T]
         x, key_value = self._summarise(tokens), []
-        for block, old in zip(self.time, memory.key_value.unbind(1)):
+        for block, old in zip(self.time, cache.key_value.unbind(1)):
             x, new = block.extend(x, old, mask)
             key_value.append(new)
         episode = start.cumsum(1)
         known = known & (episode == episode[:, -1:])
-        return self.out(x), Memory(torch.stack(key_value, dim=1), known[:, frames:].contiguous())
+        return self.out(x), ContextCache(torch.stack(key_value, dim=1), known[:, frames:].contiguous())
 
-    def empty_memory(self, batch: int) -> Memory:
-        """The memory before a first frame."""
+    def empty_cache(self, batch: int) -> PerceptionCache:
+        """The cache before a first frame."""
         past, width, like = self.window - 1, 2 * self.latents.shape[1], self.latents
-        return Memory(
+        context = ContextCache(
             torch.zeros(batch, len(self.time), past, width, device=like.device, dtype=like.dtype),
             torch.zeros(batch, past, dtype=torch.bool, device=like.device),
         )
+        return PerceptionCache(self.tokenizer.empty_cache(batch), context)
 
     def _summarise(self, tokens: Tensor) -> Tensor:
         """One vector for each frame, of that frame alone: int64 [B, T, Ht, Wt, Q] -> [B, T, D]."""
@@ -111,22 +122,21 @@ class CausalPerceiverIO(nn.Module):
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:
         """video [B, T, 3, H, W] in [-1, 1] -> context [B, T, Dc]."""
-        return self.context(self.tokenizer.tokenize(video, is_init).codes, is_init)
+        start = starts(is_init, *video.shape[:2], video.device)
+        return self.context(self.tokenizer.tokenize(video, start).codes, start)
 
     forward = extract_context
 
-    def observe(
-        self, video: Tensor, kept: tuple[Tensor, ...], memory: Memory, is_init: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Memory]:
-        """Tokens and context of T further frames, one or many, after those that `kept` and `memory` are of.
+    def observe(self, video: Tensor, cache: PerceptionCache, is_init: Tensor) -> tuple[Tensor, Tensor, PerceptionCache]:
+        """Tokens and context of T further frames, one or many, after the cached ones.
 
-        Args: video [B, T, 3, H, W] in [-1, 1]; is_init bool [B, T]; before a first frame `tokenizer.nothing_kept` and `empty_memory`.
+        Args: video [B, T, 3, H, W] in [-1, 1]; cache, `empty_cache` before a first frame; is_init bool [B, T].
 
-        Returns: (tokens int64 [B, T, Ht, Wt, Q], context [B, T, Dc], the next `kept`, the next `memory`).
+        Returns: (tokens int64 [B, T, Ht, Wt, Q], context [B, T, Dc], the next cache).
         """
-        tokens = self.tokenizer.tokenize(video, is_init, kept)
-        context, memory = self.extend_context(tokens.codes, memory, is_init)
-        return tokens.codes, context, tokens.kept, memory
+        tokens = self.tokenizer.tokenize(video, is_init, cache.convolutions)
+        context, context_cache = self.extend_context(tokens.codes, cache.context, is_init)
+        return tokens.codes, context, PerceptionCache(tokens.cache, context_cache)
 
     def compile_generation(self, mode: str = "on") -> None:
         """How `generate_tokens` runs a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
@@ -144,8 +154,8 @@ class CausalPerceiverIO(nn.Module):
             raise ValueError(
                 f"generate_autoregressive: {num_frames} frames after {given} need {given + num_frames - 1} actions, got {actions.shape[1]}"
             )
-        context, memory = self.extend_context(tokens, self.empty_memory(batch))
-        state = tokens[:, -1].clone(), context[:, -1].clone(), memory
+        context, cache = self.extend_context(tokens, self.empty_cache(batch).context)
+        state = tokens[:, -1].clone(), context[:, -1].clone(), cache
         return self.roll_out(self, actions[:, given - 1 : given + num_frames - 1], state, temperature, top_p)[0]
 
     @torch.no_grad()
@@ -153,21 +163,21 @@ class CausalPerceiverIO(nn.Module):
         self, video: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0
     ) -> Tensor:
         """Continues video [B, Tc, 3, H, W] by `num_frames` frames, any number: [B, num_frames, 3, H, W]; see `generate_tokens`."""
-        given = self.tokenizer.tokenize(video).codes
+        given, _, _ = self.tokenizer.encode(video)
         future = self.generate_tokens(given, actions, num_frames, temperature, top_p)
         return self.tokenizer.decode(torch.cat([given, future], dim=1))[:, given.shape[1] :]
 
 
 def next_tokens(
-    perceiver: CausalPerceiverIO, action: Tensor, state: tuple[Tensor, Tensor, Memory], temperature: float, top_p: float
-) -> tuple[Tensor, tuple[Tensor, Tensor, Memory]]:
-    """One frame of generation: the predictor draws tokens, the context reads them.
+    perceiver: CausalPerceiverIO, action: Tensor, state: tuple[Tensor, Tensor, ContextCache], temperature: float, top_p: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, ContextCache]]:
+    """One frame of generation: the predictor samples tokens, the context reads them.
 
-    Args: action [B, A]; state of the frame before: its tokens int64 [B, Ht, Wt, Q], its context [B, Dc], the memory.
+    Args: action [B, A]; state of the frame before: its tokens int64 [B, Ht, Wt, Q], its context [B, Dc], the cache.
 
     Returns: (tokens int64 [B, Ht, Wt, Q] of the next frame, the next state).
     """
-    tokens, context, memory = state
-    drawn = perceiver.predictor.sample(tokens, context, action, temperature, top_p)
-    context, memory = perceiver.extend_context(drawn[:, None], memory)
-    return drawn, alike((drawn, context[:, 0], memory), state)
+    tokens, context, cache = state
+    tokens = perceiver.predictor.sample(tokens, context, action, temperature, top_p)
+    context, cache = perceiver.extend_context(tokens[:, None], cache)
+    return tokens, match_layout((tokens, context[:, 0], cache), state)

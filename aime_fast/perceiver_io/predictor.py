@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from aime_fast.layers import MLP, Attention, emphasise_last, full_precision, grid_positions
 
 
@@ -34,8 +35,8 @@ class ConditionedBlock(nn.Module):
 class PerceiverTokenPredictor(nn.Module):
     """p(tokens of frame t+1 | tokens of frame t, c_t, a_t).
 
-    With `refinement_steps > 0` it is also given part of the answer while training, and decodes in that many rounds, the surest
-    tokens first (MaskGIT; Chang et al., arXiv 2202.04200). Otherwise all tokens of a frame are drawn at once.
+    With `refinement_steps > 0` it is also given a part of the target in training, and samples in that many rounds, the most probable
+    tokens first (MaskGIT; Chang et al., arXiv 2202.04200). Otherwise all tokens of a frame are sampled at once.
 
     Args:
         grid: Ht = Wt.
@@ -49,10 +50,10 @@ class PerceiverTokenPredictor(nn.Module):
         codebook_size: int,
         context_dim: int,
         action_dim: int,
-        dim: int = 256,
-        layers: int = 4,
-        corruption: float = 0.1,
-        refinement_steps: int = 0,
+        dim: int = ModelConfig.predictor_dim,
+        layers: int = ModelConfig.predictor_layers,
+        corruption: float = ModelConfig.token_corruption,
+        refinement_steps: int = ModelConfig.refinement_steps,
     ):
         super().__init__()
         self.grid, self.heads, self.codes = grid, codebook_heads, codebook_size
@@ -67,7 +68,7 @@ class PerceiverTokenPredictor(nn.Module):
         self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, codebook_heads * codebook_size)
-        self.stay = nn.Linear(dim, codebook_heads)  # added to the logit of the code that is there: most of a video stands still
+        self.stay = nn.Linear(dim, codebook_heads)  # added to the logit of the present code: most of a video does not change
         nn.init.zeros_(self.stay.weight)
         nn.init.constant_(self.stay.bias, 3.0)
 
@@ -78,7 +79,7 @@ class PerceiverTokenPredictor(nn.Module):
             tokens: int64 [B, T, Ht, Wt, Q], frame t.
             context: [B, T, Dc], c_t.
             actions: [B, T, A], a_t.
-            partial: int64 [B, T, Ht, Wt, Q], what is known of frame t+1; `mask_token` where nothing is.
+            partial: int64 [B, T, Ht, Wt, Q], known tokens of frame t+1; `mask_token` where unknown.
 
         Returns:
             [B, T, Ht, Wt, Q, V] for frame t+1.
@@ -136,22 +137,22 @@ class PerceiverTokenPredictor(nn.Module):
         return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
 
     def sample(self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-        """Draws the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A].
+        """Samples the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A].
 
         `temperature=0` takes the likeliest code.
         """
         given = tokens[:, None], context[:, None], actions[:, None]
         if self.partial is None:
-            return draw(self(*given)[:, 0], temperature, top_p)
+            return sample_codes(self(*given)[:, 0], temperature, top_p)
         partial = torch.full_like(given[0], self.mask_token)
         for i in range(self.refinement_steps):
             logits = self(*given, partial)
-            guess = torch.where(partial == self.mask_token, draw(logits, temperature, top_p), partial)
-            sure = full_precision(logits).log_softmax(-1).gather(-1, guess[..., None])[..., 0]
-            sure = torch.where(partial == self.mask_token, sure, torch.inf).flatten(1)
-            hidden = int(sure.shape[1] * math.cos(0.5 * math.pi * (i + 1) / self.refinement_steps))
-            rank = sure.argsort(1).argsort(1).view_as(guess)
-            partial = torch.where(rank < hidden, self.mask_token, guess)
+            guess = torch.where(partial == self.mask_token, sample_codes(logits, temperature, top_p), partial)
+            confidence = full_precision(logits).log_softmax(-1).gather(-1, guess[..., None])[..., 0]
+            confidence = torch.where(partial == self.mask_token, confidence, torch.inf).flatten(1)
+            masked = int(confidence.shape[1] * math.cos(0.5 * math.pi * (i + 1) / self.refinement_steps))
+            rank = confidence.argsort(1).argsort(1).view_as(guess)
+            partial = torch.where(rank < masked, self.mask_token, guess)
         return partial[:, 0]
 
     def _embed(self, table: nn.Embedding, tokens: Tensor, size: int) -> Tensor:
@@ -160,8 +161,8 @@ class PerceiverTokenPredictor(nn.Module):
         return rearrange(table(tokens + offset).sum(-2), "b t h w d -> (b t) (h w) d")
 
 
-def draw(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Samples codes from logits [..., V] -> int64 [...]; nucleus sampling keeps the likeliest codes that hold `top_p`.
+def sample_codes(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Samples codes from logits [..., V] -> int64 [...]; nucleus sampling takes the most probable codes up to `top_p`.
 
     Raises ValueError for a negative temperature or a `top_p` outside (0, 1].
     """

@@ -1,7 +1,7 @@
 """The vector quantiser: nearest code, straight-through gradient, codebook learnt by exponential moving average.
 
 Source: van den Oord et al., arXiv 1711.00937 (VQ-VAE, appendix A.1 for the moving average); Razavi et al., arXiv 1906.00446.
-The arithmetic is in `kernels.vq`; this module holds the state.
+The arithmetic is in `kernels.vq`; this module has the state.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from kernels import vq
 
 
 class Quantized(NamedTuple):
+    """N rows of Q vectors, each replaced by its nearest code, and statistics of the batch."""
+
     vectors: Tensor  # [N, Q, d], straight-through gradient
     codes: Tensor  # int64 [N, Q]
     commitment: Tensor  # scalar, mean squared distance to the code
@@ -25,16 +28,19 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Q heads with V codes of width d each, or one codebook that all heads share.
 
-    In training mode each call moves the codebook. The first call places every code on a vector of that batch.
+    In training mode each call updates the codebook. The first call sets every code to a vector of that batch.
+
+    Args: decay of the moving averages; eps, Laplace smoothing of the counts; dead_threshold, the average count below which a code is
+    replaced.
     """
 
     def __init__(
         self,
-        heads: int = 4,
-        codebook_size: int = 1024,
-        code_dim: int = 64,
-        share_codebook: bool = False,
-        decay: float = 0.99,
+        heads: int = ModelConfig.codebook_heads,
+        codebook_size: int = ModelConfig.codebook_size,
+        code_dim: int = ModelConfig.code_dim,
+        share_codebook: bool = ModelConfig.share_codebook,
+        decay: float = ModelConfig.codebook_decay,
         eps: float = 1e-5,
         dead_threshold: float = 2.0,
     ):
@@ -73,7 +79,7 @@ class VectorQuantizer(nn.Module):
             buffer.copy_(value)
 
     def _learn(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Move the codebook by a batch and its codes; returns how often each was chosen, int64 [Q|1, V]."""
+        """Update the codebook by a batch x [N, Q, d] and its codes; returns how often each code was chosen, int64 [Q|1, V]."""
         u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
         *state, counts = vq.codebook_update(
             x, codes, self.codebook, self.cluster_size, self.embedding_sum, u, self.decay, self.eps, self.dead_threshold

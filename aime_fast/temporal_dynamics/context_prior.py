@@ -1,4 +1,4 @@
-"""ContextPrior: what the context will be, for frames that are imagined and so have no tokens to read it from."""
+"""ContextPrior: predicts the context of imagined frames, which have no tokens to compute it from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aime_fast.layers import MLP
 
 
 class ContextPrior(nn.Module):
-    """c_t from h_{t-1}, c_{t-1} and z_t, as a change of c_{t-1} that starts at zero.
+    """c_t from h_{t-1}, c_{t-1} and z_t, as a change of c_{t-1}; the initial weights make it zero.
 
     Args: hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
     """

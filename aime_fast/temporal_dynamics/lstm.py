@@ -1,6 +1,6 @@
-"""LSTMLayer: the recurrence h_t = LSTM(h_{t-1}, x_t), with resets anywhere in a sequence; `inference.recurrent_input` makes x_t.
+"""LSTMLayer: the recurrence h_t = LSTM(h_{t-1}, x_t), with resets anywhere in a sequence; `sequence.recurrent_input` makes x_t.
 
-The input half of the gates is one GEMM over all frames; the loop holds the recurrent half alone. Source: Hochreiter and
+The input half of the gates is one GEMM over all frames; the loop holds only the recurrent half. Source: Hochreiter and
 Schmidhuber 1997; forget bias 1 from Jozefowicz et al. 2015; orthogonal recurrent weights from Saxe et al., arXiv 1312.6120.
 """
 
@@ -16,7 +16,7 @@ class LSTMLayer(nn.Module):
     """`num_layers` LSTM layers with layer norm on the output.
 
     Args:
-        input_dim: 2 Z + Dc + A, see `inference.recurrent_input`.
+        input_dim: 2 Z + Dc + A, see `sequence.recurrent_input`.
         hidden_dim: Dh.
     """
 
@@ -49,7 +49,7 @@ class LSTMLayer(nn.Module):
         Returns:
             (output [B, T, Dh] after layer norm, states [B, T, layers, 2, Dh] after each frame).
         """
-        keep = (~start).to(x.dtype).unsqueeze(-1)  # [B, T, 1]
+        carry = (~start).to(x.dtype).unsqueeze(-1)  # [B, T, 1], 0 where the state restarts
         if state is None:
             state = self.initial_state(x.shape[0], x.device, full_precision(x).dtype)
         states = []
@@ -57,12 +57,13 @@ class LSTMLayer(nn.Module):
             from_input = full_precision(linear(x))  # [B, T, 4 Dh]
             hidden, cell = state[:, layer].unbind(1)
             outputs, cells = [], []
-            for entering, kept in zip(from_input.unbind(1), keep.unbind(1)):  # indexing would fill a gradient of all frames for each
-                hidden, cell = hidden * kept, cell * kept
-                gates = entering + full_precision(hidden @ weight.T)
-                enter, forget, candidate, leave = gates.chunk(4, dim=-1)
-                cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
-                hidden = leave.sigmoid() * cell.tanh()
+            # unbind: the backward of indexing [:, t] would fill a gradient of all frames for each t
+            for gates_from_input, carried in zip(from_input.unbind(1), carry.unbind(1)):
+                hidden, cell = hidden * carried, cell * carried
+                gates = gates_from_input + full_precision(hidden @ weight.T)
+                input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
+                cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+                hidden = output_gate.sigmoid() * cell.tanh()
                 outputs.append(hidden)
                 cells.append(cell)
             x = torch.stack(outputs, dim=1)

@@ -1,15 +1,13 @@
 """Training: the update, the loop around it, checkpoints, schedules, logging and pictures."""
 
-from aime_fast.training.checkpoint import CheckpointError, latest_checkpoint, load_model
-from aime_fast.training.faults import NonFiniteError, check_tensor
+from aime_fast.training.checkpoint import latest_checkpoint, load_model
+from aime_fast.training.faults import check_tensor
 from aime_fast.training.interrupts import TrainingInterrupted
 from aime_fast.training.step import TrainingStep
 from aime_fast.training.trainer import DMCVBTrainer
 
 __all__ = [
-    "CheckpointError",
     "DMCVBTrainer",
-    "NonFiniteError",
     "TrainingInterrupted",
     "TrainingStep",
     "check_tensor",

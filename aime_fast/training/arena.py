@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from aime_fast.spans import span
+from aime_fast.runtime.spans import span
 
 ALIGNMENT = 32  # elements: each parameter begins on a boundary of 128 bytes, as vector loads and matrix libraries like it
 

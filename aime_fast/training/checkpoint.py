@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from aime_fast.config import Config, from_dict, to_dict
+from aime_fast.config import RENAMED, Config, from_dict, to_dict
+from aime_fast.errors import CheckpointError
 
-FORMAT = 4  # 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads movement, a dynamics phase
+# 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads deltas, a latent phase; 5: other names
+FORMAT = 5
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
-# What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the dynamics phase, which
-# is made anew.
+# What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the latent phase, which
+# is then run anew.
 MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
@@ -28,13 +30,9 @@ MAY_CHANGE = frozenset(
         "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
     )
 ) | {
-    "data.data", "data.workers", "data.prefetch", "data.replay", "optim.dynamics_updates", "optim.dynamics_batch_size",
-    "optim.dynamics_frames", "optim.dynamics_learning_rate",
+    "data.data", "data.workers", "data.prefetch", "data.replay", "optim.latent_phase_updates", "optim.latent_phase_batch_size",
+    "optim.latent_phase_frames", "optim.latent_phase_learning_rate",
 }  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """No usable checkpoint where one is needed. The message names the place and the remedy."""
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -81,10 +79,27 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     except Exception as error:  # torch reports a damaged archive through half a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a whole checkpoint, truncated or damaged ({reason}); use an older one") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found not in (4, FORMAT):
         raise CheckpointError(f"{path}: checkpoint format is {found}, expected {FORMAT}; it was written by another version")
-    return state
+    return _rename_format_4(state) if found == 4 else state
+
+
+def _rename_format_4(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of format 4 under the names of format 5. The order of parameters, and so the flat optimizer state, is the same."""
+
+    def weights(saved: dict[str, Any]) -> dict[str, Any]:
+        renamed = {"dynamics": "recurrence", "expect_context": "context_prior"}
+        split = {name: name.partition(".") for name in saved}
+        return {renamed.get(first, first) + dot + rest: saved[name] for name, (first, dot, rest) in split.items()}
+
+    phase = state.pop("dynamics")
+    if phase is not None:
+        made = {RENAMED.get(name, name): value for name, value in phase["made"].items()}
+        phase = {"made": made, "before": weights(phase["before"])}
+    config = to_dict(from_dict(state["config"]))
+    names = {"format": FORMAT, "latent_phase": phase, "config": config, "model": weights(state["model"]), "ema": weights(state["ema"])}
+    return state | names
 
 
 def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=print) -> tuple[Path, dict[str, Any]]:
@@ -143,7 +158,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
 
     Returns:
         (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`, and
-        `dynamics_updates` of the phase that the weights went through.
+        `latent_phase_updates`, those of the latent phase that the weights went through.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another version.
@@ -157,9 +172,9 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
     config = from_dict(state["config"])
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, state["action_dim"])
     model.load_state_dict(state["ema" if ema else "model"])
-    phase = state.get("dynamics") if ema else None
+    phase = state["latent_phase"] if ema else None
     info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
-    info["dynamics_updates"] = phase["made"]["dynamics_updates"] if phase else 0
+    info["latent_phase_updates"] = phase["made"]["latent_phase_updates"] if phase else 0
     return model.to(device).eval(), config, info
 
 

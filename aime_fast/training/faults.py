@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class NonFiniteError(FloatingPointError):
-    """A tensor holds nan or infinity. The message names it, the step, how many elements, and where the first one is."""
+from aime_fast.errors import NonFiniteError
 
 
 def check_tensor(name: str, tensor: Tensor, step: int | None = None) -> Tensor:

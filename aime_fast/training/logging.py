@@ -14,15 +14,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from aime_fast.cli import ConfigError
 from aime_fast.config import Config, to_dict
-from aime_fast.provenance import command_line, git_commit, version
+from aime_fast.errors import ConfigError
+from aime_fast.runtime.provenance import command_line, git_commit, version
 
 PACKAGES = (
-    "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "torchmetrics",
-    "imageio-ffmpeg",
+    "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "imageio-ffmpeg",
 )  # fmt: skip
 
 
@@ -84,16 +84,16 @@ class Logger:
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, metrics.get("dynamics/update", step))
+                self._tensorboard.add_scalar(name, value, metrics.get("latent_phase/update", step))
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show a PNG in the places that show pictures."""
         if self._tensorboard is not None:
-            from matplotlib.image import imread
+            from PIL import Image
 
-            self._tensorboard.add_image(name, imread(path), step, dataformats="HWC")
+            self._tensorboard.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 

@@ -9,34 +9,25 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict
 
-from aime_fast.cli import ConfigError
 from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
+from aime_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from aime_fast.evaluation.collapse import Watch, replay
+from aime_fast.evaluation.pictures import draw_prediction, draw_samples
+from aime_fast.evaluation.validation import validate
+from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
 from aime_fast.training import checkpoint
-from aime_fast.training.collapse import Watch, replay
-from aime_fast.training.dynamics import SHOWN, DynamicsPhase, LatentReplay, foretelling_parts
-from aime_fast.training.faults import NonFiniteError
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
+from aime_fast.training.latent_phase import CONTEXT, LatentPhase, LatentReplay, trained_modules
 from aime_fast.training.logging import Console, Logger, check_loggers, read_rows, write_run_files
-from aime_fast.training.samples import draw_prediction, draw_samples
 from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
-from aime_fast.training.settings import (
-    check_dynamics,
-    choose_compile,
-    choose_device,
-    choose_kernels,
-    data_file,
-    default_run_dir,
-    how_long,
-    keep_freed_memory,
-)
+from aime_fast.training.settings import check_latent_phase, data_file, default_run_dir, training_length
 from aime_fast.training.step import TrainingStep
-from aime_fast.training.validation import validate
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import kernels_on
 
-DYNAMICS_REPORTS = 20  # lines that the dynamics phase writes
-MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many, nothing will mend itself
+LATENT_PHASE_REPORTS = 20  # lines that the latent phase writes
+MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
 
 
 class DMCVBTrainer:
@@ -66,8 +57,8 @@ class DMCVBTrainer:
 
     def __init__(self, config: Config):
         run = config.run
-        length = how_long(config)
-        check_dynamics(config.optim)
+        length = training_length(config)
+        check_latent_phase(config.optim)
         self.device = choose_device(run.device)
         choose_kernels(run.kernels)
         self.compile = choose_compile(run.compile, self.device)
@@ -86,7 +77,7 @@ class DMCVBTrainer:
             checkpoint.check_same_config(resumed["config"], config)
 
         self.batches, self.validation = make_batches(config.data, run.seed, self.device)
-        self._check_dynamics()
+        self._check_latent_phase()
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
         torch.manual_seed(run.seed)
@@ -104,17 +95,17 @@ class DMCVBTrainer:
         self.plays_adversary = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
-        # Whether an update was made is known on the device. On a CPU it is asked each time, for nothing; on CUDA where metrics are read.
-        self.looks_for_faults = Every(run.log_every if self.device.type == "cuda" else 1)
+        # Whether an update was made is known on the device. On a CPU it is read each time, at no cost; on CUDA with the metrics.
+        self.should_check_faults = Every(run.log_every if self.device.type == "cuda" else 1)
         self.step, self.seconds = 0, 0.0
-        self.dynamics: dict | None = None  # what the last dynamics phase was, and the averaged weights that it changed, as they were
+        self.latent_phase: dict | None = None  # settings of the last latent phase, and the averaged weights that it changed, before it
         self.saved: Path | None = None
         self.skipped = 0
         if resumed is not None:
             self._load(resumed)
 
     def train(self) -> dict:
-        """Run until `total_steps`, then the dynamics phase if there is to be one, then validate and draw the prediction video.
+        """Run until `total_steps`, then the latent phase if one is set, then validate and write the prediction video.
 
         Returns:
             `run_dir`, `checkpoint`, `video` (paths), `step`, and `validation` (the last table).
@@ -132,13 +123,13 @@ class DMCVBTrainer:
         try:
             with StopSignals() as stop:
                 if self.step < self.total_steps:
-                    self._forget_dynamics()
+                    self._undo_latent_phase()
                 while self.step < self.total_steps and stop.signum is None:
                     metrics = self._update()
                     last = self.step == self.total_steps
-                    reads = any(should(self.step) for should in (self.looks_for_faults, should_validate, should_sample, should_save))
+                    reads = any(should(self.step) for should in (self.should_check_faults, should_validate, should_sample, should_save))
                     if last or reads or stop.signum is not None:
-                        self._look_for_faults()
+                        self._check_faults()
                     if last or should_log(self.step):
                         self._log(metrics)
                     if should_validate(self.step) and self.step < self.total_steps:
@@ -147,10 +138,10 @@ class DMCVBTrainer:
                         self._sample()
                     if should_save(self.step):
                         self._save()
-                made = None if self.dynamics is None else self.dynamics["made"]
-                if stop.signum is None and self.config.optim.dynamics_updates and made != self._dynamics_wanted():
+                made = None if self.latent_phase is None else self.latent_phase["made"]
+                if stop.signum is None and self.config.optim.latent_phase_updates and made != self._wanted_latent_phase():
                     self._save()
-                    self._train_dynamics(stop)
+                    self._train_latent_phase(stop)
             if stop.signum is not None:
                 self._save()
                 raise TrainingInterrupted(
@@ -180,8 +171,8 @@ class DMCVBTrainer:
         self.console.advance(self.step)
         return metrics
 
-    def _look_for_faults(self) -> None:
-        """Read whether updates were left out since the last look; then stop, or say so. The one wait for the device in the loop."""
+    def _check_faults(self) -> None:
+        """Read whether updates were skipped since the last check; stop, or report them. The only wait for the device in the loop."""
         began = time.perf_counter()
         report = self.training_step.faults.read()
         self.seconds += time.perf_counter() - began
@@ -204,7 +195,7 @@ class DMCVBTrainer:
         self.skipped = report.skipped
         self.console.line(f"skipped the update: {error}")
         if report.in_a_row >= MAX_SKIPS:
-            raise NonFiniteError(f"{error}; {report.in_a_row} updates in a row were skipped, this will not mend itself; {last}")
+            raise NonFiniteError(f"{error}; {report.in_a_row} updates in a row were skipped, the run will not recover; {last}")
 
     def _log(self, metrics: TensorDict) -> None:
         began = time.perf_counter()
@@ -224,7 +215,7 @@ class DMCVBTrainer:
         return {"epoch": self.step / self.updates_per_epoch, "time": self.seconds, **speed}
 
     def _validate(self) -> dict[str, float]:
-        """Measure the averaged weights; draws no random number that training would miss."""
+        """Measure the averaged weights. Training's random numbers are unaffected."""
         config = self.config
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
             measured = validate(
@@ -249,56 +240,58 @@ class DMCVBTrainer:
         for name, path in drawn.items():
             self.logger.picture(self.step, name, path)
 
-    def _check_dynamics(self) -> None:
-        """The dynamics phase must fit into an episode, of training and held out alike."""
-        frames, longest = self.config.optim.dynamics_frames, min(max(self.batches.lengths), max(self.validation.lengths))
-        if self.config.optim.dynamics_updates and SHOWN + frames > longest:
+    def _check_latent_phase(self) -> None:
+        """Raises ConfigError where no training or no held-out episode is as long as a sequence of the latent phase."""
+        frames, longest = self.config.optim.latent_phase_frames, min(max(self.batches.lengths), max(self.validation.lengths))
+        if self.config.optim.latent_phase_updates and CONTEXT + frames > longest:
             raise ConfigError(
-                f"--dynamics-frames {frames}: with {SHOWN} frames before them they are longer than any held-out or any training episode "
-                f"({longest} frames); take fewer, or --dynamics-updates 0"
+                f"--latent-phase-frames {frames}: with {CONTEXT} frames before them longer than any held-out or training episode "
+                f"({longest} frames); choose fewer, or --latent-phase-updates 0"
             )
 
-    def _dynamics_wanted(self) -> dict[str, float]:
-        """What tells one dynamics phase from another: the step that it follows, and its settings."""
-        optim = {name: value for name, value in to_dict(self.config)["optim"].items() if name.startswith("dynamics_")}
+    def _wanted_latent_phase(self) -> dict[str, float]:
+        """What identifies a latent phase: the step that it follows, and its settings."""
+        optim = {name: value for name, value in to_dict(self.config)["optim"].items() if name.startswith("latent_phase_")}
         return {"step": self.step, **optim}
 
-    def _train_dynamics(self, stop: StopSignals) -> None:
-        """The dynamics phase of the averaged weights. Stopped half-way, it leaves them as they were and begins anew when resumed."""
+    def _train_latent_phase(self, stop: StopSignals) -> None:
+        """Runs the latent phase on the averaged weights. Stopped half-way, it restores them and begins anew when resumed."""
         optim, began = self.config.optim, time.perf_counter()
-        self._forget_dynamics()
-        parts = foretelling_parts(self.ema)
-        before = {name: value.clone() for name, value in parts.state_dict().items()}
-        self.console.line(f"step {self.step}: inferring all episodes once, then {optim.dynamics_updates} updates of the dynamics alone")
+        self._undo_latent_phase()
+        modules = trained_modules(self.ema)
+        before = {name: value.clone() for name, value in modules.state_dict().items()}
+        self.console.line(
+            f"step {self.step}: inferring all episodes once, then {optim.latent_phase_updates} updates of recurrence and priors alone"
+        )
         with torch.random.fork_rng(self._cuda()):
             torch.manual_seed(self.config.run.seed)
-            replays = [LatentReplay(self.ema, batches, SHOWN + optim.dynamics_frames) for batches in (self.batches, self.validation)]
-            phase = DynamicsPhase(self.ema, *replays, optim)
-            should_report = Every(max(1, phase.updates // DYNAMICS_REPORTS))
+            replays = [LatentReplay(self.ema, batches, CONTEXT + optim.latent_phase_frames) for batches in (self.batches, self.validation)]
+            phase = LatentPhase(self.ema, *replays, optim)
+            should_report = Every(max(1, phase.updates // LATENT_PHASE_REPORTS))
             while phase.made < phase.updates and stop.signum is None:
                 phase.update()
                 if should_report(phase.made) or phase.made == phase.updates:
                     measured = phase.measure()
                     seconds = time.perf_counter() - began
                     self.console.line(
-                        f"dynamics {phase.made}/{phase.updates}, {seconds:.0f} s, held out: latent one frame ahead "
+                        f"latent phase {phase.made}/{phase.updates}, {seconds:.0f} s, held out: latent one frame ahead "
                         f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
                     )
-                    row = {f"dynamics/{name}": value for name, value in measured.items()}
-                    self.logger.log(self.step, {"time": self.seconds + seconds, "dynamics/update": phase.made, **row})
+                    row = {f"latent_phase/{name}": value for name, value in measured.items()}
+                    self.logger.log(self.step, {"time": self.seconds + seconds, "latent_phase/update": phase.made, **row})
             phase.close()
         if phase.made < phase.updates:
-            parts.load_state_dict(before)
+            modules.load_state_dict(before)
             return
         self.seconds += time.perf_counter() - began
-        self.dynamics = {"made": self._dynamics_wanted(), "before": before}
+        self.latent_phase = {"made": self._wanted_latent_phase(), "before": before}
         self._save()
 
-    def _forget_dynamics(self) -> None:
-        """Takes back the last dynamics phase: what follows, joint updates or another phase, goes on from the averaged weights before it."""
-        if self.dynamics is not None:
-            foretelling_parts(self.ema).load_state_dict(self.dynamics["before"])
-            self.dynamics = None
+    def _undo_latent_phase(self) -> None:
+        """Restores the averaged weights from before the last latent phase, for joint updates or another phase to go on from."""
+        if self.latent_phase is not None:
+            trained_modules(self.ema).load_state_dict(self.latent_phase["before"])
+            self.latent_phase = None
 
     def _finish(self) -> dict:
         if self.saved is None or self.saved.name != f"checkpoint_{self.step:08d}.pt":
@@ -314,7 +307,7 @@ class DMCVBTrainer:
         state = {
             "epoch": self.step / self.updates_per_epoch,
             "seconds": self.seconds,
-            "dynamics": self.dynamics,
+            "latent_phase": self.latent_phase,
             "action_dim": self.batches.action_dim,
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),
@@ -325,14 +318,14 @@ class DMCVBTrainer:
 
     def _load(self, state: dict) -> None:
         if state["action_dim"] != self.batches.action_dim:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"--resume: the checkpoint is for {state['action_dim']} actions, {self.config.data.data} has {self.batches.action_dim}"
             )
         self.training_step.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
         self.skipped = int(state["faults"]["skipped"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.dynamics = state["dynamics"]
+        self.latent_phase = state["latent_phase"]
         checkpoint.set_rng_state(state["rng"])
 
     def _find_resume(self, resume: bool) -> dict | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from aime_fast.evaluation.clips import COLUMNS, CONTEXT, HORIZON, look_at, predict_clip, strip_columns
 
 GREEN, RED = (40, 170, 70), (210, 50, 50)  # border of frames the model saw, and of frames it made up
 GAP = 2  # pixels of white between the cells of a sheet
@@ -97,17 +100,12 @@ def write_png(path: Path, image: Tensor) -> None:
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """uint8 [H, W, 3] as a PNG (RFC 2083: 8-bit RGB, each line predicted from the one above)."""
-    height, width, _ = image.shape
-    lines = image.cpu().reshape(height, width * 3).contiguous()
-    differences = lines - torch.cat([torch.zeros_like(lines[:1]), lines[:-1]])  # uint8 wraps, as filter type 2 asks
-    raw = torch.cat([torch.full((height, 1), 2, dtype=torch.uint8), differences], dim=1).numpy().tobytes()
+    """uint8 [H, W, 3] as a PNG."""
+    from PIL import Image
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
+    file = io.BytesIO()
+    Image.fromarray(image.cpu().numpy()).save(file, format="PNG", optimize=True)
+    return file.getvalue()
 
 
 def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int = 192) -> Tensor:
@@ -140,3 +138,47 @@ def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
             writer.send(frame.numpy().tobytes())
     finally:
         writer.close()
+
+
+def draw_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int) -> dict[str, Path]:
+    """Write the pictures of a training step: reconstruction, open-loop filmstrip and attention, each as a PNG.
+
+    Args:
+        model: in eval mode. episode: as for `predict_clip`, with `is_init`. folder: where `step_<step>[_<name>].png` go.
+
+    Returns:
+        The files by name: samples, open_loop, attention.
+    """
+    paths = {name: folder / f"step_{step:08d}{suffix}.png" for name, suffix in (("samples", ""), ("open_loop", "_open_loop"))}
+    paths["attention"] = folder / f"step_{step:08d}_attention.png"
+    out = look_at(model, episode, COLUMNS)
+    save_samples(paths["samples"], out["video"], out["reconstructions"], out["attention"])
+    clip = predict_clip(model, episode)
+    columns = strip_columns(clip)
+    write_png(paths["open_loop"], filmstrip(clip.truth[columns], clip.drawn[columns], shown=1))
+    write_png(paths["attention"], attention_sheet(out["video"], out["attention"], out["slot_maps"]))
+    return paths
+
+
+def draw_prediction(
+    model: nn.Module, episodes: Iterable[TensorDict], path: Path, device: torch.device, context: int = CONTEXT, horizon: int = HORIZON
+) -> None:
+    """Write a video of whole episodes' middle parts: truth | reconstruction, then open-loop prediction | error.
+
+    Args:
+        model: in eval mode.
+        episodes: as for `predict_clip`, on any device; those of fewer than two frames are left out.
+        path: mp4 to write.
+        device: where the model is.
+        context: frames the model sees; horizon: frames it predicts from the actions alone.
+
+    Raises:
+        ValueError: no episode has two frames.
+    """
+    clips = (
+        predict_clip(model, episode.select("pixels", "action").to(device), context, horizon) for episode in episodes if len(episode) > 1
+    )
+    films = [prediction_frames(clip.truth, clip.drawn, clip.shown) for clip in clips]
+    if not films:
+        raise ValueError("prediction video: every held-out episode has fewer than two frames")
+    write_video(path, torch.cat(films))

@@ -10,8 +10,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from aime_fast.data import normalise
+from aime_fast.evaluation.measures import Calibration, Reconstruction
 from aime_fast.multi_task_learning import LossAggregator
-from aime_fast.training.measures import Reconstruction
 
 
 @torch.no_grad()
@@ -45,3 +45,23 @@ def validate(
             totals[name] = totals.get(name, 0.0) + value.float() * len(video)
         count += len(video)
     return measured.compute() | {f"loss/{name}": float(total) / count for name, total in totals.items()}
+
+
+@torch.no_grad()
+def evaluate_sequences(model: nn.Module, batches: Iterable[TensorDict], mean_frame: Tensor, codebook_size: int) -> dict[str, dict]:
+    """What is measured on held-out sequences of the trained length: `reconstruction` (see `measures.Reconstruction`, and the
+    teacher-forced token_accuracy) and `calibration` of the one-step prior (see `measures.Calibration`)."""
+    reconstruction, calibration, correct = Reconstruction(mean_frame, codebook_size), Calibration(), 0.0
+    for batch in batches:
+        video = normalise(batch["pixels"])
+        outputs = model.forward_sequence(video, batch["action"], batch["is_init"])
+        start = batch["is_init"].squeeze(-1).clone()
+        start[:, 0] = True
+        reconstruction.update(outputs, video)
+        calibration.update(outputs, start)
+        correct += outputs["token_accuracy"].item() * video.shape[:2].numel()
+    measured = reconstruction.compute()
+    return {
+        "reconstruction": measured | {"token_accuracy": correct / reconstruction.frames},
+        "calibration": calibration.compute(),
+    }

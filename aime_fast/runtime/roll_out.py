@@ -1,4 +1,4 @@
-"""A loop over frames, each of which hangs on the one before: plain, compiled, or captured as one CUDA graph that every frame replays.
+"""A loop over frames, each of which depends on the one before: eager, compiled, or captured as one CUDA graph that each frame replays.
 
 The state has a fixed shape, so one compiled frame serves a roll-out of any length.
 """
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from aime_fast.graph import Captured
+from aime_fast.runtime.cuda_graph import Captured
 
 MODES = ("off", "on", "graph")
 
 
-def alike(new: Any, old: Any) -> Any:
-    """Nested tensors `new` with dtypes and strides of `old`: compiled code, which looks at both, sees the same state at every frame."""
-    return pytree.tree_map(lambda value, like: torch.empty_like(like).copy_(value), new, old)
+def match_layout(new: Any, like: Any) -> Any:
+    """Copies nested tensors `new` into the dtypes and strides of `like`, of the same structure.
+
+    Compiled code is specialised on both: without this it would recompile at the second frame of a roll-out.
+    """
+    return pytree.tree_map(lambda value, old: torch.empty_like(old).copy_(value), new, like)
 
 
-def kept(replayed: Any) -> Any:
+def _clone(replayed: Any) -> Any:
     """A copy of nested tensors that the next replay of a graph overwrites."""
     return pytree.tree_map(torch.clone, replayed)
 
@@ -31,10 +34,11 @@ class RollOut:
     """Calls `frame(module, action, state, *options) -> (outputs, state)` for one action after another.
 
     Args:
-        frame: a function of nested tensors of fixed shapes that reads all weights through `module` and returns a state `alike` its own.
+        frame: a function of nested tensors of fixed shapes that reads all weights through `module`; the state that it returns has the
+            layout of the one that it is given (`match_layout`).
         mode: "off"; "on": `torch.compile`, once for each batch size and options; "graph": compiled, then captured as a CUDA graph.
 
-    A copy or a pickle holds nothing compiled, and compiles for itself.
+    A copy or a pickle contains nothing compiled, and compiles by itself.
 
     Raises:
         ValueError: another mode, or "graph" with tensors that are not on a CUDA device.
@@ -68,11 +72,11 @@ class RollOut:
         frames = []
         for action in actions.transpose(0, 1).contiguous():  # strides that do not depend on F
             outputs, state = captured(action, state) if captured else self._advance(module, action, state, *options)
-            frames.append(kept(outputs) if captured else outputs)
-        return pytree.tree_map(lambda *tensors: torch.stack(tensors, dim=1), *frames), kept(state) if captured else state
+            frames.append(_clone(outputs) if captured else outputs)
+        return pytree.tree_map(lambda *tensors: torch.stack(tensors, dim=1), *frames), _clone(state) if captured else state
 
     def _graph_for(self, module: nn.Module, actions: Tensor, state: Any, options: tuple) -> Captured:
-        """The graph for these shapes and for weights where they now lie; made at the first calls."""
+        """The graph for these shapes and for the present addresses of the weights; captured at the first calls."""
         if not actions.is_cuda:
             raise ValueError(f"roll-out mode 'graph' needs a CUDA device, the actions are on {actions.device}; use 'on'")
         inputs = pytree.tree_leaves((actions[:, 0], state))

@@ -1,0 +1,1 @@
+"""How good a model is: validation in training, open-loop evaluation, collapse checks, pictures."""
