@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from aime_fast.evaluation.collapse import CHECKS
 from aime_fast.report import ReportConfig, report
 from aime_fast.reporting import charts, tables
-from aime_fast.training.collapse import CHECKS
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SECTIONS = ("Collapse", "Evaluation", "Open-loop prediction", "Mixture", "Attention", "Codebook", "Curves", "The run")
@@ -70,7 +70,9 @@ def test_report_of_a_run_is_whole_and_self_contained(run):
     for section in SECTIONS:
         assert f"<h2>{section}</h2>" in html
     assert [reference for reference in page.outside if not reference.startswith("#")] == []
-    assert not re.search(r"https?://|@import|url\(|<script", html)
+    assert not re.search(r"https?://|@import|url\((?!#)|<script", html)
+    assert html.count("<style") == 1
+    assert not re.search("#c0ffe|font-family", html)  # charts take the colours and the font of the page
     kinds = [uri.split(";")[0] for uri in page.inside]
     assert kinds.count("data:image/png") >= 3  # filmstrip, episode of the mixture, attention
     assert kinds.count("data:video/mp4") == 1
@@ -149,20 +151,37 @@ def test_a_wrong_run_is_one_line(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_a_chart_keeps_its_points_in_place_and_leaves_gaps_out():
-    chart = charts.line_chart([charts.Line("a", [0, 10, 20], [1.0, None, 3.0]), charts.Line("b", [0], [2.0])], "t")
-    (points,) = re.findall(r'<polyline class="line s0" points="([^"]+)"', chart)
-    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in points.split())
-    assert (x0, x1) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
-    assert y0 > y1  # up is more
-    assert "<circle" in chart
+def test_a_chart_has_its_points_in_place_and_gaps_for_missing_values():
+    line = charts.Line("a", [0, 10, 20, 30, 40], [1.0, 2.0, None, 2.0, 3.0])
+    chart = charts.line_chart([line, charts.Line("b", [0, 10], [None, 2.0])], "t")
+    (path,) = re.findall(r'<g class="line"><title>a</title><path d="([^"]+)"', chart)
+    points = [(command, float(x), float(y)) for command, x, y in re.findall(r"([ML]) (\S+) (\S+)", path)]
+    assert [command for command, _, _ in points] == ["M", "L", "M", "L"]
+    assert (points[0][1], points[-1][1]) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
+    assert points[0][2] > points[-1][2]  # up is more
+    assert chart.count("<use") == 1  # the dot of b
     assert charts.line_chart([charts.Line("a", [1], [None])], "t") == ""
+
+
+def test_a_long_line_is_drawn_as_means_over_a_band_and_outliers_do_not_set_the_limits():
+    values = [1e6, *(1.0 + i % 2 for i in range(9999))]
+    chart = charts.line_chart([charts.Line("a", range(10000), values)], "t")
+    assert "fill-opacity: 0.16" in chart
+    assert len(chart) < 40e3
+    ticks = [float(tick) for tick in re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", chart)]
+    assert 0.5 < min(ticks) < max(ticks) < 2.5
+
+
+def test_labels_are_text_in_a_chart():
+    label = """"a" < b & it's"""
+    chart = charts.line_chart([charts.Line(label, [1, 2], [1.0, 2.0])], "t", marks=[charts.Mark(1, None, label)])
+    assert [text.strip() for text in Page(chart).text].count(label) == 3  # titles of line and mark, legend
 
 
 def test_tables_put_a_model_beside_its_baselines():
     tree = {"clips": 2, "model": {"psnr": [1.0, 2.0]}, "repeat_last_frame": {"psnr": [3.0, 4.0]}, "rank_histogram": [1.0, 2.0]}
     html = tables.render({"open_loop": tree, "a": {"x": 1, "y": None}, "b": {"x": 2.5}})
-    assert html.count("<polyline") == 2
+    assert html.count('class="line"') == 2
     assert html.count('class="chart"') == 2  # PSNR of both, and the histogram
     assert "<th>x</th><th>y</th>" in html  # a and b share a table
     tree |= {"tokens": {"repeat_last_frame": [0.9, 0.8]}, "positions": {"repeat_last_frame": [5.0, 9.0]}}

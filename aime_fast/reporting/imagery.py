@@ -1,4 +1,7 @@
-"""Pictures of what a model does with held-out episodes, as HTML with everything inside."""
+"""Pictures of a model's predictions, mixture, attention and codes on held-out episodes, as self-contained HTML.
+
+`seen` is what `infer_episode` returns for an episode: a TensorDict [T] of the frames and the model's outputs.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,23 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from aime_fast.evaluation.clips import predict_clip, spread, strip_columns
+from aime_fast.evaluation.pictures import attention_sheet, enlarge, filmstrip, png_bytes, sheet, to_uint8
 from aime_fast.reporting.charts import WIDE, Line, line_chart, number, stacked_chart
-from aime_fast.training.pictures import attention_sheet, enlarge, filmstrip, png_bytes, sheet, to_uint8
-from aime_fast.training.samples import look_at, predict_clip, spread, strip_columns
 
-CONTEXT, HORIZON = 8, 50  # the convention of the evaluation
-COLUMNS = 12
-CELL = 64  # least height of a cell, pixels; the browser enlarges it without blur
-EPISODE = 200  # frames of an episode that are looked at in one sequence
-MAX_VIDEO = 6 << 20  # bytes; a larger one is named instead of inlined
+CONTEXT, HORIZON = 8, 50  # frames shown and frames predicted, as in the evaluation
+COLUMNS = 12  # frames in a row
+CELL = 64  # least height of a cell, pixels
+MAX_VIDEO = 6 << 20  # bytes; a larger video is not inlined
 
 
 def data_uri(kind: str, data: bytes) -> str:
-    """Bytes as a `data:` address."""
+    """Bytes of a MIME type as a `data:` URI."""
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def picture_sheet(image: Tensor, rows: Sequence[str], columns: Sequence[str], caption: str) -> str:
-    """A sheet uint8 [H, W, 3] of equal cells with the names of its rows and columns around it."""
+    """An image uint8 [H, W, 3] of equal cells, with the names of its rows on the left and of its columns on top."""
     head = "".join(f"<span>{escape(name)}</span>" for name in columns)
     side = "".join(f"<span>{escape(name)}</span>" for name in rows)
     return (
@@ -39,20 +41,25 @@ def picture_sheet(image: Tensor, rows: Sequence[str], columns: Sequence[str], ca
 
 
 def open_loop(model: nn.Module, episodes: Sequence[TensorDict]) -> str:
-    """A filmstrip of each episode's middle: truth, prediction, error."""
+    """A filmstrip of truth, open-loop prediction and error for the middle of each episode.
+
+    Args:
+        model: in eval mode.
+        episodes: as for `predict_clip`, which raises ValueError for one of fewer than two frames.
+    """
     parts = []
     for i, episode in enumerate(episodes, 1):
         clip = predict_clip(model, episode, CONTEXT, HORIZON)
         columns = strip_columns(clip, COLUMNS)
-        names = ["seen", *(f"+{c - clip.shown + 1}" for c in columns[1:])]
-        image = filmstrip(clip.truth[columns], clip.drawn[columns], shown=1, smallest=CELL)
-        caption = f"held-out episode {i}: {clip.shown} frames shown from frame {clip.first} on, then the actions alone"
+        names = ["seen", *(f"+{c - clip.observed + 1}" for c in columns[1:])]
+        image = filmstrip(clip.truth[columns], clip.decoded[columns], observed=1, smallest=CELL)
+        caption = f"held-out episode {i}: {clip.observed} frames shown from frame {clip.first} on, then the actions alone"
         parts.append(picture_sheet(image, ("truth", "prediction", "error"), names, caption))
     return "".join(parts)
 
 
 def mixture(seen: TensorDict) -> str:
-    """Mixture weights over an episode as stacked areas, the frames under them."""
+    """The mixture weights of the prior over an episode as stacked areas, above frames of the episode."""
     weights = seen["mixture_weights"].float()  # [T, K]
     labels = [f"component {k + 1}" for k in range(weights.shape[1])]
     columns = spread(COLUMNS, len(weights))
@@ -63,16 +70,20 @@ def mixture(seen: TensorDict) -> str:
 
 
 def attention(seen: TensorDict) -> str:
-    """Where the model looks, in all and slot by slot."""
+    """The attention map and the map of each slot over frames of an episode."""
     columns = spread(COLUMNS - 2, len(seen["video"]))
     maps = seen[columns]
     image = attention_sheet(maps["video"], maps["attention"], maps["slot_maps"], smallest=CELL)
     rows = ("frame", "attention", *(f"slot {s + 1}" for s in range(maps["slot_maps"].shape[1])))
-    return picture_sheet(image, rows, [str(c) for c in columns], "what a map has above its mean, in red")
+    return picture_sheet(image, rows, [str(c) for c in columns], "attention above the mean of each map, in red")
 
 
 def codebook(seen: Sequence[TensorDict], codebook_size: int) -> str:
-    """How often each code is used, most used first, one line for each head."""
+    """The share of each code in the tokens of all episodes, the most used first, one line for each head.
+
+    Args:
+        codebook_size: V, codes of a head.
+    """
     codes = torch.cat([each["tokens"].flatten(0, -2) for each in seen])  # [N, Q]
     lines, counts = [], [head.bincount(minlength=codebook_size) for head in codes.unbind(1)]
     for q, count in enumerate(counts, 1):
@@ -86,22 +97,17 @@ def codebook(seen: Sequence[TensorDict], codebook_size: int) -> str:
 
 
 def inline_picture(path: Path) -> str:
-    """A PNG file of the run."""
+    """A PNG file as a figure, named by its file name."""
     source = data_uri("image/png", path.read_bytes())
     return f'<figure class="sheet"><figcaption>{escape(path.name)}</figcaption><img alt="{escape(path.stem)}" src="{source}"></figure>'
 
 
 def inline_video(path: Path) -> str | None:
-    """An mp4 as a video element, or None where it is too large to be inlined."""
+    """An mp4 as a video element; None if it is larger than MAX_VIDEO."""
     if path.stat().st_size > MAX_VIDEO:
         return None
     source = data_uri("video/mp4", path.read_bytes())
     return (
-        f'<figure class="sheet"><figcaption>truth, prediction, error; green border: the model sees the frame, red: it makes it up'
+        f'<figure class="sheet"><figcaption>truth, prediction, error; green border: the model sees the frame, red: it predicts it'
         f'</figcaption><video controls loop muted autoplay playsinline src="{source}"></video></figure>'
     )
-
-
-def look_at_episodes(model: nn.Module, episodes: Sequence[TensorDict]) -> list[TensorDict]:
-    """`look_at` for the first frames of each episode."""
-    return [look_at(model, episode, EPISODE) for episode in episodes]

@@ -1,4 +1,4 @@
-"""The page: what a run is, what it reached, whether it collapsed, its pictures and its curves."""
+"""The page of a report: collapse checks, evaluation, pictures and curves of one run."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from aime_fast.evaluation.clips import infer_episode
+from aime_fast.evaluation.collapse import CHECKS, Finding, Watch, replay
 from aime_fast.reporting import imagery
 from aime_fast.reporting.charts import Line, Mark, line_chart, number
 from aime_fast.reporting.records import Record
 from aime_fast.reporting.style import STYLE
 from aime_fast.reporting.tables import facts_table, render, targets_table, words
-from aime_fast.training.collapse import CHECKS, Finding, Watch, replay
 
-EPISODES = 3  # held-out episodes in the pictures
+EPISODES = 3  # held-out episodes to draw
+FRAMES = 200  # of each, given to the model as one sequence
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model and the held-out episodes its pictures are made of."""
+    """A trained model and the held-out episodes to draw with it."""
 
-    model: object
+    model: object  # DPGMMVariationalRecurrentAutoencoder in eval mode
     episodes: Sequence  # TensorDicts as from SequenceBatches.episode
     codebook_size: int
 
 
 def write_report(record: Record, model: Model | str, out: Path) -> Path:
-    """Write the report of a run as one HTML file that needs nothing else.
+    """Write the report of a run as one HTML file without outside references.
 
     Args:
         record: the files of the run.
-        model: for the pictures; or why there is none, in words with the remedy.
+        model: draws the pictures; a string says why there is no model, and the page shows it instead.
         out: the file to write.
+
+    Returns:
+        `out`.
     """
     watch = _watch(record)
     findings = replay(watch, record.rows) if watch else []
@@ -89,24 +94,25 @@ def _watch(record: Record) -> Watch | None:
 
 
 def _collapse(watch: Watch | None, findings: list[Finding]) -> str:
+    """The state of each check at the end of the run, and every begin and end of a collapse."""
     if watch is None:
-        return _missing("the checks need config.yaml of the run, which is not there")
+        return _missing("the checks need the run's config.yaml, which is missing")
     lines = []
     for name in CHECKS:
         reading, active = watch.readings.get(name), watch.flags().get(f"collapse/{name}")
         state = ("unknown", "not measured") if reading is None else ("bad", "collapsed") if active else ("good", "quiet")
-        note = reading.words if reading else "what this check reads was not logged, or does not apply yet"
+        note = reading.words if reading else "its scalars were not logged, or the check does not apply yet"
         lines.append(f'<tr><th>{words(name)}</th><td class="{state[0]}">{state[1]}</td><td>{escape(note)}</td></tr>')
-    told = "".join(
+    history = "".join(
         f'<div class="finding{"" if f.begins else " over"}"><b>Step {f.step}: {words(f.name)} {"begins" if f.begins else "is over"}.</b> '
         f"{escape(f.words)}.{f' <br>Remedy: {escape(f.remedy)}.' if f.begins else ''}</div>"
         for f in findings
     )
-    return f"<table><tbody>{''.join(lines)}</tbody></table>{told}"
+    return f"<table><tbody>{''.join(lines)}</tbody></table>{history}"
 
 
 def _marks(findings: list[Finding]) -> list[Mark]:
-    """A mark from where each collapse begins to where it is over."""
+    """One mark for each collapse, from its begin to its end."""
     marks: list[Mark] = []
     for i, finding in enumerate(findings):
         if finding.begins:
@@ -116,15 +122,16 @@ def _marks(findings: list[Finding]) -> list[Mark]:
 
 
 def _evaluation(record: Record) -> str:
+    """Everything in evaluation.json, with a note where the run has gone on since."""
     command = f"python -m aime_fast.evaluate {shlex.quote(str(record.folder))}"
     if not record.evaluation:
         return _missing("no evaluation yet; make it with", command)
     step = record.rows[-1]["step"] if record.rows else 0
-    phase = [row["dynamics/update"] for row in record.rows if row["step"] == step and "dynamics/update" in row]
-    measured = record.evaluation.get("step", 0), record.evaluation.get("dynamics_updates", 0)
+    phase = [row["latent_phase/update"] for row in record.rows if row["step"] == step and "latent_phase/update" in row]
+    measured = record.evaluation.get("step", 0), record.evaluation.get("latent_phase_updates", 0)
     old = ""
     if measured < (reached := (step, (phase or [0])[-1])):
-        why = "of step {} and {} updates of the dynamics phase, the run is at {} and {}; renew it with"
+        why = "measured at step {} and {} updates of the latent phase; the run is now at {} and {}; renew it with"
         old = _missing(why.format(*measured, *reached), command)
     loop = dict(record.evaluation.get("open_loop", {}))
     targets = loop.pop("targets", {})
@@ -132,11 +139,11 @@ def _evaluation(record: Record) -> str:
 
 
 def _pictures(record: Record, model: Model | str) -> dict[str, str]:
-    """The sections that are drawn with the model; without it, why there is none, and the last pictures that training left."""
+    """HTML of each section drawn with the model. Without a model: the reason, and the last pictures saved in training."""
     if isinstance(model, str):
         missing = dict.fromkeys(("open_loop", "mixture", "attention", "codebook"), _missing(f"no picture without the model: {model}"))
         return missing | {"open_loop": missing["open_loop"] + "".join(map(imagery.inline_picture, record.samples()))}
-    seen = imagery.look_at_episodes(model.model, model.episodes)
+    seen = [infer_episode(model.model, episode, FRAMES) for episode in model.episodes]
     return {
         "open_loop": imagery.open_loop(model.model, model.episodes),
         "mixture": imagery.mixture(seen[0]),
@@ -152,7 +159,7 @@ def _video(record: Record) -> str:
 
 
 def _curves(record: Record, marks: list[Mark]) -> str:
-    """Every scalar of metrics.jsonl, those of one kind together."""
+    """The scalars of metrics.jsonl by kind; empty charts and kinds are left out."""
 
     def chart(title: str, names: Sequence[str], log: bool = False, label: Callable[[str], str] = words) -> str:
         return line_chart([Line(label(n), *record.series(n)) for n in names], title, log=log, marks=marks)
@@ -182,9 +189,9 @@ def _curves(record: Record, marks: list[Mark]) -> str:
             *(chart(last(n), [n], label=last) for key, n in held_out.items() if key not in losses and key.split("_")[0] not in compared),
         ],
         "Dynamics phase, held-out episodes, over its own updates": [
-            line_chart([Line(last(n), *record.series(n, "dynamics/update"))], last(n), x_label="update")
-            for n in record.names("dynamics/")
-            if n != "dynamics/update"
+            line_chart([Line(last(n), *record.series(n, "latent_phase/update"))], last(n), x_label="update")
+            for n in record.names("latent_phase/")
+            if n != "latent_phase/update"
         ],
         "Model and speed": [
             *(chart(last(n), [n], label=last) for n in record.names("model/")),

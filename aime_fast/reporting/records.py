@@ -1,4 +1,4 @@
-"""What a run wrote down, read back for its report."""
+"""The files of a run, read for its report."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aime_fast.cli import ConfigError
+from aime_fast.errors import ConfigError
 from aime_fast.training.logging import whole_rows
 
 
 @dataclass(frozen=True)
 class Record:
-    """The files of a run; what is absent is empty."""
+    """The files of a run; a missing file is empty."""
 
     folder: Path
     rows: list[dict[str, Any]]  # metrics.jsonl
     facts: dict[str, Any]  # run.json
     config: dict[str, Any]  # config.yaml
     evaluation: dict[str, Any]  # evaluation/evaluation.json
-    video: Path | None  # of the evaluation, otherwise of the training
+    video: Path | None  # of the evaluation; without one, of training
 
     def samples(self) -> list[Path]:
-        """The pictures of the last training step that left some."""
+        """The pictures of the last training step that has any."""
         found = sorted((self.folder / "samples").glob("step_*.png"))
         step = found[-1].name[: len("step_00000000")] if found else ""
         return [path for path in found if path.name.startswith(step)]
 
     def series(self, name: str, over: str = "step") -> tuple[list[int], list[float | None]]:
-        """Steps (or another count) and values of one scalar, where it was logged; where the count begins anew, from there on."""
+        """The steps at which a scalar was logged, and its values there; None is a value that was not finite.
+
+        `over` names another count to use for the step. If it starts again, only what follows the last start is returned.
+        """
         found: list[tuple[int, float | None]] = []
         for row in self.rows:
             if name in row and over in row:
@@ -40,15 +43,15 @@ class Record:
         return [x for x, _ in found], [value for _, value in found]
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the scalars that begin so, in the order in which they were logged first."""
+        """Names of scalars with this prefix, in the order of their first row."""
         return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name.startswith(prefix)]
 
 
 def read_record(folder: str | Path) -> Record:
-    """The record of the run in `folder`.
+    """Read the files of the run in `folder`.
 
     Raises:
-        ConfigError: there is no run, or one of its files is damaged.
+        ConfigError: `folder` has no metrics.jsonl, or a file cannot be parsed.
     """
     import yaml
 

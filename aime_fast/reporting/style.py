@@ -1,4 +1,4 @@
-"""The style sheet of the report. `--s0` to `--s7` are the colours of lines and components, told apart also by the colour-blind."""
+"""The style sheet of the report. `--s0` to `--s7` are the colours of lines and components; charts.py uses them by name."""
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -35,19 +35,11 @@ td { overflow-wrap: anywhere; } .good { color: var(--good); font-weight: 600; } 
 .finding { border-left: 3px solid var(--bad); padding: 2px 0 2px 14px; margin: 12px 0; max-width: 84ch; }
 .finding.over { border-color: var(--rule); } .missing { color: var(--soft); border-left: 3px solid var(--rule); padding-left: 14px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(430px, 100%), 1fr)); gap: 18px; margin: 12px 0; }
-.charts > :not(.card) { grid-column: 1 / -1; } .charts > table { width: fit-content; } 
+.charts > :not(.card) { grid-column: 1 / -1; } .charts > table { width: fit-content; }
 .charts > h3, .charts > h4, .charts > .facts { margin: 4px 0 0; }
 figure { margin: 0; } .card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px 10px; }
 figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px; }
-.chart { width: 100%; height: auto; display: block; }
-.grid { stroke: var(--rule); stroke-width: 1; } .tick { fill: var(--soft); font-size: 10.5px; } .name { font-size: 10px; }
-.end { text-anchor: end; } .middle { text-anchor: middle; }
-.s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
-.s4 { --c: var(--s4); } .s5 { --c: var(--s5); } .s6 { --c: var(--s6); } .s7 { --c: var(--s7); }
-.line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; } .dot { fill: var(--c); }
-polyline.dashed { stroke-dasharray: 5 4; } .band { fill: var(--c); opacity: 0.16; } .area { fill: var(--c); opacity: 0.85; }
-.again { opacity: 0.45; } .bar { fill: var(--s0); } .even { stroke: var(--soft); stroke-dasharray: 4 4; }
-.mark { fill: var(--bad); opacity: 0.13; }
+.chart { width: 100%; height: auto; display: block; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin-top: 6px; font-size: 12px; color: var(--soft); }
 .legend b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .key::before { content: ""; display: inline-block; width: 14px; margin-right: 6px;

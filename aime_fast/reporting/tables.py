@@ -1,4 +1,4 @@
-"""Nested dictionaries of numbers as tables, and their lists, one number a step, as charts."""
+"""Nested dictionaries as HTML: scalars become tables, lists with one number a step become charts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from aime_fast.reporting.charts import Line, bar_chart, line_chart, number
 
-# Lists of these names have a scale of their own and never share a chart.
+# Metrics with a scale of their own: each gets its own chart.
 OWN_SCALE = ("psnr", "ssim", "lpips")
-# Sources of a list that are something to compare with, by a word in their name.
+# Words in the name of a baseline, whose line is dashed.
 BASELINES = ("repeat", "mean_frame", "ceiling", "floor", "baseline")
 
 
 def facts_table(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Names and values, in as many columns as the page has room for."""
+    """Names and scalar values, in as many columns as fit the page; empty if there are none."""
     cells = [(words(name), _cell(value)) for name, value in pairs]
     cells.sort(key=lambda cell: _is_long(cell[1]))
     lines = "".join(f"<div{' class=long' if _is_long(c) else ''}><dt>{escape(name)}</dt><dd>{c}</dd></div>" for name, c in cells)
@@ -23,7 +23,7 @@ def facts_table(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def matrix_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each entry of `rows`, one column for each name that occurs in any of them."""
+    """One row for each entry of `rows`, one column for each name in any of them; a missing value is a dash."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     head = "".join(f"<th>{escape(words(name))}</th>" for name in columns)
     body = "".join(
@@ -34,7 +34,7 @@ def matrix_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def targets_table(targets: Mapping[str, Mapping[str, Any]]) -> str:
-    """Each number to reach, `{name: {"value", "wanted", "met"}}`, and whether it was; None where it was not measured."""
+    """Targets `{name: {"value", "wanted", "met"}}` as a table; value and met are None if the target was not measured."""
     verdicts = {True: ("good", "reached"), False: ("bad", "missed"), None: ("unknown", "not measured")}
     lines = "".join(
         f"<tr><th>{escape(words(name))}</th><td>≥ {number(t['wanted'])}</td><td>{number(t['value'])}</td>"
@@ -46,10 +46,14 @@ def targets_table(targets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def render(node: Mapping[str, Any], title: str = "", level: int = 3) -> str:
-    """Everything in a nested dictionary: scalars as a table, lists as charts, dictionaries as parts with a heading.
+    """Render a nested dictionary: scalars as a table, lists as charts, each inner dictionary under a heading.
 
-    Dictionaries side by side that hold lists of the same name (`{"model": {"psnr": [...]}, "repeat_last_frame": {"psnr": [...]}}`)
-    share a chart for each name; those that hold only scalars, of the same names, share a table.
+    Inner dictionaries with a list of the same name (`{"model": {"psnr": [...]}, "repeat_last_frame": {"psnr": [...]}}`) share a chart
+    of it. Inner dictionaries that hold only scalars share a table, if it has at most 8 columns.
+
+    Args:
+        title: of the charts of `node` itself.
+        level: of the headings, 3 to 6.
     """
     scalars = {name: value for name, value in node.items() if not isinstance(value, (Mapping, list))}
     below = {name: value for name, value in node.items() if isinstance(value, Mapping)}
@@ -70,7 +74,7 @@ def render(node: Mapping[str, Any], title: str = "", level: int = 3) -> str:
 
 
 def words(name: str) -> str:
-    """A name of the code as a person writes it."""
+    """A name of the code as words: "psnr_mean_frame" is "PSNR mean frame"."""
     known = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "ema": "EMA", "kl": "KL", "elbo": "ELBO"}
     return " ".join(known.get(word, word) for word in name.replace("/", " ").replace("_", " ").split())
 
@@ -80,9 +84,9 @@ def _is_series(value: Any) -> bool:
 
 
 def _shared_series(below: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list]]:
-    """{metric: {source: list}} of the metrics that at least two of the dictionaries hold as a list.
+    """{metric: {source: list}} for each metric that at least two of the dictionaries hold as a list.
 
-    A name that is itself one of the dictionaries is a source, not a metric: `tokens` and `positions` are not of one scale.
+    A name that is also a key of `below` is a source, not a metric: `repeat_last_frame` in `tokens` and in `positions` are not comparable.
     """
     found: dict[str, dict[str, list]] = {}
     for source, values in below.items():
@@ -93,7 +97,7 @@ def _shared_series(below: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def _charts(title: str, series: Mapping[str, list]) -> list[str]:
-    """Charts of lists with one number a step: those with a scale of their own apart, histograms as bars, the others together."""
+    """Charts of lists with one number a step: histograms as bars; lines of equal length together, except those of OWN_SCALE."""
     if any(name in OWN_SCALE for name in series):
         return [_steps(f"{title} {name}", {name: values}) for name, values in series.items()]
     bars = {name: values for name, values in series.items() if "histogram" in name}
@@ -113,8 +117,8 @@ def _steps(title: str, series: Mapping[str, list]) -> str:
 
 
 def _is_long(cell: str) -> bool:
-    """Too wide for one of three columns; such a cell gets a line of its own, after the others."""
-    return len(cell) > 36
+    """Whether a cell is too wide for one of three columns; `facts_table` gives it a whole row, after the others."""
+    return len(cell) > 28
 
 
 def _cell(value: Any) -> str:
