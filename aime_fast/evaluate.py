@@ -26,18 +26,6 @@ if TYPE_CHECKING:
     from aime_fast.evaluation.open_loop import Clips
     from aime_fast.evaluation.positions import PositionReader
 
-SHOWN_STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 35, 50)  # rows of the printed tables; the file has every step
-# What drew the frames, as the tables call it.
-FILMS = {
-    "model": "model",
-    "sample_mean": "mean of samples",
-    "sample_best": "best sample",
-    "token_model": "token model",
-    "repeat_last_frame": "repeat-last-frame",
-    "mean_frame": "mean frame",
-    "tokenizer": "tokenizer",
-}
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -46,7 +34,7 @@ class EvaluateConfig:
     run: Positional[str]  # run directory, or one of its checkpoints
     episodes: int | None = None  # held-out episodes; none: all
     clips: int = 8  # open-loop clips cut from each episode
-    context: int = 8  # frames shown
+    context: int = 8  # observed frames
     horizon: int = 50  # frames predicted from actions alone
     samples: int = 10  # sampled predictions of each clip
     seed: int = 0  # of the samples
@@ -63,9 +51,12 @@ def evaluate(options: EvaluateConfig) -> dict:
     import torch
 
     from aime_fast.data import make_batches
-    from aime_fast.evaluation import open_loop as evaluation
-    from aime_fast.evaluation.clips import draw_prediction
+    from aime_fast.evaluation.clips import cut_clips
     from aime_fast.evaluation.lpips import find_lpips
+    from aime_fast.evaluation.open_loop import evaluate_prediction
+    from aime_fast.evaluation.pictures import write_prediction
+    from aime_fast.evaluation.tables import print_tables
+    from aime_fast.evaluation.validation import evaluate_sequences
     from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
     from aime_fast.runtime.provenance import git_commit, version
     from aime_fast.training.checkpoint import load_model
@@ -85,12 +76,12 @@ def evaluate(options: EvaluateConfig) -> dict:
         mean_frame = training.mean_frame()
         episodes, reader = held_out(data, training, validation, options.episodes)
         try:
-            clips = evaluation.cut_clips(episodes, options.context, options.horizon, options.clips)
+            clips = cut_clips(episodes, options.context, options.horizon, options.clips)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         lpips = find_lpips(device)
         missing = {name: found for name, found in (("lpips", lpips), ("positions", reader)) if isinstance(found, str)}
-        open_loop = evaluation.evaluate_prediction(
+        open_loop = evaluate_prediction(
             model, clips, mean_frame, options.samples, options.batch,
             reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips,
         )  # fmt: skip
@@ -105,15 +96,15 @@ def evaluate(options: EvaluateConfig) -> dict:
             "device": str(device),
             "torch": version("torch"),
             "commit": git_commit(),
-            **evaluation.evaluate_sequences(model, validation.one_pass(), mean_frame, config.model.codebook_size),
+            **evaluate_sequences(model, validation.one_pass(), mean_frame, config.model.codebook_size),
             "open_loop": open_loop | missing,
             "seconds": time.perf_counter() - began,
         }
         out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
         (out / "evaluation.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        draw_clip(model, clips, out / "prediction.png")
-        draw_prediction(model, episodes[:4], out / "prediction.mp4", device, options.context, options.horizon)
+        write_clip(model, clips, out / "prediction.png")
+        write_prediction(model, episodes[:4], out / "prediction.mp4", device, options.context, options.horizon)
     finally:
         training.close()
         validation.close()
@@ -123,7 +114,7 @@ def evaluate(options: EvaluateConfig) -> dict:
 
 
 def check(options: EvaluateConfig) -> None:
-    """Raises ConfigError for a number out of range; `cut_clips` looks at the clips."""
+    """Raises ConfigError for a number out of range; `cut_clips` checks those of the clips."""
     for name, least in (("episodes", 1), ("samples", 0), ("batch", 1), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -147,64 +138,18 @@ def held_out(
     return episodes, make_reader(dataset, training.episodes, training.device)
 
 
-def draw_clip(model: nn.Module, clips: Clips, path: Path, columns: int = 8) -> None:
+def write_clip(model: nn.Module, clips: Clips, path: Path, count: int = 8) -> None:
     """A sheet of the first clip's predicted frames: truth | prediction | error | attention overlay, evenly spaced in the horizon."""
     from aime_fast.data import normalise
     from aime_fast.evaluation.clips import spread
     from aime_fast.evaluation.open_loop import predict
-    from aime_fast.evaluation.pictures import save_samples
+    from aime_fast.evaluation.pictures import write_sheet
 
     first = clips[:1].to(model.decoder.background.device)
     out = predict(model, first)
-    shown = spread(columns, first.horizon)
+    columns = spread(count, first.horizon)
     truth = normalise(first.pixels[0, clips.context :])
-    save_samples(path, truth[shown], out["reconstructions"][0, shown], out["attention"][0, shown])
-
-
-def print_tables(result: dict) -> None:
-    """The tables a person reads."""
-    r, o, c = result["reconstruction"], result["open_loop"], result["calibration"]
-    print(f"{result['checkpoint']}, step {result['step']}, {result['held_out_episodes']} held-out episodes, {result['seconds']:.0f} s\n")
-    print("reconstruction        PSNR dB    SSIM")
-    print(f"  model              {r['psnr']:8.2f}  {r['ssim']:6.3f}")
-    print(f"  mean frame         {r['psnr_mean_frame']:8.2f}  {r['ssim_mean_frame']:6.3f}")
-    print(f"codes in use {r['code_usage']:.1%} (perplexity {r['code_perplexity']:.1f}), ", end="")
-    print(f"effective components {r['effective_components']:.2f} ({r['components_used']} the likeliest somewhere), ", end="")
-    print(f"next-token accuracy {r['token_accuracy']:.1%}")
-    print(f"\ncalibration of the prior: log p(z) minus that of its own samples {c['log_prob_difference']:+.2f} nats, shares of the ranks")
-    print(f"  {' '.join(f'{share:.2f}' for share in c['rank_histogram'])}  (0.10 each where calibrated)")
-    print(f"\nopen loop, context {o['context']}, {o['clips']} clips")
-    films = [name for name in FILMS if name in o]
-    steps = [step for step in SHOWN_STEPS if step < o["horizon"]] + [o["horizon"]]
-    for kind, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
-        if kind in o["model"]:
-            print_curves(kind, {FILMS[name]: o[name][kind] for name in films}, steps, digits)
-    print_curves("token accuracy", {label(name): curve for name, curve in o["tokens"].items()}, steps, 3)
-    if isinstance(o["positions"], dict):
-        curves = {label(name): curve for name, curve in o["positions"].items() if isinstance(curve, list)}
-        print_curves("position error, pixels", curves, steps, 2)
-    for name in ("lpips", "positions"):
-        if isinstance(o.get(name), str):
-            print(f"{name} {o[name]}")
-    print("\ntargets                                value   wanted")
-    for name, target in o["targets"].items():
-        value = "    none" if target["value"] is None else f"{target['value']:8.3f}"
-        verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
-        print(f"  {name:35s} {value}  >= {target['wanted']:5.2f}  {verdict}")
-
-
-def label(name: str) -> str:
-    """A key of the file as the tables call it."""
-    return FILMS.get(name, name.replace("_", " "))
-
-
-def print_curves(title: str, curves: dict[str, list[float | None]], steps: list[int], digits: int) -> None:
-    """A table with one row for each of `steps`, one column for each curve; a dash where nothing could be measured."""
-    width = max(map(len, curves)) + 2
-    print(f"\n{title}\n  step" + "".join(f"{name:>{width}s}" for name in curves))
-    for step in steps:
-        values = (curve[step - 1] for curve in curves.values())
-        print(f"  {step:4d}" + "".join(f"{'-':>{width}s}" if value is None else f"{value:{width}.{digits}f}" for value in values))
+    write_sheet(path, truth[columns], out["reconstructions"][0, columns], out["attention"][0, columns])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

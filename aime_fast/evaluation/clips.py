@@ -1,4 +1,4 @@
-"""Clips of held-out episodes, and what a model makes of them."""
+"""Clips of held-out episodes, and a model's prediction of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aime_fast.data import normalise
 
-CONTEXT, HORIZON = 8, 16  # frames shown and predicted in the pictures of training: the convention of the evaluation
+CONTEXT, HORIZON = 8, 16  # observed and predicted frames in the pictures of training
 COLUMNS = 8
 
 
@@ -20,19 +20,19 @@ class Clip(NamedTuple):
     """An open-loop prediction beside the truth, all on the device, frames in [-1, 1]."""
 
     truth: Tensor  # [F, 3, H, W]
-    drawn: Tensor  # [F, 3, H, W], reconstructions of the frames shown, then predictions
-    shown: int
+    decoded: Tensor  # [F, 3, H, W], reconstructions of the observed frames, then predictions
+    observed: int  # number of observed frames
     first: int  # index in the episode of the clip's first frame
 
 
 @torch.no_grad()
 def predict_clip(model: nn.Module, episode: TensorDict, context: int = CONTEXT, horizon: int = HORIZON, first: int | None = None) -> Clip:
-    """Shows a model `context` frames of an episode and has it predict the next `horizon` from the actions.
+    """A model's prediction of `horizon` frames of an episode from the `context` frames before them and the actions.
 
     Args:
         model: in eval mode.
         episode: `pixels` uint8 [T, 3, H, W], `action` [T, A], on the model's device; a short one gets less of both.
-        first: where the clip begins; none: so that it lies in the middle.
+        first: index of the clip's first frame; None places the clip in the middle.
 
     Raises:
         ValueError: the episode has fewer than two frames.
@@ -41,17 +41,17 @@ def predict_clip(model: nn.Module, episode: TensorDict, context: int = CONTEXT, 
     frames = min(context + horizon, length)
     if frames < 2:
         raise ValueError(f"predict_clip: the episode has {length} frame, expected at least 2")
-    shown = max(1, min(context, frames * context // (context + horizon)))
+    observed = max(1, min(context, frames * context // (context + horizon)))
     first = (length - frames) // 2 if first is None else min(first, length - frames)
     clip = episode[first : first + frames]
     video, action = normalise(clip["pixels"]).unsqueeze(0), clip["action"].unsqueeze(0)
-    seen = model.reconstruct(video[:, :shown], action[:, :shown])
-    future = model.predict_future(video[:, :shown], action[:, :shown], action[:, shown:])["reconstructions"]
-    return Clip(video[0], torch.cat([seen.float(), future.float()], 1)[0], shown, first)
+    past = model.reconstruct(video[:, :observed], action[:, :observed])
+    future = model.predict_future(video[:, :observed], action[:, :observed], action[:, observed:])["reconstructions"]
+    return Clip(video[0], torch.cat([past.float(), future.float()], 1)[0], observed, first)
 
 
 @torch.no_grad()
-def look_at(model: nn.Module, episode: TensorDict, frames: int) -> TensorDict:
+def infer_episode(model: nn.Module, episode: TensorDict, frames: int) -> TensorDict:
     """`forward_sequence` of an episode's first frames in one sequence, in eval mode; outputs without the batch axis, [T, ...].
 
     Returns: `video` [T, 3, H, W] in [-1, 1] and those of `forward_sequence` that have an axis for frames.
@@ -69,8 +69,8 @@ def spread(count: int, length: int) -> list[int]:
 
 
 def strip_columns(clip: Clip, columns: int = COLUMNS) -> list[int]:
-    """The frames of a clip to show in a filmstrip: the last one the model saw, then predicted ones, evenly spaced."""
-    return [clip.shown - 1, *(clip.shown + i for i in spread(columns - 1, len(clip.truth) - clip.shown))]
+    """Indices of the frames of a filmstrip: the last observed one, then predicted ones, evenly spaced."""
+    return [clip.observed - 1, *(clip.observed + i for i in spread(columns - 1, len(clip.truth) - clip.observed))]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Collapse named when it happens: five checks on logged scalars, each with a threshold, a reason for it and a remedy.
+"""Five checks for collapse on logged scalars, each with a threshold, its reason and a remedy.
 
-A check reads the names of `metrics.jsonl` and returns a `Reading`, or None where what it needs was not logged. `Watch` adds the little
-memory there is: a collapse is a state, so it has to show in `PATIENCE` validations in a row, and is told once when it begins and once
-when it ends.
+A check reads the names of `metrics.jsonl` and returns a `Reading`, or None where what it needs was not logged. `Watch` reports a
+collapse that shows in `PATIENCE` validations in a row: once when it begins, once when it ends.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# A head that uses less than a tenth of its codes gives away more than 3 of its log2(V) bits.
+# A head that uses less than a tenth of its codes loses more than 3 of its log2(V) bits.
 DEAD_CODEBOOK = 0.1
 # exp(entropy) of the mixture weights averaged over all frames: at 1.2 one component holds at least 95 % of the weight.
 ONE_COMPONENT = 1.2
-# Mean cosine of two slots' maps: at 0.95, 18 degrees, what sets one map apart from another is less than a third of its length.
+# Mean cosine of two slots' maps: at 0.95, 18 degrees, the difference of two maps is less than a third of their length.
 SLOTS_ALIKE = 0.95
 # Nats for each latent dimension: 0.5 log(1 + signal / noise) = 0.01 is a signal of 2 % of the noise, about where Burda et al. (arXiv
 # 1509.00519) call a unit inactive. A latent in use stays above it, since the first frame of a sequence has no past to be predicted from.
 KL_AT_ZERO = 0.01
 # -log D(x) - log(1 - D(x_hat)) of one discriminator, 1.39 at chance: 0.1 is 95 % certain of either. The generator's loss is then at least
-# -log(1 - exp(-0.1)) = 2.35 by Jensen's inequality, so it need not be asked for.
+# -log(1 - exp(-0.1)) = 2.35 by Jensen's inequality, so it is not checked too.
 DISCRIMINATOR_WINS = 0.1
-# One validation can be chance; two in a row are a state.
+# One validation can be chance.
 PATIENCE = 2
 
 
@@ -60,7 +59,7 @@ def dead_codebook(values: Mapping[str, float], **sizes: int) -> Reading | None:
 
 
 def one_component(values: Mapping[str, float], *, max_components: int, **sizes: int) -> Reading | None:
-    """The mixture weights, averaged over all frames, lie on one component. One a frame and another elsewhere is a prior in use."""
+    """The mixture weights, averaged over all frames, lie on one component. One component a frame, but different ones, is no collapse."""
     effective = values.get("validation/effective_components")
     if effective is None or max_components == 1:
         return None
@@ -70,7 +69,7 @@ def one_component(values: Mapping[str, float], *, max_components: int, **sizes: 
 
 
 def slots_alike(values: Mapping[str, float], **sizes: int) -> Reading | None:
-    """All attention slots look at the same place."""
+    """All attention slots have the same map."""
     overlap = values.get("validation/slot_overlap", values.get("model/slot_overlap"))
     if overlap is None:
         return None
@@ -78,7 +77,7 @@ def slots_alike(values: Mapping[str, float], **sizes: int) -> Reading | None:
 
 
 def kl_at_zero(values: Mapping[str, float], *, latent_dim: int, **sizes: int) -> Reading | None:
-    """The posterior says what the prior said: the latent carries nothing of the frame."""
+    """The posterior equals the prior: the latent carries no information about the frame."""
     if (kl := values.get("validation/loss/kl_z")) is None:
         return None
     each = kl / latent_dim
@@ -86,9 +85,9 @@ def kl_at_zero(values: Mapping[str, float], *, latent_dim: int, **sizes: int) ->
 
 
 def discriminator_winning(values: Mapping[str, float], **sizes: int) -> Reading | None:
-    """A discriminator tells drawn frames from real ones for certain, so the generator learns nothing from it."""
+    """A discriminator separates decoded from real frames with certainty, so the generator learns nothing from it."""
     losses = {kind: values[name] for kind in ("image", "temporal") if (name := f"loss/discriminator_{kind}") in values}
-    if not losses or values.get("loss/adversarial") == 0:  # 0: the generator does not play yet
+    if not losses or values.get("loss/adversarial") == 0:  # 0: the adversarial task has not begun
         return None
     kind = min(losses, key=losses.__getitem__)
     words = f"the {kind} discriminator's loss is {losses[kind]:.3g} (threshold {DISCRIMINATOR_WINS}, chance 1.39)"
@@ -104,7 +103,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     ),
     "one_component": (
         one_component,
-        "raise --entropy-weight, or --beta-warmup-epochs so that components part before the KL presses",
+        "raise --entropy-weight, or --beta-warmup-epochs so that components separate before the KL has weight",
     ),
     "slots_alike": (
         slots_alike,
@@ -112,7 +111,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     ),
     "kl_at_zero": (
         kl_at_zero,
-        "raise --beta-warmup-epochs, lower --beta, or lower --likelihood-std so that details of the frame are worth their nats",
+        "raise --beta-warmup-epochs, lower --beta, or lower --likelihood-std so that details of a frame are worth their nats",
     ),
     "discriminator_winning": (
         discriminator_winning,
@@ -122,7 +121,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
 
 
 class Watch:
-    """Looks at every row that is logged and tells when a collapse begins and ends.
+    """Reads every logged row and reports when a collapse begins and ends.
 
     Args:
         latent_dim, max_components: Z, K of the model.
@@ -171,5 +170,5 @@ class Watch:
 
 
 def replay(watch: Watch, rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
-    """Everything a fresh `watch` finds in the rows of a `metrics.jsonl`; it is then where it would be in the run."""
+    """All findings of a new `watch` in the rows of a `metrics.jsonl`; its state is then that of the run."""
     return [finding for row in rows for finding in watch.look(row["step"], row)]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 Lpips = Callable[[Tensor, Tensor], Tensor]
-SMALLEST = 64  # pixels: AlexNet's layers leave nothing of less
+SMALLEST = 64  # pixels: AlexNet's layers reduce a smaller picture to nothing
 
 
 def find_lpips(device: torch.device | str) -> Lpips | str:
-    """The measure with the AlexNet backbone, or why it is missing: "not measured: ..."
+    """The measure with the AlexNet backbone, or the reason why it is missing: "not measured: ..."
 
-    The measure maps frames drawn and true, [N, F, 3, H, W] in [-1, 1], to distances [N, F].
+    The measure maps predicted and true frames, [N, F, 3, H, W] in [-1, 1], to distances [N, F].
     """
     if find_spec("lpips") is None:
         return "not measured: the package lpips is not installed (pip install lpips)"
@@ -29,10 +29,10 @@ def find_lpips(device: torch.device | str) -> Lpips | str:
         return f"not measured: the package lpips is here but cannot be imported ({error})"
     net = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
 
-    def measure(drawn: Tensor, truth: Tensor) -> Tensor:
-        shown = [x.float().clamp(-1, 1).flatten(0, 1) for x in torch.broadcast_tensors(drawn, truth)]
-        if shown[0].shape[-1] < SMALLEST:
-            shown = [torch.nn.functional.interpolate(x, size=SMALLEST, mode="bilinear", antialias=True) for x in shown]
-        return net(*shown).view(truth.shape[:2])
+    def measure(predicted: Tensor, truth: Tensor) -> Tensor:
+        frames = [x.float().clamp(-1, 1).flatten(0, 1) for x in torch.broadcast_tensors(predicted, truth)]
+        if frames[0].shape[-1] < SMALLEST:
+            frames = [torch.nn.functional.interpolate(x, size=SMALLEST, mode="bilinear", antialias=True) for x in frames]
+        return net(*frames).view(truth.shape[:2])
 
     return measure

@@ -1,7 +1,7 @@
-"""How good frames, codes, mixture weights and predicted latents are: the one home of each measure, for validation and evaluation alike.
+"""Measures of frames, codes, mixture weights and predicted latents, for validation and evaluation alike.
 
-Frames are float [-1, 1]; what a model drew is clamped there first, as it would be shown. PSNR is that of a mean squared error pooled over
-clips: the mean of per-frame PSNRs would be infinite where a still frame is repeated exactly.
+Frames are float in [-1, 1]; those of a model are clamped first, as they would be displayed. PSNR is that of a mean squared error pooled
+over clips: the mean of per-frame PSNRs would be infinite where a still frame is repeated exactly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aime_fast.generative_prior import get_effective_components
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 
 PIXEL_RANGE = 2.0  # of frames in [-1, 1]
-MAX_PSNR = 100.0  # dB; uint8 rounding alone costs all above 59, so this is "equal", and a number that JSON can hold
+MAX_PSNR = 100.0  # dB, stands for equal frames, since JSON has no infinity; uint8 rounding limits others to 59
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # of Wang et al. 2004
 RANK_SAMPLES, RANK_BINS = 99, 10  # 99 samples give 100 ranks, ten for each bin
 
@@ -26,17 +26,17 @@ def psnr(squared_error: float) -> float:
     return min(MAX_PSNR, 10.0 * math.log10(PIXEL_RANGE**2 / max(squared_error, 1e-30)))
 
 
-def squared_error(drawn: Tensor, truth: Tensor) -> Tensor:
+def squared_error(decoded: Tensor, truth: Tensor) -> Tensor:
     """Mean squared error of each frame, [..., 3, H, W] -> float32 [...]."""
-    return (drawn.float().clamp(-1, 1) - truth.float()).square().mean((-3, -2, -1))
+    return (decoded.float().clamp(-1, 1) - truth.float()).square().mean((-3, -2, -1))
 
 
-def ssim(drawn: Tensor, truth: Tensor) -> Tensor:
+def ssim(decoded: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity of each frame, [..., 3, H, W] -> float32 [...]; Wang et al. 2004, equation 13, mean over pixels and colours.
 
-    The picture is mirrored at its border, as TorchMetrics does, which this agrees with; two matrix products blur it some times as fast.
+    The picture is mirrored at its border, as in TorchMetrics, with which a test compares; blurring by two matrix products is faster.
     """
-    x, y = torch.broadcast_tensors(drawn.float().clamp(-1, 1), truth.float())
+    x, y = torch.broadcast_tensors(decoded.float().clamp(-1, 1), truth.float())
     across, down = (_gaussian_windows(size, x) for size in (x.shape[-1], x.shape[-2]))
     with torch.autocast(x.device.type, enabled=False):  # variances are small differences
 
@@ -62,12 +62,12 @@ def _gaussian_windows(size: int, like: Tensor) -> Tensor:
 
 
 class Reconstruction:
-    """Reconstructions of held-out batches, beside a constant picture, and what is in use of codebook and mixture.
+    """Reconstruction of held-out batches, beside a constant picture, and usage of codebook and mixture.
 
     Sums stay on the device until `compute`.
 
     Args:
-        mean_frame: [3, H, W] in [-1, 1], the picture that any model should beat.
+        mean_frame: [3, H, W] in [-1, 1], the baseline.
         codebook_size: V.
     """
 
@@ -81,12 +81,12 @@ class Reconstruction:
 
     def update(self, outputs: Mapping[str, Tensor], video: Tensor) -> None:
         """Add a batch: outputs of `forward_sequence`, and its frames [B, T, 3, H, W] in [-1, 1]."""
-        drawn, weights = outputs["reconstructions"], outputs["mixture_weights"].float().flatten(0, 1)  # [B*T, K]
+        decoded, weights = outputs["reconstructions"], outputs["mixture_weights"].float().flatten(0, 1)  # [B*T, K]
         codes = outputs["tokens"].flatten(0, -2)  # [B*T*Ht*Wt, Q]
         measured = {
-            "squared_error": squared_error(drawn, video),
+            "squared_error": squared_error(decoded, video),
             "squared_error_mean_frame": squared_error(self.mean_frame, video),
-            "ssim": ssim(drawn, video),
+            "ssim": ssim(decoded, video),
             "ssim_mean_frame": ssim(self.mean_frame, video),
             "per_frame": get_effective_components(weights)[1],
         }
@@ -127,21 +127,21 @@ class Reconstruction:
 def prior_ranks(z: Tensor, log_weights: Tensor, means: Tensor, logvars: Tensor, samples: int = RANK_SAMPLES) -> tuple[Tensor, Tensor]:
     """How log p(z) under a mixture compares with log p of the mixture's own samples.
 
-    Where z was drawn from the mixture, its rank among `samples` draws is uniform on 0..samples, whatever the mixture (Talts et al.,
-    arXiv 1804.06788, with log p as the one-dimensional quantity). A z that the prior did not expect has low ranks; one that lies
-    always at the modes of too wide a prior has high ones.
+    Where z is a sample of the mixture, its rank among `samples` others is uniform on 0..samples, whatever the mixture (Talts et al.,
+    arXiv 1804.06788, with log p as the one-dimensional quantity). Latents that are improbable under the prior have low ranks; latents at
+    the modes of too wide a prior have high ones.
 
     Args: z [N, Z]; log_weights [N, K]; means, logvars [N, K, Z].
 
     Returns:
-        (rank int64 [N] in 0..samples: how many of the draws are less likely than z; log p(z) minus the mean log p of the draws, [N], nats).
+        (rank int64 [N] in 0..samples: how many samples are less likely than z; log p(z) minus the mean log p of the samples, [N], nats).
     """
     gumbel = -torch.empty(samples, *log_weights.shape, device=z.device).exponential_().log()
     chosen = (log_weights + gumbel).argmax(-1).T  # [N, samples]
     index = chosen[..., None].expand(-1, -1, z.shape[-1])
     mean, logvar = means.gather(1, index), logvars.gather(1, index)  # [N, samples, Z]
-    draws = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-    own = mixture_log_prob(draws, log_weights[:, None], means[:, None], logvars[:, None])  # [N, samples]
+    sampled = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    own = mixture_log_prob(sampled, log_weights[:, None], means[:, None], logvars[:, None])  # [N, samples]
     true = mixture_log_prob(z, log_weights, means, logvars)
     return (own < true[:, None]).sum(1), true - own.mean(1)
 

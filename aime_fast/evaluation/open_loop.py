@@ -1,7 +1,7 @@
-"""Evaluation of a trained model on held-out episodes. docs/evaluation.md says what each number means.
+"""Open-loop evaluation of a trained model on clips of held-out episodes. docs/evaluation.md says what each number means.
 
-Convention (that of the best precedent for open-loop video): `context` frames are shown, `horizon` frames predicted from actions alone,
-measured on the horizon only, step by step, beside what needs no model at all.
+Convention: the model observes `context` frames and predicts `horizon` frames from actions alone. Scores are of the horizon only, step by
+step, beside those of baselines without a model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from aime_fast.evaluation.clips import Clips
 from aime_fast.evaluation.lpips import Lpips
 from aime_fast.evaluation.measures import psnr, squared_error, ssim
 from aime_fast.evaluation.positions import PositionReader, position_errors
+from aime_fast.layers import starts
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
-GAIN_STEPS = range(5, 17)  # over which the gain on repeat-last-frame is averaged
-TOKEN_STEP = 10  # at which token accuracies are compared
-# What issue 5 asks of a run: the named numbers of `targets`, each to be reached or passed.
+GAIN_STEPS = range(5, 17)  # steps over which the gain on a baseline is averaged
+TOKEN_STEP = 10  # step at which token accuracies are compared
+# Least values that a run is to reach: the named numbers of `targets`.
 WANTED = {
     "psnr_gain_steps_5_to_16": 3.0,
     "smallest_psnr_gain": -0.5,
@@ -35,24 +36,24 @@ WANTED = {
 def predict(
     model: DPGMMVariationalRecurrentAutoencoder, clips: Clips, future_actions: Tensor | None = None, sample: bool = False
 ) -> TensorDict:
-    """Open-loop prediction of the horizon of each clip, with its own actions or those given for it [N, horizon, A]."""
+    """Open-loop prediction of the horizon of each clip, with its own actions or with `future_actions` [N, horizon, A]."""
     c = clips.context
     future_actions = clips.actions[:, c:] if future_actions is None else future_actions
     return model.predict_future(clips.pixels[:, :c], clips.actions[:, :c], future_actions, sample)
 
 
 def predict_tokens(model: DPGMMVariationalRecurrentAutoencoder, tokens: Tensor, actions: Tensor, context: int) -> dict[str, Tensor]:
-    """The likeliest tokens of each frame after `context`, three ways.
+    """The most probable tokens of each frame after `context`, three ways.
 
     Args: tokens int64 [N, F, Ht, Wt, Q] of the true frames; actions [N, F, A].
 
     Returns:
-        teacher_forced: from the true frame before; rolled_out: from its own tokens, after the last frame shown; repeat_last_frame: the
-        tokens of that one again. All int64 [N, F - context, Ht, Wt, Q].
+        teacher_forced: from the true frame before; rolled_out: from its own tokens, after the last observed frame; repeat_last_frame: the
+        tokens of that frame. All int64 [N, F - context, Ht, Wt, Q].
     """
     perceiver, future = model.perceiver_io, tokens[:, context:]
-    given, before = tokens[:, context - 1 : -1], slice(context - 1, -1)
-    flat = (x.flatten(0, 1) for x in (given, perceiver.context(tokens)[:, before], actions[:, before]))
+    before, start = slice(context - 1, -1), starts(None, *tokens.shape[:2], tokens.device)
+    flat = (x[:, before].flatten(0, 1) for x in (tokens, perceiver.context(tokens, start), actions))
     return {
         "teacher_forced": perceiver.predictor.sample(*flat, temperature=0.0).view_as(future),
         "rolled_out": perceiver.generate_tokens(tokens[:, :context], actions[:, :-1], future.shape[1], temperature=0.0),
@@ -70,7 +71,7 @@ def evaluate_prediction(
     reader: PositionReader | None = None,
     lpips: Lpips | None = None,
 ) -> dict:
-    """Everything that is measured step by step on the horizon; nothing but scores is kept from one batch to the next.
+    """Everything that is measured step by step on the horizon. Only scores stay in memory from one batch to the next.
 
     Args:
         mean_frame: [3, H, W] in [-1, 1], on the model's device, as `reader` and `lpips` are.
@@ -84,7 +85,7 @@ def evaluate_prediction(
         pixels per step, and by_point over the horizon; psnr_gain_on_ both baselines; action_shuffle_ratio; the named numbers of `WANTED`
         as targets. docs/evaluation.md says more.
     """
-    shuffled = clips.actions.roll(max(1, len(clips) // 2), 0)  # half the list away: of another episode, where there are several
+    shuffled = clips.actions.roll(max(1, len(clips) // 2), 0)  # of another episode, where there are several
     scores: dict[str, list[Tensor]] = {}
     for rows in (slice(i, i + batch) for i in range(0, len(clips), batch)):
         part = clips[rows].to(mean_frame.device)
@@ -99,7 +100,7 @@ def evaluate_prediction(
     tokens = {name.removeprefix("tokens/"): shares.mean(0) for name, shares in joined.items() if name.startswith("tokens/")}  # [F, 3]
     result["tokens"] = {name: shares[:, 0].tolist() for name, shares in tokens.items()}
     for name, shares in tokens.items():
-        if name != "repeat_last_frame":  # it has none of the changed tokens right
+        if name != "repeat_last_frame":  # it predicts no changed token
             result["tokens"][f"{name}_changed"] = _numbers(shares[:, 1] / shares[:, 2])
     error, misled = (joined[f"{name}/scores"][..., 0].mean().item() for name in ("model", "misled"))
     result["action_shuffle_ratio"] = misled / error if len(clips) > 1 and error > 0 else None
@@ -130,12 +131,12 @@ def _measure(
     video = normalise(clips.pixels)
     truth, last = video[:, c:], video[:, c - 1 : c]
 
-    def score(drawn: Tensor) -> Tensor:
-        kinds = [squared_error(drawn, truth), ssim(drawn, truth)] + ([] if lpips is None else [lpips(drawn, truth)])
+    def score(frames: Tensor) -> Tensor:
+        kinds = [squared_error(frames, truth), ssim(frames, truth)] + ([] if lpips is None else [lpips(frames, truth)])
         return torch.stack(kinds, -1)
 
-    drawn = predict(model, clips)["reconstructions"]
-    yield "model/scores", score(drawn)
+    predicted = predict(model, clips)["reconstructions"]
+    yield "model/scores", score(predicted)
     yield "repeat_last_frame/scores", score(last.expand_as(truth))
     yield "mean_frame/scores", score(mean_frame.expand_as(truth))
     yield "misled/scores", score(predict(model, clips, other_actions[:, c:])["reconstructions"])
@@ -143,19 +144,19 @@ def _measure(
         yield "samples/scores", torch.stack([score(predict(model, clips, sample=True)["reconstructions"]) for _ in range(samples)], 1)
 
     tokenizer = model.perceiver_io.tokenizer
-    tokens = tokenizer.tokenize(video.to(model.decoder.background.dtype)).codes
-    predicted = predict_tokens(model, tokens, clips.actions, c)
-    imagined = torch.cat([video[:, :c], drawn.clamp(-1, 1)], 1).to(model.decoder.background.dtype)
-    predicted["imagined"] = tokenizer.tokenize(imagined).codes[:, c:]
-    changed = tokens[:, c:] != predicted["repeat_last_frame"]
-    for name, guess in predicted.items():
-        right = guess == tokens[:, c:]
+    tokens, _, _ = tokenizer.encode(video.to(model.decoder.background.dtype))
+    token_films = predict_tokens(model, tokens, clips.actions, c)
+    imagined = torch.cat([video[:, :c], predicted.clamp(-1, 1)], 1).to(model.decoder.background.dtype)
+    token_films["imagined"] = tokenizer.encode(imagined)[0][:, c:]
+    changed = tokens[:, c:] != token_films["repeat_last_frame"]
+    for name, film in token_films.items():
+        right = film == tokens[:, c:]
         yield f"tokens/{name}", torch.stack([x.float().mean((-3, -2, -1)) for x in (right, right & changed, changed)], -1)
     yield "tokenizer/scores", score(tokenizer.decode(tokens)[:, c:])
-    yield "token_model/scores", score(tokenizer.decode(torch.cat([tokens[:, :c], predicted["rolled_out"]], 1))[:, c:])
+    yield "token_model/scores", score(tokenizer.decode(torch.cat([tokens[:, :c], token_films["rolled_out"]], 1))[:, c:])
 
     if reader is not None:
-        for name, frames in (("model", drawn), ("reader_on_truth", truth), ("repeat_last_frame", last)):
+        for name, frames in (("model", predicted), ("reader_on_truth", truth), ("repeat_last_frame", last)):
             yield f"positions/{name}", position_errors(reader(frames), clips.positions[:, c:], truth.shape[-1])
 
 
@@ -183,7 +184,7 @@ def _sample_curves(scores: Tensor) -> dict[str, dict[str, list[float]]]:
 
 
 def _targets(result: dict) -> dict[str, dict]:
-    """The numbers of `WANTED` with what is wanted and whether it is met; value and met are None where the horizon is too short."""
+    """The numbers of `WANTED` with the wanted value and whether it is met; value and met are None where the horizon is too short."""
     gain = result["psnr_gain_on_repeat_last_frame"]
     values: dict[str, float | None] = dict.fromkeys(WANTED)
     values |= {"psnr_gain_steps_5_to_16": gain["steps_5_to_16"], "smallest_psnr_gain": gain["smallest"]}

@@ -1,4 +1,4 @@
-"""Pictures a person looks at: sample sheets as PNG, the prediction as mp4. Frames are float [-1, 1] unless said otherwise."""
+"""Sample sheets as PNG and predictions as mp4. Frames are float in [-1, 1] unless said otherwise."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from aime_fast.evaluation.clips import COLUMNS, CONTEXT, HORIZON, look_at, predict_clip, strip_columns
+from aime_fast.evaluation.clips import COLUMNS, CONTEXT, HORIZON, infer_episode, predict_clip, strip_columns
 
-GREEN, RED = (40, 170, 70), (210, 50, 50)  # border of frames the model saw, and of frames it made up
+GREEN, RED = (40, 170, 70), (210, 50, 50)  # border of observed and of predicted frames
 GAP = 2  # pixels of white between the cells of a sheet
 
 
@@ -22,14 +22,14 @@ def to_uint8(frames: Tensor) -> Tensor:
     return ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu()
 
 
-def error_picture(truth: Tensor, drawn: Tensor) -> Tensor:
+def error_picture(truth: Tensor, decoded: Tensor) -> Tensor:
     """Absolute difference averaged over colour, [..., 3, H, W] in [-1, 1]: black where equal, white from half the range on."""
-    error = (truth.float() - drawn.float()).abs().mean(-3, keepdim=True).clamp(max=1.0)
+    error = (truth.float() - decoded.float()).abs().mean(-3, keepdim=True).clamp(max=1.0)
     return (2 * error - 1).expand_as(truth)
 
 
 def overlay(frames: Tensor, attention: Tensor) -> Tensor:
-    """Attention laid over frames in red, [N, 3, H, W]: what a map has above its mean; an even map shows nothing.
+    """Frames with attention in red over them, [N, 3, H, W]: the part of a map above its mean; a uniform map shows nothing.
 
     Args:
         frames: [N, 3, H, W]. attention: [N, Ha, Wa], non-negative.
@@ -49,7 +49,7 @@ def enlarge(frames: Tensor, smallest: int) -> Tensor:
     return frames.repeat_interleave(factor, -3).repeat_interleave(factor, -2)
 
 
-def save_samples(path: Path, truth: Tensor, reconstruction: Tensor, attention: Tensor, smallest: int = 96) -> None:
+def write_sheet(path: Path, truth: Tensor, reconstruction: Tensor, attention: Tensor, smallest: int = 96) -> None:
     """A sheet with one column a frame and rows truth | reconstruction | error | attention overlay.
 
     Args:
@@ -64,14 +64,14 @@ def sheet(cells: Tensor) -> Tensor:
     return F.pad(cells, (0, 0, 0, GAP, 0, GAP), value=255).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
 
 
-def filmstrip(truth: Tensor, drawn: Tensor, shown: int, smallest: int = 96) -> Tensor:
+def filmstrip(truth: Tensor, decoded: Tensor, observed: int, smallest: int = 96) -> Tensor:
     """A sheet uint8 [H', W', 3], one column a frame, rows truth | prediction | error; borders as in `prediction_frames`.
 
     Args:
-        truth, drawn: [N, 3, H, W]. shown: how many of the N frames the model saw. smallest: least height of a cell, pixels.
+        truth, decoded: [N, 3, H, W]. observed: how many of the N frames the model observed. smallest: least height of a cell, pixels.
     """
-    cells = enlarge(to_uint8(torch.stack([truth, drawn, error_picture(truth, drawn)])), smallest)  # [3, N, H', W', 3]
-    paint_border(cells[1], shown, max(2, smallest // 32))
+    cells = enlarge(to_uint8(torch.stack([truth, decoded, error_picture(truth, decoded)])), smallest)  # [3, N, H', W', 3]
+    paint_border(cells[1], observed, max(2, smallest // 32))
     return sheet(cells)
 
 
@@ -86,9 +86,9 @@ def attention_sheet(frames: Tensor, attention: Tensor, slot_maps: Tensor, smalle
     return sheet(enlarge(to_uint8(rows), smallest))
 
 
-def paint_border(panels: Tensor, shown: int, width: int) -> None:
-    """Paint, in place, the border of uint8 panels [T, H, W, 3]: green for the first `shown`, which the model saw, then red."""
-    for part, colour in ((panels[:shown], GREEN), (panels[shown:], RED)):
+def paint_border(panels: Tensor, observed: int, width: int) -> None:
+    """Paint, in place, the border of uint8 panels [T, H, W, 3]: green for the first `observed`, then red."""
+    for part, colour in ((panels[:observed], GREEN), (panels[observed:], RED)):
         paint = torch.tensor(colour, dtype=torch.uint8)
         part[:, :width] = part[:, -width:] = paint
         part[:, :, :width] = part[:, :, -width:] = paint
@@ -108,13 +108,13 @@ def png_bytes(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def prediction_frames(truth: Tensor, drawn: Tensor, context: int, smallest: int = 192) -> Tensor:
-    """truth | drawn | error side by side, uint8 [T, H', W', 3]; the border is green while the model sees the frame, then red.
+def prediction_frames(truth: Tensor, decoded: Tensor, context: int, smallest: int = 192) -> Tensor:
+    """truth | decoded | error side by side, uint8 [T, H', W', 3]; the border of an observed frame is green, that of a predicted one red.
 
     Args:
-        truth, drawn: [T, 3, H, W]. context: number of frames the model saw. smallest: least height of a panel, pixels.
+        truth, decoded: [T, 3, H, W]. context: number of observed frames. smallest: least height of a panel, pixels.
     """
-    panels = enlarge(to_uint8(torch.stack([truth, drawn, error_picture(truth, drawn)])), smallest)  # [3, T, H', W', 3]
+    panels = enlarge(to_uint8(torch.stack([truth, decoded, error_picture(truth, decoded)])), smallest)  # [3, T, H', W', 3]
     paint_border(panels[1], context, max(4, smallest // 32))
     return panels.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
@@ -140,7 +140,7 @@ def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
         writer.close()
 
 
-def draw_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int) -> dict[str, Path]:
+def write_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int) -> dict[str, Path]:
     """Write the pictures of a training step: reconstruction, open-loop filmstrip and attention, each as a PNG.
 
     Args:
@@ -151,16 +151,16 @@ def draw_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int)
     """
     paths = {name: folder / f"step_{step:08d}{suffix}.png" for name, suffix in (("samples", ""), ("open_loop", "_open_loop"))}
     paths["attention"] = folder / f"step_{step:08d}_attention.png"
-    out = look_at(model, episode, COLUMNS)
-    save_samples(paths["samples"], out["video"], out["reconstructions"], out["attention"])
+    out = infer_episode(model, episode, COLUMNS)
+    write_sheet(paths["samples"], out["video"], out["reconstructions"], out["attention"])
     clip = predict_clip(model, episode)
     columns = strip_columns(clip)
-    write_png(paths["open_loop"], filmstrip(clip.truth[columns], clip.drawn[columns], shown=1))
+    write_png(paths["open_loop"], filmstrip(clip.truth[columns], clip.decoded[columns], observed=1))
     write_png(paths["attention"], attention_sheet(out["video"], out["attention"], out["slot_maps"]))
     return paths
 
 
-def draw_prediction(
+def write_prediction(
     model: nn.Module, episodes: Iterable[TensorDict], path: Path, device: torch.device, context: int = CONTEXT, horizon: int = HORIZON
 ) -> None:
     """Write a video of whole episodes' middle parts: truth | reconstruction, then open-loop prediction | error.
@@ -170,7 +170,7 @@ def draw_prediction(
         episodes: as for `predict_clip`, on any device; those of fewer than two frames are left out.
         path: mp4 to write.
         device: where the model is.
-        context: frames the model sees; horizon: frames it predicts from the actions alone.
+        context: observed frames; horizon: frames predicted from the actions alone.
 
     Raises:
         ValueError: no episode has two frames.
@@ -178,7 +178,7 @@ def draw_prediction(
     clips = (
         predict_clip(model, episode.select("pixels", "action").to(device), context, horizon) for episode in episodes if len(episode) > 1
     )
-    films = [prediction_frames(clip.truth, clip.drawn, clip.shown) for clip in clips]
+    films = [prediction_frames(clip.truth, clip.decoded, clip.observed) for clip in clips]
     if not films:
         raise ValueError("prediction video: every held-out episode has fewer than two frames")
     write_video(path, torch.cat(films))

@@ -1,7 +1,7 @@
-"""Where things are in a predicted picture, read off by its neighbours among training pictures whose state is known.
+"""Positions of objects in a predicted picture, from its nearest neighbours among training frames whose positions are known.
 
-No detector is trained: a picture's positions are the mean of those of the k training frames nearest to it in blurred pixels. The reader
-errs by itself, so its error on the true frames, its floor, belongs beside every figure.
+No detector is trained: the positions are the mean of those of the k nearest training frames in blurred pixels. The reader has an error of
+its own, so its error on the true frames is reported beside every figure.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from aime_fast.data import DMCVBDataset, normalise
 
-MAX_FRAMES = 4000  # of the training data that the reader knows
-BLUR = 8  # a blurred pixel is the mean over about this part of the side: thin poles that do not meet are then still near or far
+MAX_FRAMES = 4000  # most training frames of a reader
+BLUR = 8  # a blurred pixel is the mean over about this part of the side: thin poles that do not overlap still have a distance
 
 
 class PositionReader:
@@ -30,7 +30,7 @@ class PositionReader:
 
     def __init__(self, pixels: Tensor, positions: Tensor, names: Sequence[str], neighbours: int = 3):
         known = torch.cat([_blurred(normalise(part)) for part in pixels.split(256)])  # [M, P]
-        self._centre = known.mean(0)  # what all frames share would cost digits
+        self._centre = known.mean(0)  # subtracted, since what all frames share would cost precision
         self._known = known - self._centre
         self._half_norms = self._known.square().sum(1) / 2
         self.positions, self.names, self.neighbours = positions, tuple(names), min(neighbours, len(positions))
@@ -38,7 +38,7 @@ class PositionReader:
     def __call__(self, frames: Tensor) -> Tensor:
         """frames [N, F, 3, H, W] in [-1, 1] -> positions float32 [N, F, n, 2]."""
         blurred = _blurred(frames.float().clamp(-1, 1).flatten(0, 1)) - self._centre
-        nearness = blurred @ self._known.T - self._half_norms  # orders like minus the squared distance
+        nearness = blurred @ self._known.T - self._half_norms  # has the order of minus the squared distance
         nearest = nearness.topk(self.neighbours, dim=1).indices  # [N*F, k]
         return self.positions[nearest].mean(1).unflatten(0, frames.shape[:2])
 

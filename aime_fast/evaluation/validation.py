@@ -1,4 +1,4 @@
-"""How good the averaged weights are on episodes that training never saw, in numbers."""
+"""Measures of a model on sequences of held-out episodes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def validate(
     Args:
         model: in eval mode.
         batches: with `pixels` uint8 [B, T, 3, H, W], `action`, `is_init`, on the model's device.
-        losses: weighs the terms; beta is that after warm-up.
-        mean_frame: [3, H, W] in [-1, 1], the constant picture that any model should beat.
+        losses: weighs the terms, with beta as after warm-up.
+        mean_frame: [3, H, W] in [-1, 1], the baseline.
         codebook_size: V.
         limit: number of batches.
 

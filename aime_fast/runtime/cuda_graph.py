@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-WARM_UP = 3  # ordinary calls before the capture: they compile, choose algorithms and allocate, none of which may happen inside
+WARM_UP = 3  # ordinary calls before the capture: they compile, choose algorithms and allocate, which a capture must not
 
 
 class Captured:
@@ -17,14 +17,14 @@ class Captured:
 
     The first `WARM_UP` calls run the function itself, on a side stream; the next one captures it; from then on a call copies its
     inputs to where the graph reads them and launches the graph. Every call does the function's work exactly once. Outputs are the same
-    tensors in every replay: read or copy them before the next call. Random numbers of the default generator move on as they would
-    without a graph.
+    tensors in every replay: read or copy them before the next call. Random numbers of the default generator advance as without a
+    graph.
 
     Args:
         function: takes nested tuples, lists and dictionaries of tensors, returns such; waits for nothing; changes tensors in place only.
         device: CUDA.
-        memory_of: another one, never replayed at the same time, whose memory this one uses too; outputs of either hold until the next
-            call of either.
+        memory_of: another one, never replayed at the same time, whose memory pool this one shares; outputs of either are valid until
+            the next call of either.
 
     Raises:
         ValueError: a later call has inputs of another structure, shape or dtype.

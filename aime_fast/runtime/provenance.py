@@ -1,4 +1,4 @@
-"""Where a result comes from: the command that was typed, the commit, versions of packages. Imports nothing but the standard library."""
+"""Provenance of a result: command line, commit, versions of packages. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def command_line() -> str:
-    """What was typed to start this process."""
+    """The command that started this process."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", module.name] if module is not None else ["python", sys.argv[0]]
     return shlex.join([*program, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Named ranges of time, so that a profile speaks of pillars and not of operators.
+"""Named ranges of time, so that a profile has pillars and not only operators.
 
 Names are `part: detail`, where `part` is the package of a pillar ("encoder_decoder: encoder") or "step" ("step: forward").
 `profiling.trace` adds up the time of each.
@@ -30,7 +30,7 @@ def use_nvtx(on: bool) -> None:
 def span(name: str) -> contextlib.AbstractContextManager:
     """A range of that name in torch.profiler and, after `use_nvtx(True)`, in NVTX.
 
-    Nothing at all where nobody records, and inside compiled code, where operators of several ranges become one kernel.
+    It does nothing without a recorder, and in compiled code, where operators of several ranges become one kernel.
 
     Example:
         >>> with span("encoder_decoder: encoder"):

@@ -9,9 +9,8 @@ from torch import Tensor
 class Adam:
     """Kingma and Ba, arXiv 1412.6980, algorithm 1, for a flat parameter vector.
 
-    `torch.optim.Adam` cannot be traced into the compiled step (its fused kernel has no meta implementation, its step counts as a
-    graph break) and walks a list of parameters; here all state is three tensors, and an update that must not be made is a
-    multiplication by zero, so nothing is read back to the host.
+    `torch.optim.Adam` cannot be compiled into the step: its fused kernel has no meta implementation, its step is a graph break. Here all
+    state is three tensors, and an update that must not be made is a multiplication by zero, so nothing is read back to the host.
 
     Args:
         parameters: flat [P], changed in place by `update`.

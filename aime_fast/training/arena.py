@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from aime_fast.runtime.spans import span
 
-ALIGNMENT = 32  # elements: each parameter begins on a boundary of 128 bytes, as vector loads and matrix libraries like it
+ALIGNMENT = 32  # elements: each parameter begins on a boundary of 128 bytes, for vector loads
 
 
 class Arena:
     """Parameters whose memory is one flat tensor; the parameters themselves become views of it, values and layouts unchanged.
 
-    A parameter keeps its own memory layout (channels-last weights stay so): `flatten` brings gradients, whatever their layout, into
-    the same order. The padding between parameters stays zero. Move a model to its device before its arena is made, not after.
+    A parameter's memory layout does not change (channels-last weights stay so): `flatten` brings gradients of any layout into the same
+    order. The padding between parameters stays zero. Move a model to its device before its arena is made, not after.
 
     Args:
         parameters: of one dtype and device, dense (no expanded or sliced tensors).
@@ -63,8 +63,8 @@ class Arena:
 class GradientRows:
     """Gradients of several losses over the parameters of an arena: [n, P], a row for each loss.
 
-    Eagerly the rows lie in one buffer that is kept from step to step; in compiled code they are new, since there writing into slices
-    of a buffer would copy the whole of it.
+    Eager code reuses one buffer from step to step; compiled code makes new rows, since writing into slices of a buffer would copy all of
+    it.
 
     Args:
         arena: the parameters.
@@ -82,7 +82,7 @@ class GradientRows:
         return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
     def gather(self, losses: dict[str, Tensor], before: Tensor | None = None) -> Tensor:
-        """Gradients of scalar losses of one graph, which is freed -> [n, P], zero where a loss does not reach.
+        """Gradients of scalar losses of one graph, which is freed -> [n, P], zero where a loss does not depend on a parameter.
 
         Args:
             losses: by name, in the order of the rows.

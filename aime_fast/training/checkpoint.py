@@ -1,7 +1,7 @@
-"""Checkpoints: everything needed to go on, in one file that is either whole or absent.
+"""Checkpoints: everything needed to resume, in one file that is either whole or absent.
 
 A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries, so `torch.load(weights_only=True)` reads it and
-nothing in it can run code. It is written to a temporary name, flushed to the disk and renamed: a kill at any moment leaves the
+it cannot run code. It is written to a temporary name, flushed to the disk and renamed: a kill at any moment leaves the
 previous checkpoints untouched. Python's and NumPy's global generators are not in it: nothing in a training step draws from them.
 """
 

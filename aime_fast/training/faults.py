@@ -1,4 +1,4 @@
-"""Values that are not finite: found by name where a tensor is at hand, counted on the device where nothing may be read back."""
+"""Values that are not finite: named by `check_tensor`, counted on the device by `Faults`, which reads nothing back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def first_error(terms: Iterable[tuple[str, Tensor]], step: int) -> NonFiniteErro
 
 
 class FaultReport(NamedTuple):
-    """What `Faults` knows, on the host."""
+    """The state of `Faults`, on the host."""
 
     skipped: int  # updates not made, since the start of the run
     in_a_row: int  # of them, those since the last that was made
@@ -51,7 +51,7 @@ class FaultReport(NamedTuple):
 
 
 class Faults:
-    """Counts updates that were not made, on the device, and remembers what was wrong with the first one since the last `read`.
+    """Counts updates that were not made, on the device, and records the bad terms of the first one since the last `read`.
 
     Args:
         names: scalars that `record` may be given, in the order of computation.

@@ -1,4 +1,4 @@
-"""Leaving a run in good order when the user or a scheduler asks for it."""
+"""Stopping a run by a signal, after its checkpoint is saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl`, TensorBoard and wandb by flag, `run.json`, `config.yaml`, lines on the console."""
+"""The records of a run: `metrics.jsonl`, TensorBoard and wandb by flag, `run.json`, `config.yaml`, lines on the console."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 class Logger:
-    """Metrics of a run, to every place that was asked for.
+    """Writes the metrics of a run to every place that `run.logger` names.
 
     Args:
         run_dir: folder of the run; `metrics.jsonl` is appended to.
@@ -62,7 +62,7 @@ class Logger:
     def _start_wandb(run_dir: Path, config: Config):
         import wandb
 
-        identity = run_dir / "wandb_id"  # the same wandb run goes on after a resume
+        identity = run_dir / "wandb_id"  # a resumed run continues the same wandb run
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:8])
         try:
@@ -123,7 +123,7 @@ def whole_rows(text: str) -> list[dict[str, Any]]:
 
 
 class Console:
-    """Lines and a progress bar for a person; plain lines where the output is no terminal or `rich` is not installed."""
+    """Lines and a progress bar; plain lines where the output is no terminal or `rich` is not installed."""
 
     def __init__(self, total_steps: int, step: int = 0):
         self._progress = None
@@ -163,15 +163,15 @@ def keep_until(path: Path, step: int) -> None:
     """Drop from a metrics file every line after `step`, and a last line that a kill cut short."""
     if not path.exists():
         return
-    kept = []
+    remaining = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                remaining.append(line)
         except (ValueError, KeyError):
             continue
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(line + "\n" for line in remaining), encoding="utf-8")
     os.replace(temporary, path)
 
 

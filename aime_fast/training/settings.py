@@ -33,9 +33,9 @@ def default_run_dir(config: Config) -> Path:
 
 
 def data_file(config: Config) -> Path:
-    """Where the data of these settings are kept when no --data is given, named after the settings that change a frame.
+    """Where the data of these settings are stored without --data, named after the settings that change a frame.
 
-    The number of workers, which changes how seeds are dealt out, is not in the name: keep two such recordings with --data.
+    The number of workers, which changes how seeds are dealt out, is not in the name: name two such recordings with --data.
     """
     d, seed = config.data, config.run.seed
     name = f"{d.domain}-{d.task}-{d.image_size}px-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"

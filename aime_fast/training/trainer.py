@@ -13,7 +13,7 @@ from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, collect, make_batches
 from aime_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
-from aime_fast.evaluation.pictures import draw_prediction, draw_samples
+from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
 from aime_fast.training import checkpoint
@@ -33,7 +33,7 @@ MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many
 class DMCVBTrainer:
     """Trains AIME on a task.
 
-    Everything that can be wrong with the settings is found here, the cheap things first. Without `data.data` the data are
+    Wrong settings are reported here, by the constructor, the cheap checks first. Without `data.data` the data are
     collected now, to `data/`, unless a file of the same settings is there already.
 
     Args:
@@ -236,8 +236,8 @@ class DMCVBTrainer:
 
     def _sample(self) -> None:
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
-            drawn = draw_samples(self.ema, self.validation.episode(0), self.run_dir / "samples", self.step)
-        for name, path in drawn.items():
+            pictures = write_samples(self.ema, self.validation.episode(0), self.run_dir / "samples", self.step)
+        for name, path in pictures.items():
             self.logger.picture(self.step, name, path)
 
     def _check_latent_phase(self) -> None:
@@ -246,7 +246,7 @@ class DMCVBTrainer:
         if self.config.optim.latent_phase_updates and CONTEXT + frames > longest:
             raise ConfigError(
                 f"--latent-phase-frames {frames}: with {CONTEXT} frames before them longer than any held-out or training episode "
-                f"({longest} frames); choose fewer, or --latent-phase-updates 0"
+                f"({longest} frames); take fewer, or --latent-phase-updates 0"
             )
 
     def _wanted_latent_phase(self) -> dict[str, float]:
@@ -300,7 +300,7 @@ class DMCVBTrainer:
         video = self.run_dir / "prediction.mp4"
         episodes = (self.validation.episode(i) for i in range(min(4, len(self.validation.episodes))))
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
-            draw_prediction(self.ema, episodes, video, self.device)
+            write_prediction(self.ema, episodes, video, self.device)
         return {"run_dir": self.run_dir, "checkpoint": self.saved, "video": video, "step": self.step, "validation": measured}
 
     def _save(self) -> None:

@@ -8,9 +8,10 @@ import os
 import pytest
 import torch
 
-from aime_fast.config import preset, to_dict
+from aime_fast.config import RENAMED, preset, to_dict
+from aime_fast.errors import CheckpointError
+from aime_fast.training import DMCVBTrainer
 from aime_fast.training import checkpoint as ck
-from aime_fast.training.checkpoint import CheckpointError
 
 
 def test_newest_are_kept_and_found_in_order_of_their_steps(tmp_path):
@@ -71,3 +72,48 @@ def test_resume_names_the_fields_that_differ_and_allows_the_rest():
     with pytest.raises(CheckpointError, match=r"model\.latent_dim was 6, is now 7; run\.seed was 0, is now 5") as error:
         ck.check_same_config(to_dict(config), changed)
     assert "steps" in str(error.value).split("only these may change")[1]
+
+
+def test_format_4_is_read_under_the_present_names(tmp_path):
+    """A checkpoint with a latent phase, rewritten as the version before wrote it."""
+    config = preset("debug")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data="synthetic"),
+        optim=dataclasses.replace(config.optim, latent_phase_updates=1, latent_phase_frames=2),
+        run=dataclasses.replace(config.run, steps=1, run_dir=str(tmp_path)),
+    )
+    DMCVBTrainer(config).train()
+    path = ck.latest_checkpoint(tmp_path)
+    new = ck.read_checkpoint(path)
+    old_names = {new: old for old, new in RENAMED.items()}
+
+    def weights(saved):
+        return {
+            name.replace("recurrence.", "dynamics.", 1).replace("context_prior.", "expect_context.", 1): value
+            for name, value in saved.items()
+        }
+
+    old = dict(new, format=4, model=weights(new["model"]), ema=weights(new["ema"]))
+    phase = old.pop("latent_phase")
+    made = {old_names.get(name, name): value for name, value in phase["made"].items()}
+    old["dynamics"] = {"made": made, "before": weights(phase["before"])}
+    old["config"] = {
+        name: {old_names.get(field, field): value for field, value in section.items()} if isinstance(section, dict) else section
+        for name, section in new["config"].items()
+    }
+    assert "dynamics_updates" in old["config"]["optim"]
+    assert any(name.startswith("dynamics.") for name in old["model"])
+    torch.save(old, path)
+
+    found = ck.read_checkpoint(path)
+    assert found.keys() == new.keys()
+    assert found["config"] == new["config"]
+    assert found["latent_phase"]["made"] == new["latent_phase"]["made"]
+    for part in ("model", "ema"):
+        assert list(found[part]) == list(new[part])
+    model, _, info = ck.load_model(path)
+    assert info["latent_phase_updates"] == 1
+    assert all(torch.equal(value, new["ema"][name]) for name, value in model.state_dict().items())
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True, steps=2))
+    assert DMCVBTrainer(resumed).train()["step"] == 2

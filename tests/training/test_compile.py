@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
 from aime_fast.training import TrainingStep
-from aime_fast.training.step import Warmups
+from aime_fast.training.execution import Execution
+from aime_fast.training.step import Gradients, Kind, Warmups
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +77,7 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     torch._dynamo.reset()
     counters.clear()
     step = make_step()
-    step.compile_whole(backend="aot_eager")
+    step.execution = Execution(step, "whole", backend="aot_eager")
     assert_same_training(step, batches)
     assert not counters["graph_break"]
     # The gradients, without and with a generator that plays, and the update: three graphs, however the schedules move.
@@ -87,7 +88,7 @@ def test_accumulated_batches_compile_once(batches):
     torch._dynamo.reset()
     counters.clear()
     step = make_step(accumulate=2)
-    step.compile_whole(backend="aot_eager")
+    step.execution = Execution(step, "whole", backend="aot_eager")
     assert_same_training(step, batches, 2, eager=make_step(accumulate=2))
     assert counters["stats"]["unique_graphs"] == 3  # as above: the generator plays from the second update on
 
@@ -97,7 +98,7 @@ def test_without_discriminators_there_is_no_graph_break_either(batches):
     torch._dynamo.config.trace_autograd_ops = True
     batch = {key: batches[0][key] for key in ("pixels", "action", "is_init")}
     one = torch.ones((), device=DEVICE)
-    found = torch._dynamo.explain(step._gradients)(batch, Warmups(one, one, one), 1.0, False, True, (None, None))
+    found = torch._dynamo.explain(step.compute_gradients)(Kind(False, True), batch, Warmups(one, one, one), 1.0, Gradients())
     assert (found.graph_break_count, found.graph_count) == (0, 1)
 
 

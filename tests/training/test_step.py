@@ -10,8 +10,9 @@ import torch
 
 from aime_fast.config import Config, preset, to_dict
 from aime_fast.data import make_batches, normalise
+from aime_fast.errors import NonFiniteError
 from aime_fast.multi_task_learning import RGB, LossAggregator
-from aime_fast.training import NonFiniteError, TrainingStep, check_tensor
+from aime_fast.training import TrainingStep, check_tensor
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 
@@ -94,7 +95,7 @@ def test_a_generator_that_does_not_play_gets_no_adversarial_gradient(batches):
         step = TrainingStep(make_model(config), config)
         torch.manual_seed(0)
         metrics = step(batches[:1], torch.tensor(0.5), torch.tensor(0.0), False, adversarial=adversarial)
-        seen[adversarial] = step._rows[0].clone(), metrics
+        seen[adversarial] = step._gradients.tasks.clone(), metrics
     (playing, told), (apart, metrics) = seen[True], seen[False]
     assert playing[3].any()
     assert not apart[3].any()
@@ -123,7 +124,7 @@ def test_accumulated_gradient_is_the_mean_over_the_batches(batches):
     for group in (batches[:1], batches[1:2], batches[:2]):
         step = TrainingStep(make_model(config).eval(), config)  # in eval mode nothing is drawn and the codebook stays
         update(step, group, train_discriminator=False, beta=0.0)  # the KL is taken at a sample
-        rows.append(step._rows[0].clone())
+        rows.append(step._gradients.tasks.clone())
     torch.testing.assert_close(rows[2], (rows[0] + rows[1]) / 2, rtol=1e-3, atol=1e-6)
 
 
@@ -139,7 +140,7 @@ def test_a_bad_update_changes_nothing_and_is_named(batches, where, monkeypatch):
         gather = step._discriminator_row.gather
         monkeypatch.setattr(step._discriminator_row, "gather", lambda *args: gather(*args).index_fill(1, torch.tensor([5]), torch.inf))
     else:  # finite outputs, one infinite loss
-        monkeypatch.setattr(step.losses, "lambda_recon", float("inf"))
+        monkeypatch.setattr(step.losses, "config", dataclasses.replace(step.losses.config, lambda_recon=float("inf")))
     before, others = weights(step), state_of(step)
     metrics = update(step, [bad])
     assert not bool(metrics["finite"])

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from aime_fast import train
-from aime_fast.cli import ConfigError
+from aime_fast.cli import run_command
 from aime_fast.config import Config, preset
-from aime_fast.training import DMCVBTrainer, NonFiniteError, load_model
-from aime_fast.training.settings import how_long
+from aime_fast.errors import ConfigError, NonFiniteError
+from aime_fast.training import DMCVBTrainer, load_model
+from aime_fast.training.settings import training_length
 
 
 def config_of(run_dir: Path, **run) -> Config:
@@ -186,7 +187,7 @@ def test_wrong_flags_are_one_message_and_status_2(flags, says, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", "--tier", "debug", "--data", "synthetic", "--run-dir", "run", *flags])
     with pytest.raises(SystemExit) as leaving:
-        train.command()
+        run_command(train.main)
     assert leaving.value.code == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -204,7 +205,7 @@ def test_a_run_dir_in_use_and_other_settings_are_refused(tmp_path):
 
 def test_steps_on_the_command_line_override_the_epochs_of_the_preset():
     tier = preset(1)
-    assert how_long(tier) == {"steps": None, "epochs": 50}
-    assert how_long(dataclasses.replace(tier, run=dataclasses.replace(tier.run, steps=7))) == {"steps": 7, "epochs": None}
+    assert training_length(tier) == {"steps": None, "epochs": 50}
+    assert training_length(dataclasses.replace(tier, run=dataclasses.replace(tier.run, steps=7))) == {"steps": 7, "epochs": None}
     debug = preset("debug")
-    assert how_long(dataclasses.replace(debug, run=dataclasses.replace(debug.run, epochs=0.5))) == {"steps": None, "epochs": 0.5}
+    assert training_length(dataclasses.replace(debug, run=dataclasses.replace(debug.run, epochs=0.5))) == {"steps": None, "epochs": 0.5}

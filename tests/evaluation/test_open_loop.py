@@ -11,12 +11,14 @@ from tensordict import TensorDict
 
 from aime_fast.config import preset
 from aime_fast.data import make_batches, normalise
+from aime_fast.evaluation import open_loop as evaluation
+from aime_fast.evaluation.measures import MAX_PSNR
+from aime_fast.evaluation.clips import Clips, cut_clips
+from aime_fast.evaluation.open_loop import evaluate_prediction, predict_tokens
+from aime_fast.evaluation.validation import evaluate_sequences
+from aime_fast.evaluation.positions import PositionReader
+from aime_fast.evaluation.validation import validate
 from aime_fast.multi_task_learning import LossAggregator
-from aime_fast.training import evaluation
-from aime_fast.training.evaluation import Clips, cut_clips, evaluate_prediction, evaluate_sequences, predict_tokens
-from aime_fast.training.measures import MAX_PSNR
-from aime_fast.training.positions import PositionReader
-from aime_fast.training.validation import validate
 
 CONTEXT, HORIZON = 2, 16
 
@@ -50,7 +52,7 @@ def test_a_model_that_copies_the_last_frame_scores_as_repeat_last_frame(model, m
         assert result[name] == result["repeat_last_frame"], name
     assert len(result["model"]["psnr"]) == len(result["tokens"]["rolled_out"]) == HORIZON
     assert result["model"] != result["mean_frame"]
-    tokens = model.perceiver_io.tokenizer.tokenize(normalise(clips.pixels).double()).codes
+    tokens = model.perceiver_io.tokenizer.encode(normalise(clips.pixels).double())[0]
     still = (tokens[:, CONTEXT:] == tokens[:, CONTEXT - 1 : CONTEXT]).float().mean((0, 2, 3, 4))
     assert result["tokens"]["repeat_last_frame"] == pytest.approx(still.tolist())
     assert result["psnr_gain_on_repeat_last_frame"] == {"steps_5_to_16": 0, "smallest": 0}

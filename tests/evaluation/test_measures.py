@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from aime_fast.training.measures import MAX_PSNR, Calibration, Reconstruction, prior_ranks, psnr, squared_error, ssim
-from aime_fast.training.positions import PositionReader, position_errors
+from aime_fast.evaluation.measures import MAX_PSNR, Calibration, Reconstruction, prior_ranks, psnr, squared_error, ssim
+from aime_fast.evaluation.positions import PositionReader, position_errors
 
 
 @pytest.mark.parametrize("size", [64, 33])

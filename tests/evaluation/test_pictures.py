@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from aime_fast.training import pictures
+from aime_fast.evaluation import pictures
 
 
 @settings(deadline=None, max_examples=20)
@@ -41,7 +41,7 @@ def test_prediction_frames_mark_what_was_seen_and_what_was_made_up():
 
 def test_filmstrip_has_a_column_a_frame_and_marks_what_was_made_up():
     truth, drawn = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
-    strip = pictures.filmstrip(truth, drawn, shown=1, smallest=16)
+    strip = pictures.filmstrip(truth, drawn, observed=1, smallest=16)
     cell = 16 + pictures.GAP
     assert strip.shape == (3 * cell, 3 * cell, 3)
     assert [tuple(strip[cell, i * cell].tolist()) for i in range(3)] == [pictures.GREEN, pictures.RED, pictures.RED]

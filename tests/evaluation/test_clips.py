@@ -1,4 +1,4 @@
-"""The pictures of a training step, drawn by the debug model."""
+"""Clips, and the pictures of a training step, of the debug model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from aime_fast.data import SyntheticEpisodes
-from aime_fast.training.samples import draw_samples, predict_clip, spread, strip_columns
+from aime_fast.evaluation.clips import predict_clip, spread, strip_columns
+from aime_fast.evaluation.pictures import write_samples
 
 
 def make_episode(model):
@@ -18,16 +19,16 @@ def make_episode(model):
 def test_a_clip_is_predicted_from_the_frames_shown_alone(model):
     episode = make_episode(model)
     clip = predict_clip(model, episode, context=3, horizon=4, first=10)
-    assert (len(clip.truth), len(clip.drawn), clip.shown, clip.first) == (7, 7, 3, 10)
+    assert (len(clip.truth), len(clip.decoded), clip.observed, clip.first) == (7, 7, 3, 10)
     episode["pixels"][13:] = 0  # later frames
     again = predict_clip(model, episode, context=3, horizon=4, first=10)
-    assert torch.equal(clip.drawn, again.drawn)
+    assert torch.equal(clip.decoded, again.decoded)
     assert not torch.equal(clip.truth, again.truth)
 
 
 def test_a_short_episode_gets_a_short_clip(model):
     clip = predict_clip(model, make_episode(model)[:3], context=8, horizon=16)
-    assert (len(clip.truth), clip.shown) == (3, 1)
+    assert (len(clip.truth), clip.observed) == (3, 1)
     assert strip_columns(clip, 8) == [0, 1, 2]
 
 
@@ -38,7 +39,7 @@ def test_spread_reaches_both_ends():
 
 
 def test_samples_are_three_pictures(model, tmp_path):
-    paths = draw_samples(model, make_episode(model), tmp_path, 7)
+    paths = write_samples(model, make_episode(model), tmp_path, 7)
     sizes = {name: Image.open(path).size for name, path in paths.items()}
     columns, cell = 8, 96 + 2
     slots = 3

@@ -1,4 +1,4 @@
-"""The dynamics phase: what it scores, what it teaches, and that it survives being stopped."""
+"""The latent phase: what it scores and trains, and that it survives being stopped."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 import torch
 from models import make_batch, make_model
 
-from aime_fast.cli import ConfigError
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
-from aime_fast.latent_overshooting import infer_latents, latent_overshoot
+from aime_fast.errors import ConfigError, NonFiniteError
+from aime_fast.imagination.overshooting import latent_overshooting
+from aime_fast.imagination.sequence import infer_latents
 from aime_fast.multi_task_learning.losses import mixture_log_prob
-from aime_fast.training import DMCVBTrainer, NonFiniteError
-from aime_fast.training.dynamics import DynamicsPhase, LatentReplay
+from aime_fast.training import DMCVBTrainer
+from aime_fast.training.latent_phase import LatentPhase, LatentReplay
 
-TAUGHT = ("dynamics.", "prior.", "expect_context.", "attention.prior.", "attention.posterior.seed.")
+TAUGHT = ("recurrence.", "prior.", "context_prior.", "attention.prior.", "attention.posterior.seed.")
 
 
 def config_of(run_dir: Path, **optim) -> Config:
@@ -26,7 +27,7 @@ def config_of(run_dir: Path, **optim) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, data="synthetic", episodes=4),
-        optim=dataclasses.replace(config.optim, dynamics_frames=3, dynamics_batch_size=4, **optim),
+        optim=dataclasses.replace(config.optim, latent_phase_frames=3, latent_phase_batch_size=4, **optim),
         run=dataclasses.replace(config.run, device="cpu", steps=2, run_dir=str(run_dir)),
     )
 
@@ -38,7 +39,7 @@ def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
     monkeypatch.setattr(model.prior, "forward", lambda *inputs, sample=True: mean_sticks(*inputs, sample=False))
     video, actions = make_batch(model, 3, 2)
     seen, latents = model.infer(video, actions), infer_latents(model, video, actions)
-    terms = latent_overshoot(model, latents._replace(logvar=torch.full_like(latents.logvar, -60.0)), 1, attends=True)
+    terms = latent_overshooting(model, latents._replace(logvar=torch.full_like(latents.logvar, -60.0)), 1, attends=True)
     p = seen.prior
     nll = -mixture_log_prob(seen.posterior.mean, p.log_weights, p.means, p.logvars).unflatten(0, (3, 2))
     torch.testing.assert_close(terms["one_step"], nll.mean())
@@ -46,15 +47,15 @@ def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
     torch.testing.assert_close(terms["seeds"], torch.zeros_like(terms["seeds"]), atol=1e-9, rtol=0)
 
 
-def test_it_learns_to_foretell_and_leaves_perception_and_drawing_alone():
+def test_it_improves_prediction_and_leaves_perception_and_decoder_alone():
     config = config_of(Path())
     training, validation = make_batches(config.data, 0)
     model = make_model().float().requires_grad_(False)
     assert training.action_dim == model.action_dim
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optim = dataclasses.replace(config.optim, dynamics_updates=60, dynamics_batch_size=8, dynamics_learning_rate=3e-3)
+    optim = dataclasses.replace(config.optim, latent_phase_updates=60, latent_phase_batch_size=8, latent_phase_learning_rate=3e-3)
     torch.manual_seed(0)
-    phase = DynamicsPhase(model, LatentReplay(model, training, 11), LatentReplay(model, validation, 11), optim)
+    phase = LatentPhase(model, LatentReplay(model, training, 11), LatentReplay(model, validation, 11), optim)
     first = phase.measure()
     assert phase.measure() == first
     for _ in range(60):
@@ -71,9 +72,9 @@ def test_it_learns_to_foretell_and_leaves_perception_and_drawing_alone():
 
 
 def test_a_phase_added_by_a_resume_equals_one_planned_from_the_start(tmp_path):
-    DMCVBTrainer(config_of(tmp_path / "whole", dynamics_updates=3)).train()
+    DMCVBTrainer(config_of(tmp_path / "whole", latent_phase_updates=3)).train()
     DMCVBTrainer(config_of(tmp_path / "later")).train()
-    later = config_of(tmp_path / "later", dynamics_updates=3)
+    later = config_of(tmp_path / "later", latent_phase_updates=3)
     later = dataclasses.replace(later, run=dataclasses.replace(later.run, resume=True))
     trainer = DMCVBTrainer(later)
     before = {name: value.clone() for name, value in trainer.ema.state_dict().items()}
@@ -82,16 +83,16 @@ def test_a_phase_added_by_a_resume_equals_one_planned_from_the_start(tmp_path):
     for name, value in whole["ema"].items():
         torch.testing.assert_close(found["ema"][name], value, rtol=0, atol=0)
     assert any(not torch.equal(before[name], value) for name, value in found["ema"].items())
-    assert found["dynamics"]["made"]["dynamics_updates"] == 3
+    assert found["latent_phase"]["made"]["latent_phase_updates"] == 3
 
     again = DMCVBTrainer(later)  # nothing is left to do
-    again._train_dynamics = lambda stop: pytest.fail("the phase was made again")
+    again._train_latent_phase = lambda stop: pytest.fail("the phase was made again")
     again.train()
 
 
 def test_joint_updates_and_other_phases_go_on_from_before_the_phase(tmp_path):
     def averages(name: str, steps: int, updates: int, resume: bool = False) -> dict[str, torch.Tensor]:
-        config = config_of(tmp_path / name, dynamics_updates=updates)
+        config = config_of(tmp_path / name, latent_phase_updates=updates)
         DMCVBTrainer(dataclasses.replace(config, run=dataclasses.replace(config.run, steps=steps, resume=resume))).train()
         return torch.load(tmp_path / name / f"checkpoint_{steps:08d}.pt", weights_only=True)["ema"]
 
@@ -107,37 +108,37 @@ def test_joint_updates_and_other_phases_go_on_from_before_the_phase(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(monkeypatch):
-    config = config_of(Path(), dynamics_updates=1)
+    config = config_of(Path(), latent_phase_updates=1)
     training, validation = make_batches(config.data, 0)
     model = make_model().float().requires_grad_(False)
     replays = [LatentReplay(model, batches, 11) for batches in (training, validation)]
     replays[0].frames.context.fill_(float("nan"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(NonFiniteError, match=r"update 1: .*context.* not finite.*--dynamics-learning-rate"):
-        DynamicsPhase(model, *replays, config.optim).update()
+    with pytest.raises(NonFiniteError, match=r"update 1: .*context.* not finite.*--latent-phase-learning-rate"):
+        LatentPhase(model, *replays, config.optim).update()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_phase_that_is_stopped_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
-    trainer = DMCVBTrainer(config_of(tmp_path, dynamics_updates=5))
+    trainer = DMCVBTrainer(config_of(tmp_path, latent_phase_updates=5))
     before = {name: value.clone() for name, value in trainer.ema.state_dict().items()}
-    stop, update = SimpleNamespace(signum=None), DynamicsPhase.update
+    stop, update = SimpleNamespace(signum=None), LatentPhase.update
 
     def update_and_stop(phase):
         update(phase)
         stop.signum = 15 if phase.made == 2 else None
 
-    monkeypatch.setattr(DynamicsPhase, "update", update_and_stop)
+    monkeypatch.setattr(LatentPhase, "update", update_and_stop)
     trainer._open()
-    trainer._train_dynamics(stop)
+    trainer._train_latent_phase(stop)
     trainer._close()
-    assert trainer.dynamics is None
+    assert trainer.latent_phase is None
     for name, value in trainer.ema.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(("optim", "says"), [({"dynamics_frames": 200}, "take fewer"), ({"dynamics_batch_size": 0}, "at least 1")])
+@pytest.mark.parametrize(("optim", "says"), [({"latent_phase_frames": 200}, "take fewer"), ({"latent_phase_batch_size": 0}, "at least 1")])
 def test_an_impossible_phase_is_refused_before_training(optim, says, tmp_path):
-    config = config_of(tmp_path, dynamics_updates=1)
+    config = config_of(tmp_path, latent_phase_updates=1)
     with pytest.raises(ConfigError, match=says):
         DMCVBTrainer(dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim)))

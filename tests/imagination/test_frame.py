@@ -10,10 +10,10 @@ from models import ACTIONS, debug_config, make_batch, make_model
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from aime_fast.inference import recurrent_input
+from aime_fast.imagination.sequence import recurrent_input
 from aime_fast.layers import starts
 from aime_fast.perceiver_io.context import next_tokens
-from aime_fast.roll_out import RollOut
+from aime_fast.runtime.roll_out import RollOut
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -26,33 +26,33 @@ def predict_without_caches(model, video, actions, future):
     seen = model.forward_sequence(video, actions)
     z, attention, h = seen["latents"], seen["attention"][:, -1], seen["hidden"]
     context = model.extract_context(video)
-    drawn = []
+    decoded = []
     for t in range(future.shape[1]):
-        moved = z[:, -1] - z[:, -2] if z.shape[1] > 1 else torch.zeros_like(z[:, -1])
-        p = model.prior(h[:, -1], context[:, -1], z[:, -1], moved, sample=False)
-        expected = model.attention.expect(attention, h[:, -1], z[:, -1])
-        attention = expected.log_attention.exp()
+        delta = z[:, -1] - z[:, -2] if z.shape[1] > 1 else torch.zeros_like(z[:, -1])
+        p = model.prior(h[:, -1], context[:, -1], z[:, -1], delta, sample=False)
+        predicted = model.attention.prior(attention, h[:, -1], z[:, -1])
+        attention = predicted.log_attention.exp()
         z = torch.cat([z, p.sample(False)[:, None]], 1)
-        context = torch.cat([context, model.expect_context(h[:, -1], context[:, -1], z[:, -1])[:, None]], 1)
-        drawn.append(model.decoder.likelihood.mean(model.decoder(z[:, -1], attention)))
+        context = torch.cat([context, model.context_prior(h[:, -1], context[:, -1], z[:, -1])[:, None]], 1)
+        decoded.append(model.decoder.likelihood.mean(model.decoder(z[:, -1], attention)))
         actions = torch.cat([actions, future[:, t : t + 1]], 1)
-        movement = torch.diff(z, dim=1, prepend=z[:, :1])
-        h, _ = model.dynamics(recurrent_input(z, movement, context, actions), starts(None, *z.shape[:2], z.device))
-    return torch.stack(drawn, 1), z[:, -future.shape[1] :], context
+        deltas = torch.diff(z, dim=1, prepend=z[:, :1])
+        h, _ = model.recurrence(recurrent_input(z, deltas, context, actions), starts(None, *z.shape[:2], z.device))
+    return torch.stack(decoded, 1), z[:, -future.shape[1] :], context
 
 
-@pytest.mark.parametrize("shown", [1, 7])
+@pytest.mark.parametrize("observed", [1, 7])
 @torch.no_grad()
-def test_predict_future_equals_a_computation_without_caches(model, shown):
-    video, actions = make_batch(model, 2, shown)
+def test_predict_future_equals_a_computation_without_caches(model, observed):
+    video, actions = make_batch(model, 2, observed)
     future = make_batch(model, 2, FRAMES, seed=1)[1]
-    drawn, latents, context = predict_without_caches(model, video, actions, future)
+    decoded, latents, context = predict_without_caches(model, video, actions, future)
     predicted = model.predict_future(video, actions, future)
-    torch.testing.assert_close(predicted["reconstructions"], drawn, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(predicted["reconstructions"], decoded, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(predicted["latents"], latents, rtol=1e-9, atol=1e-10)
 
     state, contexts = model.initial_state(2), []
-    for t in range(shown):
+    for t in range(observed):
         _, state = model.step(video[:, t], actions[:, t], state)
         contexts.append(state.context)
     for action in future.unbind(1):
@@ -65,10 +65,10 @@ def test_predict_future_equals_a_computation_without_caches(model, shown):
 def test_generated_tokens_equal_those_without_a_cache(model):
     perceiver, actions = copy.deepcopy(model.perceiver_io), make_batch(model, 2, FRAMES + 2)[1]
     perceiver.predictor.stay.bias.zero_()  # untrained, it would repeat every token
-    tokens = perceiver.tokenizer.tokenize(make_batch(model, 2, 3)[0]).codes
+    tokens, _, _ = perceiver.tokenizer.encode(make_batch(model, 2, 3)[0])
     cached = perceiver.generate_tokens(tokens, actions, FRAMES, temperature=0)
     for t in range(2, FRAMES + 2):
-        context = perceiver.context(tokens)[:, -1]
+        context = perceiver.context(tokens, starts(None, *tokens.shape[:2], tokens.device))[:, -1]
         tokens = torch.cat([tokens, perceiver.predictor.sample(tokens[:, -1], context, actions[:, t], 0.0)[:, None]], 1)
     assert torch.equal(cached, tokens[:, 3:])
     assert len(cached.unique(dim=1).unbind(1)) > 1
@@ -76,17 +76,17 @@ def test_generated_tokens_equal_those_without_a_cache(model):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_state_keeps_its_form(model, batch):
-    def form(state):
+def test_the_layout_of_the_state_never_changes(model, batch):
+    def layout(state):
         return [(x.shape, x.dtype, x.stride()) for x in pytree.tree_leaves(state)]
 
     video, actions = make_batch(model, batch, 1)
     empty = model.initial_state(batch)
-    _, seen = model.step(video[:, 0], actions[:, 0], empty)
-    _, imagined = model.imagine(actions[:, 0], seen)
-    assert form(empty) == form(seen) == form(imagined)
-    assert empty.memory.known.sum() == 0
-    assert imagined.memory.known.sum() == batch  # what perception keeps is of the frames that were seen
+    _, observed = model.step(video[:, 0], actions[:, 0], empty)
+    _, imagined = model.imagine(actions[:, 0], observed)
+    assert layout(empty) == layout(observed) == layout(imagined)
+    assert empty.cache.context.known.sum() == 0
+    assert imagined.cache.context.known.sum() == batch  # the cache of perception is of observed frames alone
 
 
 @torch.no_grad()
@@ -169,7 +169,7 @@ def test_captured_imagination_equals_the_plain_one():
             torch.testing.assert_close(
                 captured.predict_future(video, actions, future)[name], value, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
             )
-        tokens = model.perceiver_io.tokenizer.tokenize(video).codes
+        tokens = model.perceiver_io.tokenizer.encode(video)[0]
         plain, replayed = (m.perceiver_io.generate_tokens(tokens, future, 5, temperature=0) for m in (model, captured))
         assert (plain == replayed).float().mean() > 0.9  # codes are discrete: the nearest of two may change with rounding
         drawn = captured.predict_future(video, actions, future, sample=True)["latents"]

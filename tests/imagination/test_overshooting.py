@@ -6,10 +6,10 @@ import pytest
 import torch
 from models import make_batch, make_model
 
+from aime_fast.imagination.overshooting import BURN_IN, pixel_overshooting
 from aime_fast.layers import starts
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
-from aime_fast.overshooting import SEEN, overshoot
 
 
 def infer(model, video, actions, is_init=None):
@@ -21,7 +21,7 @@ def infer(model, video, actions, is_init=None):
 def test_the_first_frame_is_the_one_step_prior(model):
     video, actions = make_batch(model, 2, 2)
     seen, start = infer(model, video, actions)
-    found = overshoot(model, seen, video, actions, start, 1)
+    found = pixel_overshooting(model, seen, video, actions, start, 1)
     p, z = seen.prior, seen.latents.unflatten(0, (2, 2))[:, 1]
     rows = [1, 3]  # frame 1 of both sequences
     expected = -mixture_log_prob(z, p.log_weights[rows], p.means[rows], p.logvars[rows]).mean()
@@ -35,24 +35,26 @@ def test_frames_after_a_cut_do_not_count(model):
     video, actions = make_batch(model, 1, 4)
     cut = torch.tensor([[False, False, True, False]])
     seen, start = infer(model, video, actions, cut)
-    found = overshoot(model, seen, video, actions, start, 3)
+    found = pixel_overshooting(model, seen, video, actions, start, 3)
     other = video.clone()
     other[:, 2:] += 0.5
-    assert overshoot(model, seen, other, actions, start, 3)["overshoot_recon"] == found["overshoot_recon"]
+    assert pixel_overshooting(model, seen, other, actions, start, 3)["overshoot_recon"] == found["overshoot_recon"]
     other[:, 1] += 0.5
-    assert overshoot(model, seen, other, actions, start, 3)["overshoot_recon"] != found["overshoot_recon"]
+    assert pixel_overshooting(model, seen, other, actions, start, 3)["overshoot_recon"] != found["overshoot_recon"]
 
 
 def test_it_teaches_every_predictor_and_targets_get_no_gradient():
     model = make_model().train()
     video, actions = make_batch(model, 2, 5)
     seen, start = infer(model, video, actions)
-    loss = sum(overshoot(model, seen, video, actions, start, 4)[name] for name in OVERSHOOT)  # from frame 0: all others are targets
+    loss = sum(
+        pixel_overshooting(model, seen, video, actions, start, 4)[name] for name in OVERSHOOT
+    )  # from frame 0, all others are targets
     names = dict(model.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(loss, list(names.values()), allow_unused=True, retain_graph=True)))
     taught = {name.partition(".")[0] for name, g in gradients.items() if g is not None and g.any()}
-    assert {"prior", "dynamics", "attention", "expect_context", "decoder"} <= taught
-    assert "encoder" not in taught  # the latent is where it is: neither as a start nor as a target is it bent to what is easy to foretell
+    assert {"prior", "recurrence", "attention", "context_prior", "decoder"} <= taught
+    assert "encoder" not in taught  # the latent is where it is: neither as a start nor as a target is it bent to what is easy to predict
     maps = torch.autograd.grad(loss, seen.maps.attention)[0].unflatten(0, start.shape)
     assert maps[:, 0].any()
     assert not maps[:, 1:].any()
@@ -62,8 +64,9 @@ def test_it_teaches_every_predictor_and_targets_get_no_gradient():
 def test_own_tokens_are_those_of_the_frame_before(model, frames):
     predictor = model.perceiver_io.predictor
     video, actions = make_batch(model, 2, frames + 1)
-    tokens = model.perceiver_io.tokenizer.tokenize(video).codes
-    context, start = model.perceiver_io.context(tokens), starts(None, 2, frames + 1, video.device)
+    tokens, _, _ = model.perceiver_io.tokenizer.encode(video)
+    start = starts(None, 2, frames + 1, video.device)
+    context = model.perceiver_io.context(tokens, start)
     given = tokens[:, :-1]
     assert torch.equal(predictor._mix_in_own(given, context, actions, start, 0.0), given)
     mixed = predictor._mix_in_own(given, context, actions, start, 1.0)
@@ -79,7 +82,7 @@ def test_a_roll_out_begins_after_the_first_frames(model):
     begun = set()
     for seed in range(30):
         torch.manual_seed(seed)
-        loss = sum(overshoot(model, seen, video, actions, start, 3).values())
+        loss = sum(pixel_overshooting(model, seen, video, actions, start, 3).values())
         (gradient,) = torch.autograd.grad(loss, seen.maps.attention, retain_graph=True)
         begun |= set(gradient.unflatten(0, start.shape).flatten(2).any(2).any(0).nonzero().flatten().tolist())
-    assert begun == {SEEN - 1, SEEN, SEEN + 1}  # and the last one leaves three frames
+    assert begun == {BURN_IN - 1, BURN_IN, BURN_IN + 1}  # and the last one leaves three frames

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from aime_fast.config import LossConfig, ModelConfig, OptimConfig, RunConfig
-from aime_fast.training.collapse import CHECKS, Watch, replay
+from aime_fast.evaluation.collapse import CHECKS, Watch, replay
 
 HEALTHY = {
     "validation/code_usage": 0.4,

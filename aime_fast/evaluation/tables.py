@@ -1,0 +1,61 @@
+"""The result of an evaluation as tables for the terminal."""
+
+from __future__ import annotations
+
+PRINTED_STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 35, 50)  # rows of the printed tables; the file has every step
+# Names in the tables of what predicted the frames.
+FILMS = {
+    "model": "model",
+    "sample_mean": "mean of samples",
+    "sample_best": "best sample",
+    "token_model": "token model",
+    "repeat_last_frame": "repeat-last-frame",
+    "mean_frame": "mean frame",
+    "tokenizer": "tokenizer",
+}
+
+
+def print_tables(result: dict) -> None:
+    """Print the result of `aime_fast.evaluate` as tables."""
+    r, o, c = result["reconstruction"], result["open_loop"], result["calibration"]
+    print(f"{result['checkpoint']}, step {result['step']}, {result['held_out_episodes']} held-out episodes, {result['seconds']:.0f} s\n")
+    print("reconstruction        PSNR dB    SSIM")
+    print(f"  model              {r['psnr']:8.2f}  {r['ssim']:6.3f}")
+    print(f"  mean frame         {r['psnr_mean_frame']:8.2f}  {r['ssim_mean_frame']:6.3f}")
+    print(f"codes in use {r['code_usage']:.1%} (perplexity {r['code_perplexity']:.1f}), ", end="")
+    print(f"effective components {r['effective_components']:.2f} ({r['components_used']} the likeliest somewhere), ", end="")
+    print(f"next-token accuracy {r['token_accuracy']:.1%}")
+    print(f"\ncalibration of the prior: log p(z) minus that of its own samples {c['log_prob_difference']:+.2f} nats, shares of the ranks")
+    print(f"  {' '.join(f'{share:.2f}' for share in c['rank_histogram'])}  (0.10 each where calibrated)")
+    print(f"\nopen loop, context {o['context']}, {o['clips']} clips")
+    films = [name for name in FILMS if name in o]
+    steps = [step for step in PRINTED_STEPS if step < o["horizon"]] + [o["horizon"]]
+    for kind, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
+        if kind in o["model"]:
+            _print_curves(kind, {FILMS[name]: o[name][kind] for name in films}, steps, digits)
+    _print_curves("token accuracy", {_label(name): curve for name, curve in o["tokens"].items()}, steps, 3)
+    if isinstance(o["positions"], dict):
+        curves = {_label(name): curve for name, curve in o["positions"].items() if isinstance(curve, list)}
+        _print_curves("position error, pixels", curves, steps, 2)
+    for name in ("lpips", "positions"):
+        if isinstance(o.get(name), str):
+            print(f"{name} {o[name]}")
+    print("\ntargets                                value   wanted")
+    for name, target in o["targets"].items():
+        value = "    none" if target["value"] is None else f"{target['value']:8.3f}"
+        verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
+        print(f"  {name:35s} {value}  >= {target['wanted']:5.2f}  {verdict}")
+
+
+def _label(name: str) -> str:
+    """A key of the file as the tables call it."""
+    return FILMS.get(name, name.replace("_", " "))
+
+
+def _print_curves(title: str, curves: dict[str, list[float | None]], steps: list[int], digits: int) -> None:
+    """A table with one row for each of `steps`, one column for each curve; a dash where nothing could be measured."""
+    width = max(map(len, curves)) + 2
+    print(f"\n{title}\n  step" + "".join(f"{name:>{width}s}" for name in curves))
+    for step in steps:
+        values = (curve[step - 1] for curve in curves.values())
+        print(f"  {step:4d}" + "".join(f"{'-':>{width}s}" if value is None else f"{value:{width}.{digits}f}" for value in values))

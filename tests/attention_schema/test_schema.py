@@ -1,0 +1,23 @@
+"""Losses of the attention schema at their ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
+
+
+def test_attention_kl_and_diversity_have_the_right_ends():
+    torch.manual_seed(0)
+    a, b = (torch.rand(3, 16).softmax(1).view(3, 4, 4) for _ in range(2))
+    torch.testing.assert_close(attention_kl(a, a.log()), torch.zeros(3), atol=1e-6, rtol=0)
+    categorical = torch.distributions.Categorical
+    expected = torch.distributions.kl_divergence(categorical(a.flatten(1)), categorical(b.flatten(1)))
+    torch.testing.assert_close(attention_kl(a, b.log()), expected)
+    corners = torch.zeros(1, 3, 4, 4)
+    corners[0, 0, 0, 0] = corners[0, 1, 0, 3] = corners[0, 2, 3, 3] = 1
+    alike = torch.full((1, 3, 4, 4), 1 / 16)
+    for measure in (slot_overlap, map_entropy):
+        assert measure(corners) == pytest.approx(0, abs=1e-5)
+        assert measure(alike) == pytest.approx(1, abs=1e-5)

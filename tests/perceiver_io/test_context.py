@@ -1,0 +1,52 @@
+"""Context and generation frame by frame."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import make_batch, make_model
+
+from aime_fast.layers import starts
+
+
+@settings(deadline=None, max_examples=10)
+@given(cut=st.integers(1, 11), mark=st.integers(0, 11), seed=st.integers(0, 1000))
+@torch.no_grad()
+def test_perception_in_pieces_equals_perception_at_once(model, cut, mark, seed):
+    """12 frames, a window of 5: the first piece may be longer or shorter than the window, and an episode may begin anywhere."""
+    perceiver = model.perceiver_io
+    video, _ = make_batch(model, 2, 12, seed)
+    is_init = torch.zeros(2, 12, dtype=torch.bool)
+    is_init[1, mark] = True
+    start = starts(is_init, 2, 12, video.device)
+    tokens = perceiver.tokenizer.tokenize(video, start).codes
+    cache, pieces = perceiver.empty_cache(2), []
+    for piece in (slice(0, cut), slice(cut, 12)):
+        *observed, cache = perceiver.observe(video[:, piece], cache, is_init[:, piece])
+        pieces.append(observed)
+    assert torch.equal(torch.cat([codes for codes, _ in pieces], 1), tokens)
+    context = torch.cat([context for _, context in pieces], 1)
+    torch.testing.assert_close(context, perceiver.context(tokens, start), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("refinement_steps", [0, 3])
+def test_generation_runs_past_the_trained_length_is_causal_in_actions_and_deterministic(refinement_steps):
+    model = make_model(refinement_steps=refinement_steps)
+    perceiver = model.perceiver_io
+    video, _ = make_batch(model, 2, 3)
+    actions = make_batch(model, 2, 14, seed=2)[1]
+    tokens, _, _ = perceiver.tokenizer.encode(video)
+    a = perceiver.generate_tokens(tokens, actions, 12, temperature=0)
+    other = actions.clone()
+    other[:, 7] *= -1
+    b = perceiver.generate_tokens(tokens, other, 12, temperature=0)
+    assert a.shape == (2, 12, 4, 4, 2)
+    assert torch.equal(a[:, :5], b[:, :5])  # action 7 decides frame 8, the generated frame 5
+    assert torch.equal(perceiver.generate_tokens(tokens[:1], actions[:1], 12, temperature=0), a[:1])
+    sampled = perceiver.generate_autoregressive(video, actions, 4, temperature=1.0, top_p=0.9)
+    assert sampled.shape == (2, 4, 3, 32, 32)
+    assert torch.isfinite(sampled).all()
+    with pytest.raises(ValueError, match="20 frames after 3 need 22 actions, got 14"):
+        perceiver.generate_tokens(tokens, actions, 20)

@@ -1,0 +1,40 @@
+"""The token predictor: what it learns, and how it samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import make_model
+
+from aime_fast.perceiver_io.predictor import sample_codes
+
+
+def test_predictor_learns_to_copy_and_counts_only_frames_with_a_past():
+    model = make_model().train()
+    predictor = model.perceiver_io.predictor.float()
+    predictor.corruption = 0.0
+    torch.manual_seed(0)
+    tokens = torch.randint(32, (2, 1, 4, 4, 2)).expand(2, 4, 4, 4, 2)
+    context, actions = torch.zeros(2, 4, 20), torch.zeros(2, 4, 2)
+    start = torch.zeros(2, 4, dtype=torch.bool)
+    optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
+    for _ in range(60):
+        loss, accuracy = predictor.loss(tokens, context, actions, start)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert accuracy > 0.95
+    assert loss < 0.3
+    everywhere_cut = torch.ones(2, 4, dtype=torch.bool)
+    assert predictor.loss(tokens, context, actions, everywhere_cut)[0] == 0
+
+
+def test_top_p_keeps_the_nucleus_and_zero_temperature_the_mode():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    torch.manual_seed(0)
+    assert sample_codes(logits, temperature=0).unique().tolist() == [0]
+    assert sample_codes(logits, top_p=0.6).unique().tolist() == [0, 1]
+    frequency = sample_codes(logits).bincount(minlength=4) / 4000
+    torch.testing.assert_close(frequency, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="top_p"):
+        sample_codes(logits, top_p=0.0)
