@@ -50,7 +50,7 @@ class Specialisation(NamedTuple):
 
     name: str
     kernel: Any  # triton.JITFunction
-    signature: dict[str, str]  # argument -> "*fp32", "i32", "constexpr", ...
+    signature: dict[str, str]  # argument -> "*fp32", "i32", ...; what it says of a constexpr does not count
     constexprs: dict[str, Any]  # besides those of the launch
     launch: Launch
 

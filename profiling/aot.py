@@ -1,9 +1,9 @@
 """Compile every committed kernel configuration ahead of time: `python -m profiling.aot [MODULE ...] [--arch 80 90 100] [--json FILE]`.
 
 No GPU is needed. Each module has `specialisations(arch)`, a list of `kernels.backend.Specialisation`; each entry is compiled to a cubin for
-sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200), and its registers, stack, local memory and shared memory are read back. A kernel that
-keeps anything on the stack has spilled registers, or indexes an array that should have been in them: it fails, as does one that needs
-more shared memory than the architecture gives a block. Exit status 1 if anything failed.
+sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200), and its use of registers, stack, local memory and shared memory is read from the cubin.
+A kernel fails if it uses the stack, which means that registers were spilled or an array did not fit them, or if it needs more shared
+memory than a block can have. Exit status 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of sha
 
 
 def compile_one(entry: Specialisation, arch: int) -> dict[str, Any]:
-    """Compile one configuration; the row says what it needs and, under `problem`, why it will not do."""
+    """Compile one configuration; the row holds the resources that it needs and, under `problem`, why it fails."""
     row = {"kernel": entry.name, "arch": arch, **entry.launch._asdict()}
     started = time.perf_counter()
     try:
@@ -55,7 +55,7 @@ def _compile(entry: Specialisation, arch: int):
     if missing:
         raise ValueError(f"specialisation {entry.name!r} leaves out {', '.join(missing)}")
     signature = {name: "constexpr" if name in constexprs else entry.signature[name] for name in names}
-    # At a launch the compiler is told that tensors are aligned, since PyTorch's are, and loads become wide. So it is here.
+    # As at a launch, the compiler may assume that tensors are aligned, since those of PyTorch are; loads then become wide.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(
         entry.kernel, signature, constexprs={(names.index(name),): value for name, value in constexprs.items()}, attrs=aligned
@@ -77,7 +77,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def read_resources(report: str) -> dict[str, int]:
-    """Parse `cuobjdump -res-usage`; of several functions, the largest of each."""
+    """Parse the output of `cuobjdump -res-usage`; of several functions, the largest number of each resource."""
     found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if not found:
         raise RuntimeError(f"cuobjdump -res-usage names no function: {report!r}")
@@ -93,7 +93,7 @@ def _problem(row: dict[str, Any], arch: int) -> str | None:
 
 
 def _compile_numbered(task: tuple[str, int, int]) -> dict[str, Any]:
-    """For a pool of processes: kernels cannot be pickled, their places in a list can."""
+    """For a pool of processes: a kernel cannot be pickled, its place in the list can."""
     module, arch, place = task
     return compile_one(importlib.import_module(module).specialisations(arch)[place], arch)
 

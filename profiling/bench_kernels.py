@@ -1,317 +1,32 @@
-"""How fast are the kernels, against eager PyTorch, torch.compile and the best public peer, and against what the machine can do?
+"""Time the kernels against eager PyTorch, torch.compile and public peers, and compare with the bandwidth and throughput of the machine.
 
-Each time is a median with its 20th and 80th percentile. On CUDA, `triton.testing.do_bench` empties the L2 cache before each run; where
-launches are what costs, a captured graph of many runs is timed as well (`graph`), as a training step would replay it. Bytes and operations
-are counted from the algorithm's inputs and outputs, each read or written once for each pass that is needed, so GB/s and TFLOP/s compare
-providers that may move far more. The share is that of a copy, or of a bf16 matrix product, measured in this process.
+Each time is a median with its 20th and 80th percentile. On CUDA, `triton.testing.do_bench` empties the L2 cache before each run. Kernels
+are timed in a captured graph of many runs as well (`graph`), as a training step replays them. GB/s and TFLOP/s count the bytes and
+operations of the algorithm (`profiling.workloads`), also for providers that move more. The share of the ceiling is relative to a copy, or
+to a bf16 matrix product, measured in this process.
 
-The kernels are checked first (`profiling.check`). A kernel that fails has its times printed and no speed-up, and the exit status is 1.
-On a CPU the kernels have no times: the interpreter's would mean nothing. There eager PyTorch is measured against torch.compile and peers.
-Peers are optional: pip install vector-quantize-pytorch torchjd.
+The kernels are checked first (`profiling.check`). For a kernel that fails, times are printed without speed-up, and the exit status is 1.
+On a CPU the kernels are not timed, since the interpreter's times mean nothing; eager PyTorch is compared with torch.compile and peers.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import Tensor
 
-from kernels import backend, kumaraswamy, rgb, vq
-from kernels.rgb.direct import rgb_direct
+from kernels import backend
 from profiling import check
 from profiling.cases import REGISTRY
 from profiling.machine import describe, title, write_json
-
-Call = Callable[[], Any]
-SEED = 2026
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a kernel is to reach on an H200; None where nothing is asked."""
-
-    most_us: float | None = None
-    over_eager: float | None = None
-    over_compile: float | None = None
-    share: float | None = None  # of the ceiling
-    launches: int | None = None
-    graph: bool = False  # judge the time in a captured graph: launches are what costs
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """One operation at one size. Providers are made when they are measured and freed before the next one."""
-
-    name: str
-    gates: tuple[str, ...]  # kernels whose check must pass
-    size: str
-    dtype: str
-    bytes: int
-    operations: int
-    ceiling: str  # "copy" or "matmul": the part of the machine that bounds it
-    providers: dict[str, Callable[[], Call]]
-    target: Target = Target()
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.size}, {self.dtype}"
-
-
-class Unavailable(Exception):
-    """A peer that is not installed."""
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(SEED)
-
-
-def _compile(function: Callable, fullgraph: bool = True) -> Callable:
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=fullgraph, dynamic=False)
-
-
-def _vq_workloads(device: torch.device, rows: int, dtype: torch.dtype, targets: bool) -> Iterator[Workload]:
-    """Assignment, codebook update, and both as a training step has them. 4 heads of width 64 share 1024 codes."""
-    heads, width, codes = 4, 64, 1024
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    name, item = str(dtype).removeprefix("torch."), dtype.itemsize
-    vectors = rows * heads
-
-    @functools.lru_cache(maxsize=1)
-    def data() -> dict[str, Tensor]:
-        g = _generator(device)
-        codebook = torch.randn(1, codes, width, generator=g, device=device)
-        return {
-            "x": torch.randn(rows, heads, width, generator=g, device=device).to(dtype),
-            "codebook": codebook,
-            "codes": torch.randint(codes, (rows, heads), generator=g, device=device),
-            "cluster_size": 3 + torch.rand(1, codes, generator=g, device=device),
-            "embedding_sum": 3 * codebook,
-            "candidates_u": torch.rand(1, codes, generator=g, device=device),
-        }
-
-    def assign(function: Callable) -> Call:
-        d = data()
-        return lambda: function(d["x"], d["codebook"], precision)
-
-    def update(function: Callable) -> Call:
-        d = data()
-        return lambda: function(d["x"], d["codes"], *(d[n] for n in ("codebook", "cluster_size", "embedding_sum", "candidates_u")))
-
-    def both(quantize: Callable, learn: Callable) -> Callable:
-        def step(x, codebook, cluster_size, embedding_sum, candidates_u):
-            quantized, codes, commitment = quantize(x, codebook, precision)
-            return quantized, commitment, learn(x, codes, codebook, cluster_size, embedding_sum, candidates_u)
-
-        return step
-
-    def train(step: Callable) -> Call:
-        d = data()
-        return lambda: step(*(d[n] for n in ("x", "codebook", "cluster_size", "embedding_sum", "candidates_u")))
-
-    def peer(training: bool) -> Call:
-        try:
-            from vector_quantize_pytorch import VectorQuantize
-        except ImportError as error:
-            raise Unavailable(str(error)) from error
-        module = VectorQuantize(
-            dim=heads * width, codebook_dim=width, codebook_size=codes, heads=heads, separate_codebook_per_head=False, decay=0.99,
-            threshold_ema_dead_code=2 if training else 0, commitment_weight=1.0, rotation_trick=False,
-        )  # fmt: skip
-        module = module.to(device).train(training)
-        x = data()["x"].float().reshape(1, rows, heads * width)  # it works in float32
-        return lambda: module(x)
-
-    reference, learn = vq.vector_quantize_reference, vq.codebook_update_reference
-    state = codes * (width + 1) * 4  # one pass over the moving averages
-    read, written = vectors * width * item, vectors * width * item
-    labels = vectors * 8
-    size = f"{vectors:,} head-vectors of {width}, {codes} codes"
-    assign_bytes = read + written + labels + codes * width * 4
-    update_bytes = read + labels + 5 * state
-    products = 2 * vectors * codes * width
-    yield Workload(
-        "VQ assign", ("vq_assign",), size, name, assign_bytes, products, "matmul",
-        {
-            "kernel": lambda: assign(vq.vector_quantize),
-            "eager": lambda: assign(reference),
-            "compile": lambda: assign(_compile(reference)),
-            "vector-quantize-pytorch": lambda: peer(training=False),
-        },
-        (Target(most_us=100, over_eager=20, over_compile=5) if precision == "bf16" else Target(most_us=400)) if targets else Target(),
-    )  # fmt: skip
-    yield Workload(
-        "VQ update", ("vq_update",), size, name, update_bytes, vectors * width, "copy",
-        {"kernel": lambda: update(vq.codebook_update), "eager": lambda: update(learn), "compile": lambda: update(_compile(learn))},
-        Target(most_us=150) if targets else Target(),
-    )  # fmt: skip
-    yield Workload(
-        "VQ assign + update", ("vq_assign", "vq_update"), size, name, assign_bytes + update_bytes, products, "matmul",
-        {
-            "kernel": lambda: train(both(vq.vector_quantize, vq.codebook_update)),
-            "eager": lambda: train(both(reference, learn)),
-            "compile": lambda: train(_compile(both(reference, learn))),
-            "vector-quantize-pytorch": lambda: peer(training=True),
-        },
-    )  # fmt: skip
-
-
-def _sticks_workloads(device: torch.device, rows: int, sticks: int, with_kl: bool, target: Target) -> Iterator[Workload]:
-    """Forward and, with a KL, backward; noise from a seed on the device."""
-
-    @functools.lru_cache(maxsize=1)
-    def data() -> dict[str, Tensor]:
-        g = _generator(device)
-        found = {
-            name: (2 * torch.rand(rows, sticks, generator=g, device=device) - 1).requires_grad_(with_kl) for name in ("log_a", "log_b")
-        }
-        if with_kl:
-            found["alpha"] = (1 + torch.rand(rows, 1, generator=g, device=device)).requires_grad_()
-            found["log_alpha"] = torch.randn(rows, 1, generator=g, device=device).requires_grad_()
-        found["seed"] = torch.randint(2**62, (1,), generator=g, device=device)
-        found["noise"] = torch.rand(rows, sticks, generator=g, device=device)
-        return found
-
-    def forward(function: Callable, noise: str) -> Call:
-        d = data()
-        return lambda: function(
-            d["log_a"].detach(), d["log_b"].detach(), d[noise], *(d[n].detach() for n in ("alpha", "log_alpha") if n in d)
-        )
-
-    def backward(function: Callable, noise: str) -> Call:
-        d = data()
-        leaves = [d[name] for name in ("log_a", "log_b", "alpha", "log_alpha")]
-        outputs = function(leaves[0], leaves[1], d[noise], *leaves[2:])
-        used = [outputs.log_pi, outputs.pi, outputs.kl]
-        cotangents = [torch.ones_like(x) for x in used]
-        return lambda: torch.autograd.grad(used, leaves, cotangents, retain_graph=True)
-
-    def peer() -> Call:
-        d = data()
-
-        def sample() -> tuple[Tensor, ...]:
-            distribution = torch.distributions.Kumaraswamy(d["log_a"].detach().exp(), d["log_b"].detach().exp(), validate_args=False)
-            v = distribution.rsample()
-            rest = torch.nn.functional.pad((1 - v).cumprod(-1), (1, 0), value=1.0)
-            pi = torch.nn.functional.pad(v, (0, 1), value=1.0) * rest
-            return v, pi, pi.log(), distribution.log_prob(v)
-
-        return sample
-
-    function, reference = kumaraswamy.kumaraswamy_sticks, kumaraswamy.kumaraswamy_sticks_reference
-    count, pieces = rows * sticks, rows * (sticks + 1)
-    per_row = 8 * rows if with_kl else 0
-    forward_bytes = count * (8 + 8 + (4 if with_kl else 0)) + pieces * 8 + per_row
-    # The eager references draw nothing: their noise is given, since drawing it by integer arithmetic would only slow them.
-    size, name = f"{rows:,} x {sticks}", "sticks + KL" if with_kl else "sticks"
-    yield Workload(
-        f"{name} forward", ("kumaraswamy",), size, "float32", forward_bytes, 0, "copy",
-        {
-            "kernel": lambda: forward(function, "seed"),
-            "eager": lambda: forward(reference, "noise"),
-            "compile": lambda: forward(_compile(reference), "noise"),
-            "torch.distributions (no KL)" if with_kl else "torch.distributions": peer,
-        },
-        target,
-    )  # fmt: skip
-    if with_kl:
-        yield Workload(
-            f"{name} backward", ("kumaraswamy",), size, "float32", count * (8 + 4 + 8) + pieces * 8 + 2 * per_row, 0, "copy",
-            {
-                "kernel": lambda: backward(function, "seed"),
-                "eager": lambda: backward(reference, "noise"),
-                "compile": lambda: backward(_compile(reference), "noise"),
-            },
-            target,
-        )  # fmt: skip
-
-
-def _rgb_workloads(device: torch.device, tasks: int, size: int, dtype: torch.dtype, target: Target) -> Iterator[Workload]:
-    """One step of RGB with state in place. "eager" is the algorithm on whole vectors, as published."""
-
-    @functools.lru_cache(maxsize=1)
-    def data() -> dict[str, Tensor]:
-        g = _generator(device)
-        rows = torch.randn(tasks, size, generator=g, device=device)
-        rows += 0.5 * torch.randn(size, generator=g, device=device)
-        direction = torch.nn.functional.normalize(torch.randn(size, generator=g, device=device), dim=0)
-        angles, has_direction = torch.zeros(tasks, device=device), torch.ones((), dtype=torch.bool, device=device)
-        return {"gradients": rows.to(dtype), "direction": direction, "angles": angles, "has_direction": has_direction}
-
-    def step(choice: str) -> Call:
-        d, out = data(), torch.empty(size, device=device)
-
-        def run():
-            before = backend.selected_kernels()
-            backend.select_kernels(choice)
-            try:
-                return rgb.rgb_rotate_(d["gradients"], d["direction"], d["angles"], d["has_direction"], out=out)
-            finally:
-                backend.select_kernels(before)
-
-        return run
-
-    def direct(function: Callable) -> Call:
-        d = data()
-        return lambda: function(d["gradients"].float(), d["direction"], d["angles"], True)
-
-    def torchjd(name: str) -> Call:
-        try:
-            from torchjd import aggregation
-
-            aggregator = getattr(aggregation, name)()
-        except (ImportError, AttributeError) as error:
-            raise Unavailable(str(error)) from error
-        matrix = data()["gradients"].float()
-        return lambda: aggregator(matrix)
-
-    item = dtype.itemsize
-    yield Workload(
-        "RGB", ("rgb",), f"{tasks} tasks, {size:,} parameters", str(dtype).removeprefix("torch."),
-        size * (2 * (item * tasks + 4) + 8), 2 * size * ((tasks + 1) * (tasks + 2) // 2 + 2 * (tasks + 1)), "copy",
-        {
-            "kernel": lambda: step("auto"),
-            "eager": lambda: direct(rgb_direct),
-            **({"compile": lambda: direct(_compile(rgb_direct, fullgraph=False))} if tasks == 4 else {}),  # it branches on norms
-            "eager, Gram space": lambda: step("reference"),
-            "torchjd PCGrad": lambda: torchjd("PCGrad"),
-            "torchjd UPGrad": lambda: torchjd("UPGrad"),
-        },
-        target,
-    )  # fmt: skip
-
-
-def workloads(kernels: list[str], device: torch.device, quick: bool) -> list[Workload]:
-    """All sizes for a device, those with a target first; `quick` keeps the smallest."""
-    cuda, f32, bf16 = device.type == "cuda", torch.float32, torch.bfloat16
-    made: list[Workload] = []
-    if {"vq_assign", "vq_update"} & set(kernels):
-        sizes = [(640, bf16), (8192, bf16), (65536, bf16), (65536, f32)] if cuda else [(512, f32), (4096, f32)]
-        for rows, dtype in sizes[:1] if quick else sizes:
-            made += (work for work in _vq_workloads(device, rows, dtype, rows == 65536) if set(work.gates) <= set(kernels))
-    if "kumaraswamy" in kernels:
-        made += _sticks_workloads(device, 1600, 15, True, Target(most_us=12, over_eager=20, launches=1, graph=True))
-        if not quick:
-            made += _sticks_workloads(device, 65536 if cuda else 8192, 15, True, Target())
-            made += _sticks_workloads(device, 2**24 // 15 if cuda else 2**16, 15, False, Target(share=0.8) if cuda else Target())
-    if "rgb" in kernels:
-        sizes = [(4, 2_000_000, f32), (4, 25_000_000, f32), (4, 25_000_000, bf16), (9, 5_000_000, f32)]
-        sizes = sizes if cuda else [(4, 200_000, f32), (4, 4_000_000, f32)]
-        for tasks, size, dtype in sizes[:1] if quick else sizes:
-            # 1.25 times the time of moving the bytes at the speed of a copy is 0.8 of that speed.
-            target = Target(share=0.8, over_eager=20) if (size, dtype) == (25_000_000, f32) else Target()
-            made += _rgb_workloads(device, tasks, size, dtype, target)
-    return sorted(made, key=lambda work: work.target == Target())
+from profiling.workloads import Call, Target, Unavailable, Workload, workloads
 
 
 def measure(call: Call, device: torch.device) -> tuple[float, float, float]:
@@ -336,7 +51,7 @@ def _quantiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def measure_graph(make: Callable[[], Call], runs: int = 20, replays: int = 50) -> float:
-    """Median milliseconds of one run among `runs` in a captured graph. Everything is made on the capturing stream: autograd stays on it."""
+    """Median milliseconds of one run among `runs` in a captured graph. `make` runs on the capturing stream, so autograd stays on it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -359,7 +74,7 @@ def measure_graph(make: Callable[[], Call], runs: int = 20, replays: int = 50) -
 
 
 def count_launches(call: Call) -> int:
-    """Kernels, copies and fills that one run puts on the GPU."""
+    """Number of kernels, copies and fills that one run launches on the GPU."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -369,7 +84,7 @@ def count_launches(call: Call) -> int:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine reaches: {"copy": GB/s read and written, "matmul": TFLOP/s, bf16 on CUDA and float32 on a CPU}."""
+    """Measured limits of this machine: {"copy": GB/s read and written, "matmul": TFLOP/s, bf16 on CUDA and float32 on a CPU}."""
     cuda = device.type == "cuda"
     source = torch.zeros(2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -381,13 +96,13 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def _row(work: Workload, provider: str, device: torch.device, ceiling: dict[str, float]) -> dict[str, Any]:
-    """Measure one provider; what went wrong is in `note`."""
+    """Measure one provider; a failure is reported in `note`."""
     row = {"kernel": work.name, "size": work.size, "dtype": work.dtype, "provider": provider, "device": title(device)}
     row |= {"bytes": work.bytes, "flops": work.operations, "ceiling": work.ceiling}
     if provider == "kernel" and device.type != "cuda":
         return row | {"note": "not measured: there is no GPU, and the interpreter's times would mean nothing"}
     before = functorch_config.donated_buffer
-    functorch_config.donated_buffer = False  # a backward that is timed again and again keeps its buffers
+    functorch_config.donated_buffer = False  # a backward that runs many times must keep its buffers
     try:
         make = work.providers[provider]
         call = make()
@@ -422,7 +137,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def verdict(work: Workload, row: dict[str, Any], device: torch.device) -> str | None:
-    """How the kernel's row stands to its target; None without one."""
+    """The kernel's row compared with its target; None without one."""
     target = work.target
     if target == Target():
         return None
@@ -521,7 +236,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     device = torch.device(options.device)
     began = time.perf_counter()
     backend.select_kernels("auto")  # whatever AIME_KERNELS says
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the direct form of RGB breaks the graph, as it must
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the direct form of RGB breaks the graph: it branches on norms
     failed = {}
     for kernel in options.kernel:
         only = (lambda case: case.pinned) if options.quick else (lambda case: True)
@@ -546,14 +261,14 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
             compare(measured)
         print(table(measured))
         if broken:
-            print(f"  no speed-up: the check of {', '.join(broken)} failed, and a wrong kernel is not fast")
+            print(f"  no speed-up: the check of {', '.join(broken)} failed")
         else:
             said = {row["provider"]: verdict(work, row, device) for row in measured}.get("kernel")
             if said is not None:
                 print(f"  target: {said}")
                 next(row for row in measured if row["provider"] == "kernel")["target"] = said
         rows += measured
-        if options.json:  # after each workload: what was measured outlives a kill
+        if options.json:  # after each workload, so a killed run keeps its measurements
             write_json(options.json, header | {"rows": rows, "wall_s": round(time.perf_counter() - began, 1)})
     if header["left_out"]:
         print(f"\nleft out after {options.seconds:g} s: {'; '.join(header['left_out'])}")

@@ -1,23 +1,24 @@
-"""Are the kernels right? `python -m profiling.check [--device cpu|cuda] [--kernel NAME] [--json FILE]`, exit status 1 if one is not.
+"""Check the kernels: `python -m profiling.check [--device cpu|cuda] [--kernel NAME] [--json FILE]`, exit status 1 if one is wrong.
 
 Every output and gradient of every case is compared with float64, element by element:
 
     largest error of the kernel  <=  2 x largest error of an eager run in the same precision  +  4 eps x largest exact value
 
-with the eps of the output's own dtype, or of the precision of the work where that is coarser; integers and flags must agree. The first
-element beyond the budget is printed. Further rows say whether
+with the eps of the output's dtype, or of the dtype of the work where that is coarser; integers and flags must be equal. The first
+element beyond the budget is printed. Further rows report whether
 
-* the configurations of other architectures give the same (`sm_80`, `sm_90`, `sm_100`);
-* the function compiles with `fullgraph=True` and still gives the same (`compiled`); the operators pass `torch.library.opcheck`;
+* the configurations of other architectures stay within the budget (`sm_80`, `sm_90`, `sm_100`);
+* the function compiles with `fullgraph=True` and stays within the budget (`compiled`), and the operators pass `torch.library.opcheck`;
 * on CUDA, a second run gives the same bits (`again`), and so does a captured graph (`graph`).
 
-Memory that a kernel leaves unwritten holds NaN. Without CUDA the kernels run in Triton's interpreter, and side by side with it every
-committed configuration is compiled ahead of time (`profiling.aot`). Each kernel has processes of its own.
+Memory that a kernel leaves unwritten holds NaN. Without CUDA the kernels run in Triton's interpreter, and at the same time every
+committed configuration is compiled ahead of time (`profiling.aot`). Each kernel has its own processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from kernels import backend
 from profiling import aot
-from profiling.cases import MODULES, REGISTRY, Case, Inputs, Outputs, operations, to_device, to_double
+from profiling.cases import MODULES, OPERATORS, REGISTRY, Case, Inputs, Outputs, to_device, to_double
 from profiling.machine import ROOT, describe, title, write_json
 
 ROUNDING = 4  # units of eps x the largest exact value that are allowed on top of twice the eager error
@@ -59,7 +60,7 @@ class Row:
 
 
 def judge(case: Case, way: str, found: Outputs, exact: Outputs, eager: Outputs, eager_exact: Outputs) -> list[Row]:
-    """One row for each output that `exact` names. `eager_exact` is what is exact for the eager run's own codes."""
+    """One row for each output that `exact` names. `eager_exact` is exact for the codes that the eager run chose."""
     rows = []
     for name, target in exact.items():
         row = Row(case.kernel, case.name, way, name)
@@ -76,7 +77,7 @@ def judge(case: Case, way: str, found: Outputs, exact: Outputs, eager: Outputs, 
             continue
         errors = _errors(value, target)
         row.error, row.eager_error = errors.max().item(), _errors(low, eager_exact[name]).max().item()
-        # An eager run that overflows says nothing about what the kernel may do.
+        # The error of an eager run that overflows is no budget.
         row.budget = 2 * row.eager_error if row.eager_error < float("inf") else 0.0
         row.budget += ROUNDING * _eps(value.dtype, case.dtype) * _largest(target)
         if not row.error <= row.budget:
@@ -95,7 +96,7 @@ def _largest(target: Tensor) -> float:
 
 
 def _errors(value: Tensor, target: Tensor) -> Tensor:
-    """|value - target|, where equal infinities or NaNs agree, and any other is infinitely wrong."""
+    """|value - target|: 0 for equal infinities or two NaNs, infinite for any other infinity or NaN."""
     value, target = value.double(), target.double()
     same = (value == target) | (value.isnan() & target.isnan())
     return torch.where(same, 0.0, (value - target).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
@@ -110,7 +111,7 @@ def _first_mismatch(value: Tensor, target: Tensor, errors: Tensor, budget: float
 
 @contextlib.contextmanager
 def _kernels_chosen() -> Iterator[None]:
-    """Triton wherever it can run, and NaN in memory that nothing has written."""
+    """Triton wherever it can run, and NaN in memory that was not written."""
     before, deterministic = backend.selected_kernels(), torch.are_deterministic_algorithms_enabled()
     if torch.cuda.is_available() or backend.INTERPRETED:  # without either, the public functions run their references
         backend.select_kernels("triton")
@@ -125,7 +126,7 @@ def _kernels_chosen() -> Iterator[None]:
 
 
 def _attempt(case: Case, way: str, work: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of `work`, or one that says how it ended."""
+    """The rows of `work`, or one with the exception that it raised."""
     try:
         return work()
     except Exception as error:
@@ -180,7 +181,7 @@ def _pinned(case: Case, inputs: Inputs, arch: int) -> Outputs:
 
 
 def _compiled(case: Case, inputs: Inputs, device: torch.device) -> Outputs:
-    """Through `torch.compile`; on a CPU without Inductor's C++ compiler, which adds nothing to an opaque operator but time."""
+    """Through `torch.compile`; on a CPU without Inductor, which only adds compile time around an opaque operator."""
     chosen = "inductor" if device.type == "cuda" else "aot_eager"
     torch._dynamo.reset()
     return case.run(inputs, lambda function: torch.compile(function, fullgraph=True, backend=chosen))
@@ -200,8 +201,8 @@ def _repeats(case: Case, way: str, inputs: Inputs, second: Callable[[Inputs], Ou
 
 
 def _replayed(case: Case, inputs: Inputs) -> Outputs:
-    """Outputs of the third replay of a captured graph; what a synchronisation would break, capture refuses."""
-    torch.use_deterministic_algorithms(False)  # its checks and fills are no part of a training step's graph
+    """Outputs of the third replay of a captured graph. Capture fails if the function synchronises with the device."""
+    torch.use_deterministic_algorithms(False)  # a training step's graph does not contain its checks and fills
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -222,7 +223,7 @@ def _replayed(case: Case, inputs: Inputs) -> Outputs:
 def check_operators(kernel: str, device: torch.device) -> list[Row]:
     """`torch.library.opcheck` of each operator: schema, fake tensors, autograd registration, tracing with dynamic shapes."""
     rows = []
-    for name, operator, arguments in operations(kernel, device):
+    for name, operator, arguments in OPERATORS[kernel](device):
         row = Row(kernel, name, "opcheck", "-")
         rows.append(row)
         try:
@@ -235,7 +236,7 @@ def check_operators(kernel: str, device: torch.device) -> list[Row]:
 
 
 def check_kernel(kernel: str, device: torch.device, only: Callable[[Case], bool] | None = None) -> list[Row]:
-    """Every case of one kernel in this process, its operators, and one case through `torch.compile`; or just the cases of `only`."""
+    """Every case of one kernel in this process, one of them through `torch.compile` too, and its operators; or only the cases of `only`."""
     cases = [case for case in REGISTRY[kernel]() if only is None or only(case)]
     if only is not None:
         return list(itertools.chain.from_iterable(check_case(case, device) for case in cases))
@@ -260,7 +261,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _children(kernels: Sequence[str], device: str, folder: Path) -> list[tuple[str, list[str], dict[str, str]]]:
-    """(name, command, environment) of each process, the longest first. Its report goes to `folder/NAME.json`."""
+    """(name, command, environment) of each process, the slowest first. Each writes its report to `folder/NAME.json`."""
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "AIME_KERNELS")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     interpreted = environment | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
@@ -277,35 +278,24 @@ def _children(kernels: Sequence[str], device: str, folder: Path) -> list[tuple[s
     return children
 
 
-def _run_children(children: list[tuple[str, list[str], dict[str, str]]], folder: Path, at_once: int) -> dict[str, tuple[int, float]]:
-    """Run them, at most `at_once` side by side; name -> (exit status, seconds). What they print goes to `folder/NAME.log`."""
-    waiting, running, ended = list(children), {}, {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                name, command, environment = waiting.pop(0)
-                with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-                    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-                running[name] = (process, time.perf_counter())
-            for name, (process, began) in list(running.items()):
-                if process.poll() is not None:
-                    ended[name] = (process.returncode, time.perf_counter() - began)
-                    del running[name]
-                    print(f"{name}: {'passed' if process.returncode == 0 else 'FAILED'}, {ended[name][1]:.0f} s", flush=True)
-            time.sleep(0.05)
-    finally:
-        for process, _ in running.values():
-            process.kill()
-    return ended
+def _run_child(child: tuple[str, list[str], dict[str, str]], folder: Path) -> tuple[str, float]:
+    """Run one of them: (name, seconds). Its output goes to `folder/NAME.log`."""
+    (name, command, environment), began = child, time.perf_counter()
+    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    seconds = time.perf_counter() - began
+    print(f"{name}: {'passed' if status == 0 else 'FAILED'}, {seconds:.0f} s", flush=True)
+    return name, round(seconds, 1)
 
 
 def check_all(kernels: Sequence[str], device: str) -> dict[str, Any]:
-    """Run every process and gather what they found: `rows`, `aot`, `broken` (processes without a report), `seconds`."""
+    """Run every process and collect the reports: `rows`, `aot`, `broken` (processes without a report), `seconds`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         children = _children(kernels, device, folder)
-        ended = _run_children(children, folder, at_once=max(2, os.cpu_count() or 1))
-        report: dict[str, Any] = {"rows": [], "aot": [], "broken": {}, "seconds": {name: round(s, 1) for name, (_, s) in ended.items()}}
+        with concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+            seconds = dict(pool.map(lambda child: _run_child(child, folder), children))
+        report: dict[str, Any] = {"rows": [], "aot": [], "broken": {}, "seconds": seconds}
         for name, _, _ in children:
             path, log = folder / f"{name}.json", (folder / f"{name}.log").read_text(encoding="utf-8")
             if not path.exists():
@@ -327,8 +317,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kernel", choices=tuple(REGISTRY), nargs="+", default=list(REGISTRY), help="default: all")
     parser.add_argument("--json", metavar="FILE", help="write machine, versions and rows here")
-    parser.add_argument("--list", action="store_true", help="name the cases and leave")
-    parser.add_argument("--in-process", action="store_true", help="run the cases here and compile nothing ahead of time; for debuggers")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and exit")
+    parser.add_argument(
+        "--in-process", action="store_true", help="run the cases in this process, for debugging, and compile nothing ahead of time"
+    )
     parser.add_argument("--case", metavar="TEXT", help="with --in-process: only the cases whose names contain this")
     options = parser.parse_args(argv)
     if options.list:

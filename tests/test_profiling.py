@@ -15,6 +15,7 @@ import torch
 
 from kernels import backend, rgb
 from profiling import aot, bench, bench_kernels, cases, check, suite
+from profiling.workloads import Target, Unavailable, Workload
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +63,7 @@ def test_broken_kernel_fails_and_says_where(broken, capsys):
 SIGNS = {  # kernel -> (file, what it says, the same with one sign turned)
     "vq_assign": ("vq/triton.py", "score -= tl.load(norms", "score += tl.load(norms"),
     "vq_update": ("vq/triton.py", "+ (1.0 - DECAY) * batch", "- (1.0 - DECAY) * batch"),
-    "kumaraswamy": ("kumaraswamy/triton.py", "a_less_1 * lv - b_less_1 * t", "a_less_1 * lv + b_less_1 * t"),
+    "kumaraswamy": ("kumaraswamy/triton.py", "by_lb -= at * inverse_a", "by_lb += at * inverse_a"),
     "rgb": ("rgb/triton.py", "total += tl.load(c + i)", "total -= tl.load(c + i)"),
 }
 
@@ -137,7 +138,7 @@ def test_integers_must_agree():
 def tiny_workloads(kernels, device, quick):
     x = torch.zeros(10, device=device)
     providers = {"eager": lambda: lambda: x + 1, "compile": lambda: lambda: x.add(1)}
-    return [bench_kernels.Workload("tiny", ("rgb",), "10", "float32", 40, 0, "copy", providers)]
+    return [Workload("tiny", ("rgb",), "10", "float32", 40, 0, "copy", providers)]
 
 
 def benched(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -178,8 +179,8 @@ def test_bench_starts_nothing_after_its_time(few_cases, monkeypatch, capsys, tmp
 
 
 def test_targets_are_judged_on_an_h200_alone(monkeypatch):
-    target = bench_kernels.Target(most_us=100, over_eager=20, launches=1)
-    work = bench_kernels.Workload("w", (), "", "bfloat16", 1, 1, "matmul", {}, target)
+    target = Target(most_us=100, over_eager=20, launches=1)
+    work = Workload("w", (), "", "bfloat16", 1, 1, "matmul", {}, target)
     row = {"median_ms": 0.08, "share_of_ceiling": 0.5, "launches": 2, "speedup": {"eager": 15.0, "compile": 4.0}}
     assert bench_kernels.verdict(work, row, torch.device("cpu")) == "not measured: the target is for an H200"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -192,9 +193,9 @@ def test_missing_peer_and_failing_provider_are_notes():
         raise ValueError("too large")
 
     def missing():
-        raise bench_kernels.Unavailable("No module named 'peer'")
+        raise Unavailable("No module named 'peer'")
 
-    work = bench_kernels.Workload("w", (), "", "float32", 1, 0, "copy", {"a": failing, "b": missing})
+    work = Workload("w", (), "", "float32", 1, 0, "copy", {"a": failing, "b": missing})
     notes = [bench_kernels._row(work, name, torch.device(DEVICE), {"copy": 1.0})["note"] for name in "ab"]
     assert notes == ["ValueError: too large", "not installed: No module named 'peer'"]
 

@@ -7,6 +7,8 @@ from torch import nn
 from aime_fast.multi_task_learning.rgb import RGB
 from kernels import rgb_direct
 
+SPECIFICATION = {"mu": 0.9, "lam": 1.0, "alpha_steps": 3, "lr_inner": 0.2, "aggregation": "norm_weighted"}
+
 
 def model_and_losses(seed=0):
     torch.manual_seed(seed)
@@ -33,7 +35,7 @@ def test_backward_equals_the_direct_algorithm_and_accumulates():
         for i, loss in enumerate(losses()[:3]):
             grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             flat[i] = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, grads)])
-        expected, d, angles, norm = rgb_direct(flat, *state)
+        expected, d, angles, norm = rgb_direct(flat, *state, **SPECIFICATION)
         state = (d, angles, True)
         for p in parameters:
             p.grad = torch.ones_like(p)

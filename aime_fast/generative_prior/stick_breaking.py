@@ -59,7 +59,7 @@ class AdaptiveStickBreaking(nn.Module):
         """Mixture weights for features [..., F].
 
         Args:
-            u: uniform randoms in [0, 1] [..., K-1], or a seed, int64 [1]; drawn on the device when left out.
+            u: uniform randoms in [0, 1] [..., K-1]; drawn on the device when left out.
             sample: False takes the mean of each stick instead of a sample.
             alpha, log_alpha, kl: prior of the sticks and the method, see `kernels.kumaraswamy.kumaraswamy_sticks`; [..., 1] or [..., K-1].
         """
@@ -70,7 +70,7 @@ class AdaptiveStickBreaking(nn.Module):
             log_pi = kumaraswamy_mean_sticks(log_a, log_b)
             divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
             return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, kumaraswamy_log_mean(log_a, log_b).exp(), divergence)
-        if u is None:  # not a seed, so that kernel and reference draw the same sticks from the same generator
+        if u is None:
             u = torch.rand(log_a.shape, dtype=log_a.dtype, device=log_a.device)
         sticks = kumaraswamy_sticks(log_a, log_b, u, alpha, log_alpha, kl)
         return StickBreakingOutput(sticks.log_pi, sticks.pi, log_a, log_b, sticks.v, sticks.kl)

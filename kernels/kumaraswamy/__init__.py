@@ -1,4 +1,7 @@
-"""Kumaraswamy stick-breaking and its KL; derivation in `kernels.kumaraswamy.reference`, kernels in `kernels.kumaraswamy.triton`."""
+"""Kumaraswamy sticks and their KL; the derivation is in `kernels.kumaraswamy.reference`, the kernels in `kernels.kumaraswamy.triton`.
+
+The kernels run behind two operations: `aime_fast::kumaraswamy_sticks` and `aime_fast::kumaraswamy_sticks_backward`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from kernels.kumaraswamy.reference import (
     kumaraswamy_log_mean,
     kumaraswamy_mean_sticks,
     kumaraswamy_sticks_reference,
-    philox_uniform,
 )
 
 __all__ = [
@@ -25,90 +27,89 @@ __all__ = [
     "kumaraswamy_mean_sticks",
     "kumaraswamy_sticks",
     "kumaraswamy_sticks_reference",
-    "philox_uniform",
 ]
 
 
 def _has_kernel(log_a: Tensor) -> bool:
+    """Whether the kernels run for these tensors; float64 runs the reference."""
     return use_triton(log_a) and log_a.dtype != torch.float64
 
 
 @torch.library.custom_op("aime_fast::kumaraswamy_sticks", mutates_args=())
 def _sticks_op(
-    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None, log_alpha: Tensor | None, kl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    log_a: Tensor, log_b: Tensor, u: Tensor, alpha: Tensor | None, log_alpha: Tensor | None, kl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """v, pi, log_pi and kl, which is empty without an alpha."""
     if _has_kernel(log_a):
-        from kernels.kumaraswamy import launch
+        from kernels.kumaraswamy import launch  # here, so that machines without Triton have the reference
 
-        return launch.forward(log_a, log_b, noise, alpha, log_alpha, kl)
-    sticks = kumaraswamy_sticks_reference(log_a, log_b, noise, alpha, log_alpha, kl)
+        return launch.forward(log_a, log_b, u, alpha, log_alpha, kl)
+    sticks = kumaraswamy_sticks_reference(log_a, log_b, u, alpha, log_alpha, kl)
     return tuple(log_a.new_empty(0) if x is None else x.contiguous() for x in sticks)
 
 
 @_sticks_op.register_fake
-def _(log_a, log_b, noise, alpha, log_alpha, kl):
+def _(log_a, log_b, u, alpha, log_alpha, kl):
     shape = log_a.shape
     weights = (*shape[:-1], shape[-1] + 1)
-    return tuple(log_a.new_empty(s) for s in (shape, weights, weights, shape, (0,) if alpha is None else shape))
+    return tuple(log_a.new_empty(s) for s in (shape, weights, weights, (0,) if alpha is None else shape))
 
 
 @torch.library.custom_op("aime_fast::kumaraswamy_sticks_backward", mutates_args=())
 def _sticks_backward_op(
     log_a: Tensor,
     log_b: Tensor,
-    noise: Tensor,
+    u: Tensor,
     alpha: Tensor | None,
     log_alpha: Tensor | None,
     kl: str,
     grad_v: Tensor | None,
     grad_pi: Tensor | None,
     grad_log_pi: Tensor | None,
-    grad_log_q: Tensor | None,
     grad_kl: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of log_a, log_b, alpha and log_alpha; those of a missing alpha or log_alpha are empty."""
-    grads = (grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl)
+    arguments = (log_a, log_b, u, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_kl)
     if _has_kernel(log_a):
         from kernels.kumaraswamy import launch
 
-        return launch.backward(log_a, log_b, noise, alpha, log_alpha, kl, *grads)
-    return backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, *grads)
+        return launch.backward(*arguments)
+    return backward_reference(*arguments)
 
 
 @_sticks_backward_op.register_fake
-def _(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
+def _(log_a, log_b, u, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_kl):
     return tuple(log_a.new_empty(0) if x is None else x.new_empty(x.shape) for x in (log_a, log_b, alpha, log_alpha))
 
 
-def _remember(ctx, inputs, output):
+def _save_inputs(ctx, inputs, output) -> None:
     *tensors, ctx.kl = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, *grads):
+def _backward(ctx, *grads):
     _, _, _, alpha, log_alpha = tensors = ctx.saved_tensors
     grads = grads if alpha is not None else (*grads[:-1], None)
-    log_a, log_b, for_alpha, for_log_alpha = torch.ops.aime_fast.kumaraswamy_sticks_backward(*tensors, ctx.kl, *grads)
-    return log_a, log_b, None, None if alpha is None else for_alpha, None if log_alpha is None else for_log_alpha, None
+    to_log_a, to_log_b, to_alpha, to_log_alpha = torch.ops.aime_fast.kumaraswamy_sticks_backward(*tensors, ctx.kl, *grads)
+    return to_log_a, to_log_b, None, None if alpha is None else to_alpha, None if log_alpha is None else to_log_alpha, None
 
 
-_sticks_op.register_autograd(_differentiate, setup_context=_remember)
+_sticks_op.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def kumaraswamy_sticks(
-    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
+    log_a: Tensor, log_b: Tensor, u: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
 ) -> Sticks:
-    """Sample v_k ~ Kumaraswamy(a_k, b_k) by inversion, break a stick of length 1 with them, and work out KL(q(v_k) || Beta(1, alpha)).
+    """Sample v_k ~ Kumaraswamy(a_k, b_k), break a stick of length 1 at them, and compute KL(q(v_k) || Beta(1, alpha)).
 
-    On the kernels' path one launch each way; the backward keeps nothing but the inputs.
+    The kernels take one launch for the forward and one for the backward, which saves nothing but the inputs.
 
     Args:
-        log_a, log_b: [..., K-1], float32, bfloat16 or float16, worked in float32; or float64. Made for the range [-5, 5].
-        noise: uniform randoms in [0, 1] of the same shape; P(v < x) = 1 - u(x), so a large u gives a small v. Or an int64 tensor [1] on
-            the device: a seed from which they are drawn, the same ones for the same seed, so take a fresh one for every call.
+        log_a, log_b: [..., K-1], float32, bfloat16 or float16, computed in float32; or float64. Made for the range [-5, 5].
+        u: uniform randoms in [0, 1] of the same shape. P(v < x) = 1 - u(x), so a large u gives a small v.
         alpha: concentration of the Beta prior, or its mean; broadcasts to [..., K-1]. No KL without it.
-        log_alpha: mean of log alpha; log(alpha) when left out. With the two means the KL is its expectation under q(alpha), exactly.
+        log_alpha: mean of log alpha; log(alpha) when left out. With the two means the KL is exactly its expectation under q(alpha).
         kl: "exact" (quadrature), or "series10", AIME's ten-term series, which is biased.
 
     Returns:
@@ -117,16 +118,16 @@ def kumaraswamy_sticks(
     Raises:
         ValueError: shapes that do not agree, an unknown kl, log_alpha without alpha.
 
+    Sources: Wasserman and Mateos, arXiv 2410.00660; Nalisnick and Smyth, arXiv 1605.06197.
+
     Example:
         >>> log_a, log_b = torch.zeros(2, 160, 7).unbind(0)
         >>> sticks = kumaraswamy_sticks(log_a, log_b, torch.rand(160, 7), alpha=torch.ones(160, 1))
     """
     if log_b.shape != log_a.shape or log_a.shape[-1:] in ((), (0,)):
         raise ValueError(f"kumaraswamy_sticks: log_a {list(log_a.shape)} and log_b {list(log_b.shape)} must both be [..., K-1], K > 1")
-    if noise.shape != ((1,) if noise.dtype == torch.int64 else log_a.shape):
-        raise ValueError(
-            f"kumaraswamy_sticks: noise is {noise.dtype} {list(noise.shape)}; give uniforms {list(log_a.shape)} or a seed, int64 [1]"
-        )
+    if u.shape != log_a.shape or not u.is_floating_point():
+        raise ValueError(f"kumaraswamy_sticks: u is {u.dtype} {list(u.shape)}; expected uniforms {list(log_a.shape)}")
     if kl not in KL_METHODS:
         raise ValueError(f"kumaraswamy_sticks: kl {kl!r} is unknown; choose one of {', '.join(KL_METHODS)}")
     if log_alpha is not None and alpha is None:
@@ -135,6 +136,6 @@ def kumaraswamy_sticks(
         if x is not None and (x.dim() > log_a.dim() or any(n not in (1, m) for n, m in zip(x.shape[::-1], log_a.shape[::-1]))):
             raise ValueError(f"kumaraswamy_sticks: {name} {list(x.shape)} does not broadcast to {list(log_a.shape)}")
     if not _has_kernel(log_a):
-        return kumaraswamy_sticks_reference(log_a, log_b, noise, alpha, log_alpha, kl)
-    *sticks, divergence = torch.ops.aime_fast.kumaraswamy_sticks(log_a, log_b, noise, alpha, log_alpha, kl)
+        return kumaraswamy_sticks_reference(log_a, log_b, u, alpha, log_alpha, kl)
+    *sticks, divergence = torch.ops.aime_fast.kumaraswamy_sticks(log_a, log_b, u, alpha, log_alpha, kl)
     return Sticks(*sticks, None if alpha is None else divergence)

@@ -1,48 +1,45 @@
-"""Kumaraswamy stick-breaking in log space, and KL(Kumaraswamy || Beta).
+"""Kumaraswamy stick-breaking in log space, and KL(Kumaraswamy || Beta), in plain PyTorch.
 
 With la = log a, lb = log b and l1me(t) = log(1 - e^-t), a sample from u ~ U(0, 1) is
 
     t = -log(u) / b        z = l1me(t) = log(v^a)        log v = z / a        log(1 - v) = l1me(-log v)
-    log pi_k = log v_k + sum_{j<k} log(1 - v_j),         log pi_K = sum_j log(1 - v_j)
-    log q(v) = la + lb + (a - 1) log v + (b - 1) log(u) / b,     because log(1 - v^a) = log(u) / b.
+    log pi_k = log v_k + sum_{j<k} log(1 - v_j),         log pi_K = sum_j log(1 - v_j).
 
 For large t, z = -e^-t underflows although log(1 - v) = log(-z / a) is an ordinary number, so there its expansion is used:
 log(1 - v) = -la - t + e^-t / 2 - s / 2 with s = e^(-la - t). Over la, lb in [-5, 5] and every float u in (0, 1) all values and
-gradients are then finite; (1 - u^(1/b))^(1/a) taken literally in float32 is exactly 0 or 1 on a quarter of such draws.
+gradients are then finite; (1 - u^(1/b))^(1/a) evaluated directly in float32 is exactly 0 or 1 on a quarter of such draws.
 
-The KL needs L = E log(1 - v). In terms of t, whose density is b e^(-bt), the control variate E t = 1/b makes the integrand
-bounded by |la|, and its limit -la at large t comes out as well, so that what is left falls as e^-t:
+The KL needs L = E log(1 - v). The density of t is b e^(-bt). The control variate E t = 1/b makes the integrand bounded by |la|;
+its limit -la at large t is taken out as well, and the remaining integrand C decays as e^-t:
 
     L = -1/b + S,    S = -la + E[C(t)],    C(t) = log(1 - v(t)) + t + la
 
-With a small a, C is a step near t = log(1/a), and for b < 1 nodes laid for the density b e^(-bt) would stride over it; so they
-are laid for beta e^(-beta t), beta = max(b, 1), with the weight (b / beta) e^((beta - b) t), which C outweighs. 24 tanh-sinh
-nodes then give S within 3e-6 over the whole range (nodes laid for b alone: 5e-3).
+With a small a, C is a step near t = log(1/a). For b < 1, nodes placed for the density b e^(-bt) are too sparse there, so they are
+placed for beta e^(-beta t), beta = max(b, 1), with the weight (b / beta) e^((beta - b) t), which grows more slowly than C decays.
+24 tanh-sinh nodes then give S within 3e-6 over the whole range (nodes placed for b alone: 5e-3).
 
     KL(Kuma(a, b) || Beta(1, alpha)) = la + lb - (1 - 1/a) H - 1 + 1/b - log alpha - (alpha - 1) L,   H = digamma(b + 1) + gamma.
 
-Gradients, as the backward kernel works them out again from the inputs alone: with R(x) = x / expm1(x), which is at most 1,
-s = -log v and rho = e^-t / ((1 - e^-t) |z|),
+The backward pass gets the inputs only and recomputes the sample. With R(x) = x / expm1(x), which is at most 1, s = -log v and
+rho = e^-t / ((1 - e^-t) |z|), the gradients are
 
     d log v / dla = s                 d log v / dlb = -e^-la R(t)
     d log(1 - v) / dla = -R(s)        d log(1 - v) / dlb = t R(s) rho
-    d log q / dla = 1 - s             d log q / dlb = 1 + expm1(-la) R(t) - t
     dS / dla = -1 + E[1 - R(s)]       dS / dlb = -E[t (1 - R(s) rho)] for b >= 1, and sum W (1 - b t) C for b < 1,
 
-where W and t are the weights and nodes of the rule: for b >= 1 the nodes move with b, for b < 1 the weights do.
+where W and t are the weights and nodes of the rule: for b >= 1 the nodes depend on b, for b < 1 the weights do.
     dKL / dla = 1 - e^-la H - (alpha - 1) dS / dla
     dKL / dlb = 1 + expm1(-la) b trigamma(b + 1) - alpha / b - (alpha - 1) dS / dlb.
 
-The ten-term series of L in common use is badly biased: for (a, b, alpha) = (1, 1, 3) it gives a KL of 0.720 where 0.901 is right,
-and for (1, 0.1, 5) 15.0 where 45.1 is right. It is kept as `method="series10"` for parity with AIME.
+The ten-term series of L in common use is badly biased: for (a, b, alpha) = (1, 1, 3) it gives a KL of 0.720 instead of 0.901,
+and for (1, 0.1, 5) 15.0 instead of 45.1. It is kept as `method="series10"` for parity with AIME.
 Its terms T_m = b B(x, b) / (m + a b), x = m / a, have
 
     d log T_m / dla = x (psi(x + b) - psi(x)) - a b / (m + a b)
     d log T_m / dlb = 1 - b (psi(x + b) - psi(b)) - a b / (m + a b).
 
 Sources: Wasserman and Mateos, "Stabilizing the Kumaraswamy Distribution", arXiv 2410.00660 (log-space sampling); Nalisnick and
-Smyth, "Stick-Breaking Variational Autoencoders", arXiv 1605.06197 (KL and its series); Takahasi and Mori, 1974 (tanh-sinh rule);
-Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011 (Philox).
+Smyth, "Stick-Breaking Variational Autoencoders", arXiv 1605.06197 (KL and its series); Takahasi and Mori, 1974 (tanh-sinh rule).
 """
 
 from __future__ import annotations
@@ -58,29 +55,28 @@ KL_METHODS = ("exact", "series10")
 
 LN2 = math.log(2.0)
 EULER_GAMMA = 0.5772156649015329
-LARGE_T = 15.0  # from here on the expansion of log(1 - v) is exact to float32, and e^-t is still far from underflow
+LARGE_T = 15.0  # above it the expansion of log(1 - v) is exact to float32; e^-t is still far from underflow
+NODES = 24  # of the tanh-sinh rule
+REACH = 2.3  # the nodes lie in [-REACH, REACH] before the substitution
+SERIES_TERMS = 10
 
 
 def quadrature(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """-log(u_i) and weights w_i [24] of the tanh-sinh rule on (0, 1); the logarithm is taken where u_i itself would round to 1.
+    """-log(u_i) and weights w_i [24] of the tanh-sinh rule on (0, 1). It returns the logarithm, because u_i itself may round to 1.
 
-    Worked out on the device each time: a table would have to be copied there, which a compiled or captured step must not do.
+    The rule is computed on the device at each call: a table would be copied there, which a compiled or captured step must not do.
     """
-    nodes, reach = 24, 2.3
-    x = torch.arange(nodes, dtype=torch.float64, device=device) * (2 * reach / (nodes - 1)) - reach
+    x = torch.arange(NODES, dtype=torch.float64, device=device) * (2 * REACH / (NODES - 1)) - REACH
     y = math.pi * torch.sinh(x)
     weights = torch.cosh(x) * torch.sigmoid(y) * torch.sigmoid(-y)
     return functional.softplus(-y).to(dtype), (weights / weights.sum()).to(dtype)  # normalised: a constant is integrated exactly
 
 
-MINUS_LOG_U, WEIGHTS = (table.tolist() for table in quadrature(torch.float64, "cpu"))
-
-
 def l1me(t: Tensor) -> Tensor:
     """log(1 - e^-t) for t > 0, accurate at both ends, with a finite gradient on the branch that is not taken.
 
-    For small t it takes 1 - e^-t = 2h / (1 + h), h = tanh(t/2): Inductor compiles expm1(x) to exp(x) - 1 on a CPU, which leaves a
-    small t no digits.
+    For small t, 1 - e^-t = 2h / (1 + h) with h = tanh(t/2). expm1 would be inaccurate: Inductor compiles expm1(x) to exp(x) - 1 on a CPU,
+    which cancels.
     """
     small = t < LN2
     h = torch.tanh(0.5 * torch.where(small, t, LN2))
@@ -106,73 +102,53 @@ def stick_breaking(log_v: Tensor, log_rest: Tensor) -> Tensor:
     return functional.pad(log_v, (0, 1)) + remaining
 
 
-def working(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """float16 and bfloat16 are worked out in float32."""
+def _working(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """float16 and bfloat16 to float32, in which they are computed."""
     return tuple(x if x.dtype in (torch.float32, torch.float64) else x.float() for x in tensors)
 
 
 class Sticks(NamedTuple):
-    """A sample of K - 1 sticks, the mixture weights that it breaks a stick of length 1 into, and the sticks' KL."""
+    """A sample of K - 1 stick proportions, the K mixture weights that they define, and the KL of each stick; all in one dtype."""
 
     v: Tensor  # [..., K-1], in [0, 1]
     pi: Tensor  # [..., K], sums to 1
     log_pi: Tensor  # [..., K]
-    log_q: Tensor  # [..., K-1], log density of each v under its own Kumaraswamy
     kl: Tensor | None  # [..., K-1], nats; None without an alpha
 
 
-def philox_uniform(seed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Uniforms in (0, 1), float32 of `shape`, by Philox-4x32-10: the bits that the kernel draws from the same seed.
-
-    The key is the seed (int64, one element), the counter an element's flat index; of the first of the four words the upper 23 bits count.
-    """
-    index = torch.arange(math.prod(shape), device=seed.device)
-    low = 0xFFFFFFFF
-    words = [index & low, *(torch.zeros_like(index) for _ in range(3))]
-    key0, key1 = seed & low, (seed >> 32) & low
-    for _ in range(10):  # int64 products wrap, which leaves all 64 bits of the unsigned product right
-        even, odd = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
-        words = [(odd >> 32) & low ^ words[1] ^ key0, odd & low, (even >> 32) & low ^ words[3] ^ key1, even & low]
-        key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
-    return (((words[0] >> 9).float() + 0.5) * 2.0**-23).reshape(shape)
-
-
-def _minus_log_uniform(noise: Tensor, like: Tensor) -> Tensor:
-    """-log(u) in the shape and dtype of `like`, from uniforms or from a seed."""
-    u = philox_uniform(noise, like.shape) if noise.dtype == torch.int64 else noise
-    info = torch.finfo(like.dtype)
-    return -torch.log(u.to(like.dtype).clamp(info.tiny, 1 - info.eps))  # torch.rand can return 0
+def _sample_t(la: Tensor, lb: Tensor, u: Tensor) -> Tensor:
+    """t = -log(u) / b, finite and positive: torch.rand can return 0."""
+    info = torch.finfo(la.dtype)
+    return (-torch.log(u.to(la.dtype).clamp(info.tiny, 1 - info.eps)) * torch.exp(-lb)).clamp_min(info.tiny)
 
 
 def kumaraswamy_sticks_reference(
-    log_a: Tensor, log_b: Tensor, noise: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
+    log_a: Tensor, log_b: Tensor, u: Tensor, alpha: Tensor | None = None, log_alpha: Tensor | None = None, kl: str = "exact"
 ) -> Sticks:
-    """`kumaraswamy_sticks` in plain PyTorch; differentiable in a floating `noise` as well."""
+    """`kernels.kumaraswamy.kumaraswamy_sticks` in plain PyTorch."""
     dtype = log_a.dtype
-    la, lb = working(log_a, log_b)
-    t = (_minus_log_uniform(noise, la) * torch.exp(-lb)).clamp_min(torch.finfo(la.dtype).tiny)
-    log_v, log_rest = _log_sticks(la, t)
+    la, lb = _working(log_a, log_b)
+    log_v, log_rest = _log_sticks(la, _sample_t(la, lb, u))
     log_pi = stick_breaking(log_v, log_rest)
-    log_q = la + lb + torch.expm1(la) * log_v - torch.expm1(lb) * t
     divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
-    return Sticks(log_v.exp().to(dtype), log_pi.exp().to(dtype), log_pi.to(dtype), log_q.to(dtype), divergence)
+    return Sticks(log_v.exp().to(dtype), log_pi.exp().to(dtype), log_pi.to(dtype), divergence)
 
 
 def kumaraswamy_log_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log E[v] = log(b B(1 + 1/a, b)), [...] -> [...]. Worked out in float64: log-gammas of size 600 cancel."""
+    """log E[v] = log(b B(1 + 1/a, b)), [...] -> [...]. Computed in float64: log-gammas of size 600 cancel."""
     a, b = torch.exp(log_a.double()), torch.exp(log_b.double())
     log_mean = torch.lgamma(1 + 1 / a) + torch.lgamma(1 + b) - torch.lgamma(1 + 1 / a + b)
     return log_mean.to(log_a.dtype)
 
 
 def kumaraswamy_mean_sticks(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log pi [..., K] of the sticks v_k = E[v_k]: what deterministic (evaluation) mode uses in place of a sample."""
+    """log pi [..., K] for v_k = E[v_k], [..., K-1] -> [..., K]. Deterministic (evaluation) mode uses it instead of a sample."""
     log_v = kumaraswamy_log_mean(log_a.double(), log_b.double())
     return stick_breaking(log_v, l1me(-log_v)).to(log_a.dtype)
 
 
 def _log_rest_integral(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """S = E[log(1 - v)] + 1/b by quadrature, [...] -> [...]; the module's docstring derives it."""
+    """S = E[log(1 - v)] + 1/b by quadrature, [...] -> [...]; see the module docstring."""
     nodes, weights = quadrature(log_a.dtype, log_a.device)
     b = torch.exp(log_b).unsqueeze(-1)
     beta = b.clamp_min(1.0)
@@ -183,9 +159,9 @@ def _log_rest_integral(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (remainder * (b / beta) * torch.exp((beta - b) * t) * weights).sum(-1) - log_a.squeeze(-1)
 
 
-def _log_rest_series(log_a: Tensor, log_b: Tensor, terms: int = 10) -> Tensor:
+def _log_rest_series(log_a: Tensor, log_b: Tensor) -> Tensor:
     """E[log(1 - v)] by its truncated series -b sum_m B(m/a, b) / (m + a b), [...] -> [...]."""
-    m = torch.arange(1, terms + 1, dtype=log_a.dtype, device=log_a.device)
+    m = torch.arange(1, SERIES_TERMS + 1, dtype=log_a.dtype, device=log_a.device)
     a, b = torch.exp(log_a).unsqueeze(-1), torch.exp(log_b).unsqueeze(-1)
     log_beta = torch.lgamma(m / a) + torch.lgamma(b) - torch.lgamma(m / a + b)
     return -(b * torch.exp(log_beta) / (m + a * b)).sum(-1)
@@ -194,7 +170,7 @@ def _log_rest_series(log_a: Tensor, log_b: Tensor, terms: int = 10) -> Tensor:
 def kumaraswamy_beta_kl(log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: Tensor | None = None, method: str = "exact") -> Tensor:
     """KL(Kumaraswamy(a, b) || Beta(1, alpha)), elementwise.
 
-    It is linear in (alpha, log alpha). With `alpha` = E[alpha] and `log_alpha` = E[log alpha] the result is therefore *exactly*
+    The KL is linear in (alpha, log alpha). With `alpha` = E[alpha] and `log_alpha` = E[log alpha] the result is therefore *exactly*
     its expectation under q(alpha), without a sample of alpha.
 
     Args:
@@ -204,22 +180,24 @@ def kumaraswamy_beta_kl(log_a: Tensor, log_b: Tensor, alpha: Tensor, log_alpha: 
         method: "exact" (quadrature), or "series10", AIME's ten-term series, which is biased.
 
     Returns:
-        [..., K-1] in nats; in the dtype of log_a.
+        [..., K-1] in nats, in the dtype of log_a.
 
     Raises:
         ValueError: unknown method.
+
+    Source: Nalisnick and Smyth, arXiv 1605.06197.
     """
     if method not in KL_METHODS:
         raise ValueError(f"kumaraswamy_beta_kl: method {method!r} is unknown; choose one of {', '.join(KL_METHODS)}")
     dtype = log_a.dtype
-    log_a, log_b, alpha = working(log_a, log_b, alpha)
-    log_alpha = torch.log(alpha) if log_alpha is None else working(log_alpha)[0]
+    log_a, log_b, alpha = _working(log_a, log_b, alpha)
+    log_alpha = torch.log(alpha) if log_alpha is None else _working(log_alpha)[0]
     harmonic = torch.special.digamma(torch.exp(log_b) + 1) + EULER_GAMMA
     common = log_a + log_b + torch.expm1(-log_a) * harmonic - 1 - log_alpha
     inverse_b = torch.exp(-log_b)
     if method == "series10":
         return (common + inverse_b - (alpha - 1) * _log_rest_series(log_a, log_b)).to(dtype)
-    # 1/b of the KL and (alpha - 1)/b of -(alpha - 1) L join to alpha/b, so the large terms never cancel.
+    # 1/b of the KL and (alpha - 1)/b of -(alpha - 1) L are summed to alpha/b beforehand, so that large terms do not cancel.
     return (common + alpha * inverse_b - (alpha - 1) * _log_rest_integral(log_a, log_b)).to(dtype)
 
 
@@ -249,9 +227,9 @@ def _integral_gradients(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     return (weights * (1 - damped)).sum(-1) - 1, (weights * by_log_b).sum(-1)
 
 
-def _series_gradients(log_a: Tensor, log_b: Tensor, terms: int = 10) -> tuple[Tensor, Tensor]:
+def _series_gradients(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `_log_rest_series` in log a and log b."""
-    m = torch.arange(1, terms + 1, dtype=log_a.dtype, device=log_a.device)
+    m = torch.arange(1, SERIES_TERMS + 1, dtype=log_a.dtype, device=log_a.device)
     a, b = torch.exp(log_a).unsqueeze(-1), torch.exp(log_b).unsqueeze(-1)
     x, share, psi = m / a, a * b / (m + a * b), torch.special.digamma
     term = torch.exp(torch.lgamma(x) + torch.lgamma(b) - torch.lgamma(x + b)) * b / (m + a * b)
@@ -260,19 +238,25 @@ def _series_gradients(log_a: Tensor, log_b: Tensor, terms: int = 10) -> tuple[Te
     return -(term * by_log_a).sum(-1), -(term * by_log_b).sum(-1)
 
 
-def backward_reference(log_a, log_b, noise, alpha, log_alpha, kl, grad_v, grad_pi, grad_log_pi, grad_log_q, grad_kl):
-    """The backward op without its kernel: the docstring's formulas, since autograd does not reach inside an op."""
-    la, lb = working(log_a, log_b)
-    grads = [None if g is None else g.to(la.dtype) for g in (grad_v, grad_pi, grad_log_pi, grad_log_q)]
-    v, pi, log_pi, log_q, _ = kumaraswamy_sticks_reference(la, lb, noise)
-    grad_v, grad_pi, grad_log_pi, grad_log_q = (torch.zeros_like(x) if g is None else g for x, g in zip((v, pi, log_pi, log_q), grads))
-    t = (_minus_log_uniform(noise, la) * torch.exp(-lb)).clamp_min(torch.finfo(la.dtype).tiny)
+def backward_reference(
+    log_a: Tensor, log_b: Tensor, u: Tensor, alpha: Tensor | None, log_alpha: Tensor | None, kl: str, *grads: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of log_a, log_b, alpha and log_alpha from those of the four outputs, by the formulas of the module docstring.
+
+    Autograd does not record inside an operation of `torch.library`. None among `grads` counts as zero; the gradient of a missing
+    input is empty.
+    """
+    la, lb = _working(log_a, log_b)
+    *grads, grad_kl = grads
+    v, pi, log_pi, _ = kumaraswamy_sticks_reference(la, lb, u)
+    grad_v, grad_pi, grad_log_pi = (torch.zeros_like(x) if g is None else g.to(la.dtype) for x, g in zip((v, pi, log_pi), grads))
+    t = _sample_t(la, lb, u)
     log_v, damped, t_rho = _rest_slope(la, t)
     weight = grad_log_pi + pi * grad_pi  # [..., K]: with respect to log pi
     after = weight.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # [..., K-1]: with respect to log(1 - v)
     at = weight[..., :-1] + v * grad_v  # with respect to log v
-    by_log_a = grad_log_q * (1 + log_v) - at * log_v - after * damped
-    by_log_b = grad_log_q * (1 + torch.expm1(-la) * _damped(t) - t) - at * torch.exp(-la) * _damped(t) + after * damped * t_rho
+    by_log_a = -at * log_v - after * damped
+    by_log_b = -at * torch.exp(-la) * _damped(t) + after * damped * t_rho
     by_alpha = by_log_alpha = None
     if grad_kl is not None:
         g, mean, b = grad_kl.to(la.dtype), alpha.to(la.dtype), torch.exp(lb)

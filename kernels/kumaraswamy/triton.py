@@ -1,15 +1,15 @@
-"""Triton kernels of `kernels.kumaraswamy`: sticks, weights, log densities and KL in one launch, all gradients in another.
+"""Triton kernels of `kernels.kumaraswamy`: sticks, weights and KL in one launch, all gradients in another.
 
 A program holds a few rows of sticks as a tile [BLOCK_ROWS, KP], KP a power of two of at least K: column k < K - 1 is stick k, column
-K - 1 what is left of the stick. The quadrature of the KL adds an axis of 8 nodes and takes the 24 in three turns: two rows of 15
+K - 1 the remainder of the stick. The quadrature of the KL adds an axis of 8 nodes and takes the 24 in three turns: two rows of 15
 components are then 256 numbers for a program's 64 threads, 1,600 rows are 800 programs, and no lane idles on padded nodes.
 
-Sampling reads 8 bytes a stick in float32 (12 with uniforms) and writes 16 (K / (K - 1) times as many for the weights); the backward
-reads the inputs and those gradients that there are, and writes 8.
+In float32, sampling reads 12 bytes a stick, writes 4 for v and 8 for each of the K weights; the backward reads the inputs and the
+gradients that exist, and writes 8 bytes a stick.
 
-exp, log and what follows from them are written out, for three reasons: Triton's interpreter has no libdevice; tl.exp is ex2.approx of
-a rounded product on a GPU, which loses |x| / 2 units in the last place (it is used where x itself is rounded that coarsely); and
-1 - e^-t and log(1 + x) with all their digits come out of the same polynomials.
+exp, log and the functions built on them are written out, for three reasons. Triton's interpreter has no libdevice. tl.exp is ex2.approx
+of a rounded product on a GPU, which loses |x| / 2 units in the last place; it is used only where x itself is rounded as coarsely. And the
+same polynomials give 1 - e^-t and log(1 + x) to full precision.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.kumaraswamy.reference import LARGE_T, MINUS_LOG_U
+from kernels.kumaraswamy.reference import LARGE_T, NODES, SERIES_TERMS
 
-_NODES = tl.constexpr(len(MINUS_LOG_U))
+_NODES = tl.constexpr(NODES)
 _LANES = tl.constexpr(8)
 _LARGE = tl.constexpr(LARGE_T)
-_TERMS = tl.constexpr(10)
+_TERMS = tl.constexpr(SERIES_TERMS)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _BELOW_ONE = tl.constexpr(1 - torch.finfo(torch.float32).eps)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693145751953125)  # 15 bits: a product with an exponent is exact
 _LN2_LOW = tl.constexpr(1.4286068203094172e-6)
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added, it rounds to an integer, which the low bits of the sum then hold
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, which the low bits of the sum then hold
 _LOG_2PI = tl.constexpr(1.8378770664093453)
 
 
 @triton.jit
 def _exp_parts(x):
-    """2^n, 2^-n, expm1(r) and expm1(-r), where x = n log 2 + r and |r| <= log(2) / 2; |x| counts up to 87, where e^-x nears underflow.
+    """2^n, 2^-n, expm1(r) and expm1(-r), where x = n log 2 + r and |r| <= log(2) / 2. x is clamped to [-87, 87]: e^-88 underflows.
 
-    The polynomial is a minimax fit, relative error 1.4e-8; what a caller leaves unused costs nothing.
+    The polynomial is a minimax fit, relative error 1.4e-8. The compiler removes results that a caller does not use.
     """
     x = tl.minimum(tl.maximum(x, -87.0), 87.0)
     shifted = x * _LOG2E + _ROUNDER
@@ -54,14 +54,14 @@ def _exp_parts(x):
 
 @triton.jit
 def _exp_both(x):
-    """e^x, e^-x, e^x - 1 and e^-x - 1."""
+    """e^x, e^-x and e^-x - 1."""
     power, inverse, p, q = _exp_parts(x)
-    return power * p + power, inverse * q + inverse, power * p + (power - 1.0), inverse * q + (inverse - 1.0)
+    return power * p + power, inverse * q + inverse, inverse * q + (inverse - 1.0)
 
 
 @triton.jit
 def _log_near(x, d):
-    """log x for normal x > 0, given d = x - 1 with all its digits, which x itself may have lost. Minimax fit, relative error 5e-9."""
+    """log x for normal x > 0, given d = x - 1 to full precision, which x itself may have lost. Minimax fit, relative error 5e-9."""
     bits = x.to(tl.int32, bitcast=True)
     e = (bits - 0x3F2AAAAB) >> 23  # x = 2^e m, m in [2/3, 4/3)
     f = tl.where(e == 0, d, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
@@ -104,7 +104,7 @@ def _rho(t, y, w, z):
 
 @triton.jit
 def _psi_difference(x, d):
-    """digamma(x + d) - digamma(x) for x, d > 0, every term with its factor d: no digits are lost for a small d."""
+    """digamma(x + d) - digamma(x) for x, d > 0. Each term has the factor d, so a small d loses no precision."""
     near = 1.0 / (x * (x + d))
     for i in tl.static_range(1, 6):
         near += 1.0 / ((x + i) * (x + i + d))
@@ -139,7 +139,7 @@ def _stirling(x):
 
 @triton.jit
 def _beta_function(x, b):
-    """B(x, b), both arguments moved up by 4, where Stirling's formula has B itself without differences of large log-gammas."""
+    """B(x, b). Both arguments are raised by 4, where Stirling's formula gives B without differences of large log-gammas."""
     above = x + b
     below = x * b
     for i in tl.static_range(1, 8):
@@ -154,18 +154,14 @@ def _beta_function(x, b):
 
 @triton.jit
 def _skip_last(before1, last1, before2, last2):
-    """Two stretches of a sum without its last element: a scan with it is exclusive, and no large last element is taken off again."""
+    """Combine function of an exclusive cumulative sum: each half is (sum without its last element, last element)."""
     return before1 + last1 + before2, last2
 
 
 @triton.jit
-def _minus_log_uniform(noise, start, offset, mask, SEEDED: tl.constexpr):
-    if SEEDED:
-        bits = tl.randint(tl.load(noise), start.to(tl.int32) + offset).to(tl.uint32, bitcast=True)
-        u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    else:
-        u = tl.load(noise + start + offset, mask=mask, other=0.5).to(tl.float32)
-    return -_log(tl.minimum(tl.maximum(u, _TINY), _BELOW_ONE))
+def _minus_log_uniform(u, at, mask):
+    value = tl.load(u + at, mask=mask, other=0.5).to(tl.float32)
+    return -_log(tl.minimum(tl.maximum(value, _TINY), _BELOW_ONE))
 
 
 @triton.jit
@@ -183,15 +179,14 @@ def _node(nodes, turn, b):
 def sticks_kernel(
     log_a,  # [N, K-1], rows `stride_a` apart
     log_b,  # [N, K-1], rows `stride_b` apart
-    noise,  # [N, K-1] uniforms, or [1] int64, a seed
+    u,  # [N, K-1] uniforms
     alpha,  # [N] or [N, K-1]; None without KL
     log_alpha,  # likewise, or None
     nodes,  # [2, 24] float32: nodes and weights
-    v,  # [N, K-1], and so are log_q and kl
-    pi,  # [N, K], and so is log_pi
-    log_pi,
-    log_q,
-    kl,
+    v,  # [N, K-1]
+    pi,  # [N, K]
+    log_pi,  # [N, K]
+    kl,  # [N, K-1]; None without KL
     stride_a,
     stride_b,
     N,
@@ -199,10 +194,9 @@ def sticks_kernel(
     KP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     KL: tl.constexpr,  # None, "exact" or "series10"
-    SEEDED: tl.constexpr,
-    ALPHA_ROWS: tl.constexpr,
+    ALPHA_ROWS: tl.constexpr,  # whether alpha is [N]
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS  # only the start of a tile needs 64 bits
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS  # offsets within a tile fit 32 bits
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, KP)[None, :]
     is_stick = (row >= 0) & (column < K - 1)
@@ -212,16 +206,15 @@ def sticks_kernel(
     offset = row * (K - 1) + column
     la = tl.load(log_a + first * stride_a + row * stride_a + column, mask=mask, other=0.0).to(tl.float32)
     lb = tl.load(log_b + first * stride_b + row * stride_b + column, mask=mask, other=0.0).to(tl.float32)
-    a, inverse_a, a_less_1, inverse_a_less_1 = _exp_both(la)
-    b, inverse_b, b_less_1, _ = _exp_both(lb)
-    t = tl.maximum(_minus_log_uniform(noise, start, offset, mask, SEEDED) * inverse_b, _TINY)
+    a, inverse_a, inverse_a_less_1 = _exp_both(la)
+    b, inverse_b, _ = _exp_both(lb)
+    t = tl.maximum(_minus_log_uniform(u, start + offset, mask) * inverse_b, _TINY)
 
     y, _, z = _l1me(t)
     lv = inverse_a * z
     sample, _, rest = _l1me(tl.maximum(-lv, _TINY))
     rest = tl.where(t > _LARGE, 0.5 * (y + lv) - la - t, rest)  # log(1 - v); -lv is e^(-la - t) there
     tl.store(v + start + offset, sample.to(v.dtype.element_ty), mask=mask)
-    tl.store(log_q + start + offset, (la + lb + a_less_1 * lv - b_less_1 * t).to(log_q.dtype.element_ty), mask=mask)
 
     rest = tl.where(is_stick, rest, 0.0)
     before, _ = tl.associative_scan((tl.zeros_like(rest), rest), 1, _skip_last)
@@ -262,14 +255,13 @@ def _load_gradient(gradient, start, offset, mask):
 def sticks_backward_kernel(
     log_a,  # inputs as in the forward kernel
     log_b,
-    noise,
+    u,
     alpha,
     log_alpha,
     nodes,
-    grad_v,  # gradients of the outputs, in their shapes; None for an output that nobody used
+    grad_v,  # gradients of the outputs, in their shapes; None for an output that was not used
     grad_pi,
     grad_log_pi,
-    grad_log_q,
     grad_kl,
     to_log_a,  # gradients of the inputs, in their shapes
     to_log_b,
@@ -282,8 +274,7 @@ def sticks_backward_kernel(
     KP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     KL: tl.constexpr,
-    SEEDED: tl.constexpr,
-    ALPHA_ROWS: tl.constexpr,
+    ALPHA_ROWS: tl.constexpr,  # whether alpha is [N]
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -295,18 +286,17 @@ def sticks_backward_kernel(
     offset = row * (K - 1) + column
     la = tl.load(log_a + first * stride_a + row * stride_a + column, mask=mask, other=0.0).to(tl.float32)
     lb = tl.load(log_b + first * stride_b + row * stride_b + column, mask=mask, other=0.0).to(tl.float32)
-    a, inverse_a, _, inverse_a_less_1 = _exp_both(la)
-    b, inverse_b, _, _ = _exp_both(lb)
+    a, inverse_a, inverse_a_less_1 = _exp_both(la)
+    b, inverse_b, _ = _exp_both(lb)
     by_la = tl.zeros_like(la)
     by_lb = tl.zeros_like(la)
 
-    if grad_v is not None or grad_pi is not None or grad_log_pi is not None or grad_log_q is not None:
-        t = tl.maximum(_minus_log_uniform(noise, start, offset, mask, SEEDED) * inverse_b, _TINY)
+    if grad_v is not None or grad_pi is not None or grad_log_pi is not None:
+        t = tl.maximum(_minus_log_uniform(u, start + offset, mask) * inverse_b, _TINY)
         y, w, z = _l1me(t)
         lv = inverse_a * z
         s = tl.maximum(-lv, _TINY)
         sample, w_sample, rest = _l1me(s)
-        damped_t = _damped(t, y, w)
         weight = tl.zeros_like(la)  # gradient with respect to log pi
         if grad_log_pi is not None:
             weight += _load_gradient(grad_log_pi, first * K, row * K + column, inside)
@@ -319,16 +309,12 @@ def sticks_backward_kernel(
         if grad_v is not None:
             at += sample * _load_gradient(grad_v, start, offset, mask)
         by_la -= at * lv
-        by_lb -= at * inverse_a * damped_t
+        by_lb -= at * inverse_a * _damped(t, y, w)
         if grad_pi is not None or grad_log_pi is not None:
             after, _ = tl.associative_scan((tl.zeros_like(weight), weight), 1, _skip_last, reverse=True)  # with respect to log(1 - v)
             after *= _damped(s, sample, w_sample)
             by_la -= after
             by_lb += after * t * _rho(t, y, w, z)
-        if grad_log_q is not None:
-            slope = _load_gradient(grad_log_q, start, offset, mask)
-            by_la += slope * (1.0 + lv)
-            by_lb += slope * (1.0 + inverse_a_less_1 * damped_t - t)
 
     if KL is not None:
         slope = _load_gradient(grad_kl, start, offset, mask)

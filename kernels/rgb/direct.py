@@ -1,4 +1,4 @@
-"""RGB as the specification words it, on whole vectors, angles by autograd: the yardstick of tests and benchmarks. See `kernels.rgb`."""
+"""RGB as published, on whole vectors, with angles by autograd: tests and benchmarks compare with it. See `kernels.rgb.reference`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def rgb_direct(
     angles: Tensor,
     has_direction: bool,
     *,
-    mu: float = 0.9,
-    lam: float = 1.0,
-    alpha_steps: int = 3,
-    lr_inner: float = 0.2,
-    aggregation: str = "norm_weighted",
+    mu: float,
+    lam: float,
+    alpha_steps: int,
+    lr_inner: float,
+    aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The five steps, one after the other.
+    """Consensus, direction, planes of rotation, angles, aggregation: the five steps of the algorithm.
 
-    Arguments and results are those of `rgb_rotate` with gradients [n, P].
+    Arguments and results are those of `kernels.rgb.rgb_rotate` with gradients [n, P]. It waits for the device.
     """
     active = gradients.norm(dim=1) > MIN_NORM
     g = gradients[active]

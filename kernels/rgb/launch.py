@@ -9,9 +9,10 @@ from torch import Tensor
 from kernels.backend import ARCHITECTURES, Launch, Specialisation, architecture, device_of
 from kernels.rgb.triton import combine_kernel, gram_kernel, rotation_kernel
 
-PROGRAMS = 528  # of pass 1 at most: four for each multiprocessor of an H200, all resident at once, and few enough for one program to add up
+# Most programs of `gram_kernel`: four for each multiprocessor of an H200, which are all resident at once. One program adds their sums.
+PROGRAMS = 528
 
-# Pass 1 holds (n+1)(n+2)/2 accumulators for each column in flight, so many tasks leave room for fewer columns.
+# Most tasks -> launch. `gram_kernel` holds (n+1)(n+2)/2 accumulators for each column in flight, so more tasks leave room for fewer columns.
 GRAM = {
     arch: {4: Launch({"BLOCK": 512}, 4, 3), 8: Launch({"BLOCK": 128}, 4, 3), 15: Launch({"BLOCK": 128}, 4, 1)} for arch in ARCHITECTURES
 }
@@ -39,7 +40,7 @@ def rotation_(
     aggregation: str,
     max_norm: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pass 1 and the rotation: (gram, c, e, norm); `angles` and `has_direction` advance unless the norm is not finite."""
+    """Gram matrix and rotation: (gram, c, e, norm). `angles` and `has_direction` advance unless the norm is not finite."""
     gradients = _rows(gradients)
     n, size = gradients.shape
     arch = architecture(gradients.device)
@@ -63,7 +64,7 @@ def rotation_(
 
 
 def combine_(gradients: Tensor, direction: Tensor, c: Tensor, e: Tensor, norm: Tensor, result: Tensor) -> None:
-    """Pass 2, in place: `result`, and `direction` unless `norm` is not finite."""
+    """Linear combinations, in place: `result`, and `direction` unless `norm` is not finite."""
     gradients = _rows(gradients)
     n, size = gradients.shape
     launch = COMBINE[architecture(gradients.device)]
@@ -76,22 +77,17 @@ def combine_(gradients: Tensor, direction: Tensor, c: Tensor, e: Tensor, norm: T
 
 def specialisations(arch: int) -> list[Specialisation]:
     """Every committed configuration, with the largest number of tasks that it serves."""
+    types = dict.fromkeys(("c", "e", "norm", "gram_out", "c_out", "e_out", "norm_out"), "*fp64") | {"has_direction": "*u8"}
+    types |= dict.fromkeys(("P", "stride", "programs"), "i32")
     settings = {"MU": 0.9, "LAM": 1.0, "STEPS": 3, "LR": 0.2, "NORM_WEIGHTED": True, "MAX_NORM": 5.0}
-    sizes = {"P": "i32", "stride": "i32", "N": "constexpr", "BLOCK": "constexpr"}
-    made = []
-    for n, launch in GRAM[arch].items():
+    chosen = []
+    for n in GRAM[arch]:
         for dtype in ("fp32", "bf16"):
-            memory = {"gradients": f"*{dtype}", "direction": "*fp32"}
-            gram = memory | {"partials": "*fp32"} | sizes
-            combine = memory | {"c": "*fp64", "e": "*fp64", "norm": "*fp64", "result": "*fp32"} | sizes
-            made += [
-                Specialisation(f"rgb gram {dtype} n={n}", gram_kernel, gram, {"N": n}, launch),
-                Specialisation(f"rgb combine {dtype} n={n}", combine_kernel, combine, {"N": n}, COMBINE[arch]),
-            ]
-    for n, launch in ROTATION[arch].items():
-        constants = {"N": n, "NP": triton.next_power_of_2(n + 1)} | settings
-        rotation = {"partials": "*fp32", "angles": "*fp32", "has_direction": "*u8"}
-        rotation |= {name: "*fp64" for name in ("gram_out", "c_out", "e_out", "norm_out")} | {"programs": "i32"}
-        rotation |= {name: "constexpr" for name in [*constants, "CHUNK"]}
-        made.append(Specialisation(f"rgb rotation n={n}", rotation_kernel, rotation, constants, launch))
-    return made
+            chosen += [("gram", dtype, gram_kernel, GRAM[arch][n], {"N": n}), ("combine", dtype, combine_kernel, COMBINE[arch], {"N": n})]
+        rotation = {"N": n, "NP": triton.next_power_of_2(n + 1)} | settings
+        chosen.append(("rotation", "fp32", rotation_kernel, ROTATION[arch][n], rotation))
+    found = []
+    for what, dtype, kernel, launch, constants in chosen:
+        signature = dict.fromkeys(kernel.arg_names, "*fp32") | types | {"gradients": f"*{dtype}"}
+        found.append(Specialisation(f"rgb {what} {dtype} n={constants['N']}", kernel, signature, constants, launch))
+    return found

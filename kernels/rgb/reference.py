@@ -1,26 +1,26 @@
-"""Rotation-based gradient balancing (RGB): turn each task gradient a little towards the consensus, then add them up.
+"""Rotation-based gradient balancing (RGB): rotate each task gradient a little towards the consensus, then sum them.
 
 With task gradients g_i, gbar_i = g_i / |g_i|, a consensus direction d that is a moving average, and w_i the unit vector
 orthogonal to gbar_i in the plane of gbar_i and d, the rotated gradients are r_i = cos(alpha_i) gbar_i + sin(alpha_i) w_i. The
 angles take a few gradient steps on 1/(n(n-1)) sum_{i<j} (1 - r_i.r_j) + lambda/(4n) sum_i |r_i - gbar_i|^2.
 
-Every vector of the algorithm lies in span{g_1..g_n, d_old}, so memory is read twice and no more: once for the Gram matrix of
-these n + 1 vectors (`gram_matrix`), once for result and new direction as linear combinations of them. In between,
+Every vector of the algorithm lies in span{g_1..g_n, d_old}, so two passes over memory suffice: one for the Gram matrix of
+these n + 1 vectors (`gram_matrix`), one for result and new direction as linear combinations of them. In between,
 `rotation_coefficients` works on (n+1)^2 numbers. With C_ij = gbar_i.gbar_j, p_i = gbar_i.d, q_i = sqrt((1 - p_i)(1 + p_i)):
 
     gbar_i.w_j = (p_i - p_j C_ij) / q_j              w_i.w_j = (1 - p_i^2 - p_j^2 + p_i p_j C_ij) / (q_i q_j)
     dF/dalpha_i = -1/(n(n-1)) sum_{j != i} [-sin_i (cos_j C_ij + sin_j gbar_i.w_j) + cos_i (cos_j gbar_j.w_i + sin_j w_i.w_j)]
                   + lambda sin_i / (2n)
 
-and the norm of the result is sqrt(c^T M c), free. `kernels.rgb.direct` is the algorithm as the specification words it, on whole vectors;
-tests hold the two together.
+and the norm of the result is sqrt(c^T M c), with c the coefficients of the result and M the Gram matrix. `kernels.rgb.direct` is the
+algorithm as published, on whole vectors; tests compare the two.
 
-Where the algorithm leaves a case open, both forms do the same:
-* a task with |g_i| <= 1e-12 is left out: n counts the others, and its stored angle waits for its return;
-* one task alone is not rotated;
-* a task with |p_i| > 0.999 keeps angle 0. Along d nothing is to be turned, and against d the plane of rotation is not defined;
+The publication leaves some cases open. Both forms treat them alike:
+* a task with |g_i| <= 1e-12 is left out: n counts the others, and its stored angle is kept for its return;
+* a single task is not rotated;
+* a task with |p_i| > 0.999 keeps angle 0: along d there is nothing to rotate, and against d the plane of rotation is not defined;
 * if the gbar_i cancel (|mean| < 1e-3) there is no consensus: d stays the old direction, and without one nothing is rotated;
-* if mu d_old and (1 - mu) y cancel (length < 1e-3), d starts again from y.
+* if mu d_old and (1 - mu) y cancel (length < 1e-3, y the unit vector of the mean), d restarts from y.
 
 Origin: "Preserving Gradient Harmony: A Rotation-Based Gradient Balancing for Multi-Task Conflict Remedy", OpenReview l0QAezg8HX.
 The aggregation by norms is that of AIME's texts; the mean of unit vectors that of its code.
@@ -29,21 +29,23 @@ The aggregation by norms is that of AIME's texts; the mean of unit vectors that 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MIN_NORM = 1e-12  # a gradient this short counts as zero
-MIN_CONSENSUS = 1e-3  # a mean of unit vectors this short is rounding noise in float32 and has no direction
+MIN_CONSENSUS = 1e-3  # a mean of unit vectors this short is rounding noise in float32
 ALIGNED = 0.999  # |cosine| to d from which a task is not rotated
 MAX_ANGLE = math.pi / 2 - 1e-6
+CLIP_EPS = 1e-6  # added to the norm before clipping, as in `torch.nn.utils.clip_grad_norm_`
 AGGREGATIONS = ("norm_weighted", "mean")
-MAX_TASKS = 15  # that the kernels take
+MAX_TASKS = 15  # supported by the kernels
 
 TaskGradients = Tensor | Sequence[Sequence[Tensor | None]]
 
-BLOCK = 1 << 17  # numbers of a vector taken at once: the rows of a block fit the cache, and float32 sums stay short
+BLOCK = 1 << 17  # numbers of a vector in a block: its rows fit the cache, and float32 sums stay short
 
 
 def parameter_columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
@@ -76,6 +78,7 @@ def check_sizes(
     max_norm: float | None = None,
     out: Tensor | None = None,
 ) -> None:
+    """Raise ValueError where the arguments of `kernels.rgb.rgb_rotate_` do not fit each other."""
     size, tasks = sum(first_present(column).numel() for column in columns), len(columns[0])
     if size != direction.numel():
         raise ValueError(
@@ -91,8 +94,8 @@ def check_sizes(
         raise ValueError(f"RGB: out is {list(out.shape)} with strides {out.stride()}; expected contiguous {list(direction.shape)}")
 
 
-def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
-    """Yield (indices of the vectors that are present, those vectors [m, p], offset), block after block; index n is d_old."""
+def _blocks(columns: list[list[Tensor | None]], direction: Tensor) -> Iterator[tuple[list[int], Tensor, int]]:
+    """Yield (indices of the vectors that are present, those vectors [m, p], offset) for each block; index n is d_old."""
     start = 0
     for column in columns:
         present = [i for i, gradient in enumerate(column) if gradient is not None] + [len(column)]
@@ -104,7 +107,7 @@ def _blocks(columns: list[list[Tensor | None]], direction: Tensor):
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] @ right [k, p] with full float32 products: a GPU's matmul may be set to round its inputs to TF32."""
+    """left [m, k] @ right [k, p] with full float32 products: on a GPU a matmul may round its inputs to TF32."""
     if left.device.type == "cpu":
         return left @ right
     return (left.unsqueeze(2) * right.unsqueeze(0)).sum(1)
@@ -137,7 +140,7 @@ def gram_matrix(gradients: TaskGradients, direction: Tensor) -> Tensor:
 
 
 def _gram(columns: list[list[Tensor | None]], direction: Tensor) -> Tensor:
-    partial: dict[tuple[int, ...], Tensor] = {}  # parameters reached by the same tasks share one small matrix
+    partial: dict[tuple[int, ...], Tensor] = {}  # one small matrix for all parameters that the same tasks reach
     with torch.autocast(direction.device.type, enabled=False):
         for present, rows, _ in _blocks(columns, direction):
             product = _inner_products(rows).double()
@@ -146,7 +149,7 @@ def _gram(columns: list[list[Tensor | None]], direction: Tensor) -> Tensor:
     n = len(columns[0])
     gram = torch.zeros(n + 1, n + 1, dtype=torch.float64, device=direction.device)
     for present, product in partial.items():
-        # Spread by a one-hot product: an index tensor made from a host list would be a copy to the device.
+        # A one-hot product places the entries: an index tensor made from a host list would be copied to the device.
         spread = torch.stack([torch.arange(n + 1, device=direction.device) == i for i in present]).double()  # [m, n+1]
         gram = gram + spread.t() @ product @ spread
     return gram
@@ -157,19 +160,22 @@ def rotation_coefficients(
     gram: Tensor,
     angles: Tensor,
     has_direction: Tensor,
-    mu: float = 0.9,
-    lam: float = 1.0,
-    alpha_steps: int = 3,
-    lr_inner: float = 0.2,
-    aggregation: str = "norm_weighted",
+    *,
+    mu: float,
+    lam: float,
+    alpha_steps: int,
+    lr_inner: float,
+    aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole of RGB in the space of the n + 1 vectors.
+    """RGB in the space of the n + 1 vectors.
 
     Args:
         gram: [n+1, n+1], the old direction last.
         angles: angles of the last call [n], zeros at first.
         has_direction: bool or 0-1 scalar on the device; false before the first call, when d_old is ignored; so is a d_old of 0.
-        mu, lam, alpha_steps, lr_inner: as in the specification.
+        mu: weight of the old direction in the new one.
+        lam: weight of the pull towards the original gradients.
+        alpha_steps, lr_inner: number and size of the gradient steps on the angles.
         aggregation: "norm_weighted" (sum |g_i| r_i) or "mean" (mean r_i).
 
     Returns:
@@ -178,6 +184,8 @@ def rotation_coefficients(
         angles: [n].
         result_norm: |result|, scalar.
         All in float64 except `angles`, which keep their dtype.
+
+    Source: see the module docstring.
     """
     n = angles.shape[0]
     gram, kept_angles = gram.double(), angles.double()
@@ -259,14 +267,15 @@ def rotate_reference_(
     direction: Tensor,
     angles: Tensor,
     has_direction: Tensor,
-    settings: tuple,
+    settings: dict[str, Any],
     max_norm: float | None,
     result: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """`kernels.rgb.rgb_rotate_` in plain PyTorch: (gram, norm); writes `result` [P] and the state."""
     gram = _gram(columns, direction)
-    c, e, new_angles, norm = rotation_coefficients(gram, angles, has_direction, *settings)
+    c, e, new_angles, norm = rotation_coefficients(gram, angles, has_direction, **settings)
     if max_norm is not None:
-        c = c * (max_norm / (norm + 1e-6)).clamp(max=1)
+        c = c * (max_norm / (norm + CLIP_EPS)).clamp(max=1)
     finite = torch.isfinite(norm)
     _combine_(columns, direction, c, e, finite, result)
     angles.copy_(torch.where(finite, new_angles, angles))

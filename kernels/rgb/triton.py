@@ -1,8 +1,8 @@
-"""Triton kernels of `kernels.rgb`: three launches, and each gradient is read twice.
+"""Triton kernels of `kernels.rgb`: three launches that read each gradient twice.
 
-    pass 1    every program adds up the (n+1)(n+2)/2 inner products of its share of the columns     reads 4(n + 1) bytes a parameter
-    rotation  one program adds the partial sums in float64 and works out angles and coefficients     nothing of size P
-    pass 2    result and new direction as linear combinations of the n + 1 vectors                  reads 4(n + 1), writes 8
+    gram      each program sums the (n+1)(n+2)/2 inner products over its share of the columns        reads 4(n + 1) bytes a parameter
+    rotation  one program adds the partial sums in float64 and computes angles and coefficients      nothing of size P
+    combine   result and new direction as linear combinations of the n + 1 vectors                   reads 4(n + 1), writes 8
 
 In float32 that is 8n + 16 bytes a parameter, 48 for n = 4. The number of programs depends on P alone and sums are taken in a fixed order,
 so the same gradients give the same bits.
@@ -19,6 +19,7 @@ _MIN_NORM = tl.constexpr(reference.MIN_NORM)
 _MIN_CONSENSUS = tl.constexpr(reference.MIN_CONSENSUS)
 _ALIGNED = tl.constexpr(reference.ALIGNED)
 _MAX_ANGLE = tl.constexpr(reference.MAX_ANGLE)
+_CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def gram_kernel(
 
 @triton.jit
 def _sin_cos(x):
-    """Sine and cosine of x in [0, pi/2], float64, by 10 and 11 terms of their series: the library's, made for any x, need a stack."""
+    """Sine and cosine of x in [0, pi/2], float64, by 10 and 11 terms of their series. Those of the library take any x and need a stack."""
     square = x * x
     sin = 1.0 - square * (1.0 / 420.0)
     cos = 1.0 - square * (1.0 / 380.0)
@@ -89,7 +90,7 @@ def rotation_kernel(
     MAX_NORM: tl.constexpr,  # 0: no clipping
     CHUNK: tl.constexpr,
 ):
-    """`kernels.rgb.rotation_coefficients`, line by line; see there for what the names mean."""
+    """`kernels.rgb.rotation_coefficients` line by line, with the same names."""
     PAIRS: tl.constexpr = (N + 1) * (N + 2) // 2
     index = tl.arange(0, NP)
     row, column = index[:, None], index[None, :]
@@ -163,7 +164,7 @@ def rotation_kernel(
     e = tl.where(index == N, e_old, tl.where(task, e_tasks, 0.0))
     result_norm = tl.sqrt(tl.maximum(tl.sum(tl.sum(gram * c[None, :], 1) * c), 0.0))
     if MAX_NORM > 0:
-        c = c * tl.minimum(MAX_NORM / (result_norm + 1e-6), 1.0)
+        c = c * tl.minimum(MAX_NORM / (result_norm + _CLIP_EPS), 1.0)
 
     finite = result_norm < float("inf")  # false for nan too
     tl.store(c_out + index, c, mask=index <= N)

@@ -1,21 +1,20 @@
-"""Vector quantisation: nearest code, straight-through gradient, codebook learnt by exponential moving averages.
+"""Vector quantisation in plain PyTorch: nearest code, straight-through gradient, codebook learnt by exponential moving averages.
 
 For one head, with rows x and codes c, the nearest code in Euclidean distance is
 
     argmin_v |x - c_v|^2  =  argmax_v  x.c_v - |c_v|^2 / 2,
 
-because |x|^2 is the same for every code and need not be formed. Ties go to the lowest index. Rows are taken in blocks, so the
-N x V scores of a large batch never exist at once.
+because |x|^2 is the same for every code. Ties go to the lowest index.
+
+With decay r, n_v rows assigned to code v in this batch and s_v their sum, the moving averages, the smoothed counts and the codes are
+
+    N_v <- r N_v + (1 - r) n_v        S_v <- r S_v + (1 - r) s_v
+    M_v = (N_v + eps) / (sum N + V eps) * sum N        c_v = S_v / M_v
+
+and a code with N_v below a threshold is replaced by a row of the batch.
 
 Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", arXiv 1711.00937 (straight-through
 gradient; appendix A.1, moving averages); Razavi, van den Oord and Vinyals, arXiv 1906.00446 (Laplace smoothing of the counts).
-
-On a GPU, Triton kernels (`kernels.vq.triton`) do this as two operations, `aime_fast::vq_assign` and `aime_fast::vq_update`. Codes are
-chosen at one of two precisions:
-
-* "fp32": the scores have the accuracy of fp32, whatever the type of x;
-* "bf16": the nearest of the codes rounded to bf16 to the row rounded to bf16, with sums in fp32; about a fifth of the work. The vector
-  that is returned, and the loss, are those of the exact code.
 
 Shapes: N rows, Q heads, d code width, V codes; a shared codebook has a leading axis of 1 in place of Q.
 """
@@ -26,15 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PRECISIONS = ("fp32", "bf16")
+EPS = 1e-5  # Laplace smoothing of the counts
+DEAD_THRESHOLD = 2.0  # a code with a smaller average count is replaced
 
-# Scores held at once. On a CPU a block should stay in the cache; on a GPU only memory limits it.
+# The N x V scores are formed in blocks of rows. A block should stay in the cache of a CPU; on a GPU only memory limits it.
 BLOCK_SCORES_CPU = 1 << 19
 BLOCK_SCORES = 1 << 26
 MAX_BLOCKS = 64  # torch.compile unrolls the loop over blocks
 
 
 def check_shapes(x: Tensor, codebook: Tensor) -> None:
+    """Raise ValueError unless x is [N, Q, d] and the codebook [Q|1, V, d]."""
     if x.ndim != 3 or codebook.ndim != 3 or x.shape[2] != codebook.shape[2] or codebook.shape[0] not in (1, x.shape[1]):
         raise ValueError(
             f"vector quantisation: x is {list(x.shape)} and the codebook {list(codebook.shape)}; "
@@ -42,12 +43,8 @@ def check_shapes(x: Tensor, codebook: Tensor) -> None:
         )
 
 
-def check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"vector quantisation: precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-
-
 def loss_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the commitment loss: float32, or float64 for such x."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -56,20 +53,15 @@ def _block_rows(rows: int, scores_per_row: int, device: torch.device) -> int:
     return max(1, limit // scores_per_row, -(-rows // MAX_BLOCKS))
 
 
-def nearest_codes(x: Tensor, codebook: Tensor, precision: str = "fp32") -> Tensor:
-    """Index of the nearest code for each row and head; x [N, Q, d], codebook [Q|1, V, d] -> int64 [N, Q]. In plain PyTorch."""
+def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code for each row and head; x [N, Q, d], codebook [Q|1, V, d] -> int64 [N, Q]."""
     check_shapes(x, codebook)
-    check_precision(precision)
     rows, heads, width = x.shape
     shared, size = codebook.shape[0] == 1, codebook.shape[1]
     codebook = codebook.detach()
-    x = x.detach()
-    if precision == "bf16":
-        # Products of two numbers of 8 bits are exact in fp32, so rounding the factors is all that sets this mode apart.
-        x, codebook = x.bfloat16(), codebook.bfloat16().to(codebook.dtype)
-    x = x.to(codebook.dtype)
+    x = x.detach().to(codebook.dtype)
     x = x.reshape(1, rows * heads, width) if shared else x.transpose(0, 1)  # [G, R, d], one group for each codebook
-    # A half-precision score would choose other codes, so autocast stays out.
+    # Scores in half precision would choose other codes, so autocast is disabled.
     with torch.autocast(x.device.type, enabled=False):
         half_norm = codebook.square().sum(2).mul(0.5).unsqueeze(1)  # [G, 1, V]
         block = _block_rows(x.shape[1], codebook.shape[0] * size, x.device)
@@ -85,12 +77,12 @@ def _gather(codebook: Tensor, codes: Tensor) -> Tensor:
     return functional.embedding(codes + offset, codebook.reshape(groups * size, width))
 
 
-def vector_quantize_reference(x: Tensor, codebook: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
-    """`vector_quantize` in plain PyTorch."""
-    codes = nearest_codes(x, codebook, precision)
+def vector_quantize_reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.vq.vector_quantize` in plain PyTorch."""
+    codes = nearest_codes(x, codebook)
     chosen = _gather(codebook.detach(), codes).to(x.dtype)  # [N, Q, d]
     commitment = functional.mse_loss(x.to(loss_dtype(x)), chosen.to(loss_dtype(x)))
-    # x - x.detach() is exactly 0, so the value is the code itself and not x + (code - x), which rounds.
+    # x - x.detach() is exactly 0, so the value is the code itself; x + (code - x) would round.
     return chosen + (x - x.detach()), codes, commitment
 
 
@@ -109,6 +101,9 @@ def codebook_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         counts: [Q|1, V], integer or float, for instance from `code_histogram`.
+
+    Returns:
+        Two scalars, in the dtype of `counts`; float32 for integers.
     """
     counts = counts if counts.is_floating_point() else counts.float()
     share = counts / counts.sum(1, keepdim=True).clamp_min(1)
@@ -131,7 +126,7 @@ def code_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
         offset = torch.arange(groups, device=codes.device) * size
         flat = (codes + offset).reshape(-1)
         return x.new_zeros(groups * size, width).index_add(0, flat, x.reshape(-1, width)).view(groups, size, width)
-    return one_hot_sums(x, codes, groups, size)  # index_add is a race of atomics on a GPU
+    return one_hot_sums(x, codes, groups, size)  # on a GPU index_add uses atomics and is not deterministic
 
 
 def one_hot_sums(x: Tensor, codes: Tensor, groups: int, size: int) -> Tensor:
@@ -156,11 +151,11 @@ def codebook_update_reference(
     cluster_size: Tensor,
     embedding_sum: Tensor,
     candidates_u: Tensor,
-    decay: float = 0.99,
-    eps: float = 1e-5,
-    dead_threshold: float = 2.0,
+    decay: float,
+    eps: float = EPS,
+    dead_threshold: float = DEAD_THRESHOLD,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`codebook_update` in plain PyTorch."""
+    """`kernels.vq.codebook_update` in plain PyTorch."""
     check_shapes(x, codebook)
     groups, size, _ = codebook.shape
     x = x.to(codebook.dtype)
@@ -169,7 +164,7 @@ def codebook_update_reference(
     embedding_sum = torch.lerp(code_sums(x, codes, groups, size), embedding_sum, decay)
 
     total = cluster_size.sum(1, keepdim=True)  # [Q|1, 1]
-    smoothed = (cluster_size + eps) / (total + size * eps) * total  # never 0 while the head is in use, and keeps the total
+    smoothed = (cluster_size + eps) / (total + size * eps) * total  # positive while the head is in use; the sum stays `total`
     codebook = embedding_sum / smoothed.unsqueeze(2)
 
     dead = cluster_size < dead_threshold  # [Q|1, V]
@@ -190,21 +185,24 @@ def initialise_codebook(
     embedding_sum: Tensor,
     initialised: Tensor,
     candidates_u: Tensor,
-    initial_size: float = 2.0,
+    initial_size: float = DEAD_THRESHOLD,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fill the codebook with random rows of the first batch; later calls return their inputs.
 
-    The moving averages are k-means spread over time, so random rows are start enough, and cheap enough to leave in every step:
-    the choice is a `where` on a flag that lives on the device. `initial_size` is small on purpose: the first batches move the
-    codes fast, and a row drawn twice (still backgrounds repeat) loses every tie, falls below the threshold and is drawn anew.
+    The choice is a `where` on a flag that lives on the device, so every training step can make this call. Random rows suffice as a
+    start, because the moving averages amount to k-means spread over time. `initial_size` is small, so the first batches move the codes
+    fast. A row that was drawn twice loses every tie to the lower index, falls below the dead threshold and is replaced.
 
     Args:
-        x, codebook, cluster_size, embedding_sum, candidates_u: as in `codebook_update`.
+        x, codebook, cluster_size, embedding_sum, candidates_u: as in `kernels.vq.codebook_update`.
         initialised: bool scalar on the device.
         initial_size: average count given to every code; use the dead threshold.
 
     Returns:
-        codebook, cluster_size, embedding_sum, initialised.
+        codebook, cluster_size, embedding_sum, initialised: the same shapes and dtypes.
+
+    Raises:
+        ValueError: the shapes of x and the codebook do not fit each other.
     """
     check_shapes(x, codebook)
     fresh = _candidate_rows(x.to(codebook.dtype), candidates_u)

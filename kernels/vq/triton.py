@@ -1,25 +1,24 @@
-"""Triton kernels of vector quantisation; the mathematics is in `kernels.vq`.
+"""Triton kernels of vector quantisation; the mathematics is in `kernels.vq.reference`.
 
-Four kernels, all of which add in a fixed order, so a result is repeated bit for bit:
+There are four kernels. All add in a fixed order, so the same inputs give the same bits.
 
-* `prepare_kernel`: the codebook as the tensor cores want it, padded to whole tiles, and |c|^2 / 2 (infinite for the padding).
-* `assign_kernel`: nearest code, its vector, and one partial of the commitment loss for each program. The N x V scores stay in registers:
-  every column of the score tile keeps its best value and tile, and a row is reduced once, after the last tile.
-* `sums_kernel`: sum of the rows of each code as a product with one-hot rows, made in registers, and an integer histogram of the codes;
-  the rows are split over programs.
-* `update_kernel`: adds the splits, then moving averages, Laplace smoothing and dead codes.
+* `prepare_kernel` splits the codebook into bf16 parts, pads it to whole tiles, and computes |c|^2 / 2 (infinite for the padding).
+* `assign_kernel` finds the nearest code of each row, gathers its vector and writes one partial commitment loss a program. The N x V
+  scores stay in registers: each column of the score tile keeps its best value and tile, and a row is reduced once, after the last tile.
+* `sums_kernel` adds the rows of each code as a product with one-hot rows, which are made in registers, and counts the codes in integers.
+  The rows are split over programs.
+* `update_kernel` adds the splits and applies moving averages, Laplace smoothing and dead-code replacement.
 
-The products are taken in bf16, whose 8 significant bits are too few for fp32 but whose sums are not: x = x1 + x2 + x3 with x1 = bf16(x),
-x2 = bf16(x - x1) and x3 the rest is exact (8 + 8 + 8 = 24 bits). Hence, accumulated in fp32,
+Products are taken in bf16, which has 8 significant bits. With x1 = bf16(x), x2 = bf16(x - x1) and x3 = x - x1 - x2, the sum
+x1 + x2 + x3 is exactly x in fp32 (8 + 8 + 8 = 24 bits). Hence, accumulated in fp32:
 
-* scores at "fp32": x.c = x1.c1 + (x1.c2 + x2.c1) + (x1.c3 + x2.c2 + x3.c1), less terms below 2^-26 |x| |c|. Six products in bf16 cost
-  the tensor cores what three in tf32 do ("tf32x3"), are more precise, and need fewer registers; rows of bf16 need three products only.
-  Codes are split beforehand, once, so that their tiles go straight from memory to the tensor cores;
-* scores at "bf16": x1.c1 alone;
-* sums of rows: one-hot factors are exact in bf16, so three products, or one for rows of 16 bits, are exact too.
+* Scores are x.c = x1.c1 + (x1.c2 + x2.c1) + (x1.c3 + x2.c2 + x3.c1), without the terms below 2^-26 |x| |c|. Six products in bf16 cost the
+  tensor cores as much as three in tf32 ("tf32x3"), are more precise, and need fewer registers. Rows of bf16 need three products only.
+  Codes are split once, by `prepare_kernel`, so their tiles go straight from memory to the tensor cores.
+* Sums of rows take three products, or one for rows of 16 bits. They are exact, because one-hot factors are exact in bf16.
 
-G is the number of codebooks: R = N * Q rows and G = 1 when the heads share one, else R = N and G = Q. Row r of group g lies at
-(r * G + g) * d in x, and its code at r * G + g.
+G is the number of codebooks: R = N * Q rows and G = 1 when the heads share one, else R = N and G = Q. Row r of group g starts at
+(r * G + g) * d in x, and its code is at r * G + g.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ import triton.language as tl
 from kernels.backend import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_ANY = ["R", "G", "V"]  # compiled once, whatever their values
+CODE_PARTS = tl.constexpr(3)  # bf16 parts of a code
+_ANY = ["R", "G", "V"]  # sizes that vary: one compilation serves all their values
 
 
 @triton.jit
 def _cast(x, dtype: tl.constexpr):
-    """x.to(dtype), to the nearest: Triton's interpreter cuts fp32 off at bf16, so there the bits are rounded beforehand."""
+    """x.to(dtype), rounded to nearest. Triton's interpreter truncates fp32 to bf16, so there the bits are rounded first."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -44,7 +44,7 @@ def _cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, total):
-    """total + a b in fp32; the interpreter would multiply the bit patterns of bf16 as integers."""
+    """total + a b in fp32. The interpreter would multiply the bit patterns of bf16 as integers, so there a and b are converted first."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -53,7 +53,7 @@ def _dot(a, b, total):
 
 @triton.jit
 def _split(x, PARTS: tl.constexpr):
-    """x -> PARTS tensors in bf16 whose sum is x (three parts of fp32, one of bf16), or its nearest (fewer)."""
+    """x -> PARTS tensors in bf16 whose sum is x: one part for bf16, two for fp16, three for fp32."""
     parts = ()
     rest = x
     for _ in tl.static_range(PARTS):
@@ -66,14 +66,13 @@ def _split(x, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=_ANY)
 def prepare_kernel(
     codebook,  # [G, V, d] fp32
-    parts,  # [PARTS, G, V_PAD, D] bf16
+    parts,  # [3, G, V_PAD, D] bf16
     half_norm,  # [G, V_PAD] fp32
     total,  # G * V_PAD
     V,
     V_PAD,
     d: tl.constexpr,
     D: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -86,26 +85,26 @@ def prepare_kernel(
         column = first + tl.arange(0, BLOCK_D)
         c = tl.load(codebook + source + column[None, :], mask=real[:, None] & (column < d)[None, :], other=0.0)
         rest = c
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(CODE_PARTS):
             rounded = _cast(rest, tl.bfloat16)
             target = parts + part * total.to(tl.int64) * D + row[:, None] * D + column[None, :]
             tl.store(target, rounded, mask=(row < total)[:, None])
             rest -= rounded.to(tl.float32)
-        c -= rest  # the norm of what is multiplied
+        c -= rest  # the norm of the parts that are multiplied
         norm += tl.sum(c * c, axis=1)
     tl.store(half_norm + row, tl.where(real, 0.5 * norm, float("inf")), mask=row < total)
 
 
 @triton.jit
-def _add_products(score, x_parts, c_pointers, part_stride, X_PARTS: tl.constexpr, C_PARTS: tl.constexpr):
+def _add_products(score, x_parts, c_pointers, part_stride, X_PARTS: tl.constexpr):
     """score [BLOCK_N, BLOCK_V] + x.c, from parts of x [BLOCK_N, BLOCK_D] and pointers to the first part of c [BLOCK_V, BLOCK_D]."""
     c_parts = ()
-    for j in tl.static_range(C_PARTS):
+    for j in tl.static_range(CODE_PARTS):
         c_parts = c_parts + (tl.load(c_pointers + j * part_stride).T,)  # noqa: RUF005
-    for order in tl.static_range(C_PARTS):  # the smallest products first
+    for order in tl.static_range(CODE_PARTS):  # the smallest products first
         for i in tl.static_range(X_PARTS):
-            if i <= C_PARTS - 1 - order:
-                score = _dot(x_parts[i], c_parts[C_PARTS - 1 - order - i], score)
+            if i <= CODE_PARTS - 1 - order:
+                score = _dot(x_parts[i], c_parts[CODE_PARTS - 1 - order - i], score)
     return score
 
 
@@ -113,7 +112,7 @@ def _add_products(score, x_parts, c_pointers, part_stride, X_PARTS: tl.constexpr
 def assign_kernel(
     x,  # [N, Q, d]
     codebook,  # [G, V, d] fp32
-    parts,  # [C_PARTS, G, V_PAD, D] bf16
+    parts,  # [3, G, V_PAD, D] bf16
     half_norm,  # [G, V_PAD] fp32
     quantized,  # [N, Q, d], dtype of x
     codes,  # [N, Q] int64
@@ -126,7 +125,6 @@ def assign_kernel(
     d: tl.constexpr,
     D: tl.constexpr,  # d, padded to a multiple of BLOCK_D
     X_PARTS: tl.constexpr,
-    C_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -152,21 +150,21 @@ def assign_kernel(
         if WIDE:
             for first in range(0, D, BLOCK_D):
                 piece = tl.load(x_pointers + first, mask=there[:, None] & (first + column < d)[None, :], other=0.0)
-                score = _add_products(score, _split(piece, X_PARTS), c_pointers + start * D + first, part_stride, X_PARTS, C_PARTS)
+                score = _add_products(score, _split(piece, X_PARTS), c_pointers + start * D + first, part_stride, X_PARTS)
         else:
-            score = _add_products(score, x_parts, c_pointers + start * D, part_stride, X_PARTS, C_PARTS)
+            score = _add_products(score, x_parts, c_pointers + start * D, part_stride, X_PARTS)
         score -= tl.load(norms + start)[None, :]
-        better = score > best  # not for equal scores: the earlier tile stays
+        better = score > best  # an equal score keeps the earlier tile
         best = tl.where(better, score, best)
         best_tile = tl.where(better, start, best_tile)
 
     top = tl.max(best, axis=1)
     index = tl.where(best == top[:, None], best_tile + lane[None, :], 2147483647)
     code = tl.min(index, axis=1).to(tl.int64)  # the lowest of equal scores
-    code = tl.minimum(code, V - 1)  # rows of NaN or infinity have no best, but stay within the codebook
+    code = tl.minimum(code, V - 1)  # rows with NaN or infinity have no best score; their code must still be within the codebook
 
-    # Adding a zero that the compiler cannot know: it would keep the rows and their addresses in registers through the loop
-    # rather than read them again, and halve the number of programs that fit on the machine.
+    # This adds 0, which the compiler cannot know. Otherwise it would keep the rows and their addresses in registers through the
+    # loop above instead of loading them again, and half as many programs would fit on a multiprocessor.
     row += tl.minimum(code, 0)
     there = row < R
     line = row * G + group
@@ -195,7 +193,7 @@ def sums_kernel(
     G,
     V,
     split_rows,
-    tiles,  # of codes; a program has one of them and BLOCK_D columns
+    tiles,  # of codes; a program has one tile of codes and BLOCK_D columns
     d: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -270,7 +268,7 @@ def update_kernel(
     entry = group * V + code
     entries = (G * V).to(tl.int64)
 
-    # The new sizes of a group add up to what the old ones did, decayed, and its R rows: no program needs the others' counts.
+    # The counts of a group add up to R, so the sum of its new sizes follows from the old ones, without the counts of other programs.
     size_sum = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, V, BLOCK_T):
         other = start + tl.arange(0, BLOCK_T)

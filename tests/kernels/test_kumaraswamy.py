@@ -15,7 +15,6 @@ from kernels.kumaraswamy import (
     kumaraswamy_mean_sticks,
     kumaraswamy_sticks,
     kumaraswamy_sticks_reference,
-    philox_uniform,
 )
 
 log_parameter = st.floats(-5, 5)
@@ -49,8 +48,8 @@ def test_weights_sum_to_one_and_everything_is_finite(seed, dtype):
 def test_float32_agrees_with_float64(corner):
     def run(dtype):
         log_a, log_b, u = (torch.tensor([x], dtype=torch.float32).to(dtype).requires_grad_() for x in corner)
-        v, _, log_pi, log_q, _ = kumaraswamy_sticks(log_a, log_b, u.detach())
-        outputs = [log_pi[0], log_pi[1], log_q[0]]
+        v, _, log_pi, _ = kumaraswamy_sticks(log_a, log_b, u.detach())
+        outputs = [log_pi[0], log_pi[1]]
         gradients = [g for y in outputs for g in torch.autograd.grad(y, (log_a, log_b), retain_graph=True)]
         return torch.stack([v[0], *outputs]).double(), torch.cat(gradients).double()
 
@@ -64,19 +63,8 @@ def test_gradients_against_finite_differences(seed):
     log_a, log_b, u = draws(seed, sticks=2, rows=3, dtype=torch.float64)
     log_a, log_b, u = log_a / 2, log_b / 2, 0.02 + 0.96 * u
     inputs = (log_a.requires_grad_(), log_b.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: kumaraswamy_sticks_reference(a, b, u)[:4], inputs, rtol=1e-4)
+    assert torch.autograd.gradcheck(lambda a, b: kumaraswamy_sticks_reference(a, b, u)[:3], inputs, rtol=1e-4)
     assert torch.autograd.gradcheck(lambda a, b: kumaraswamy_beta_kl(a, b, torch.tensor(2.5).double()), inputs, rtol=1e-4)
-
-
-@settings(deadline=None, max_examples=50)
-@given(log_parameter, log_parameter, st.floats(0.01, 0.99))
-def test_log_q_is_the_density(log_a, log_b, u):
-    la, lb, u = (torch.tensor([x], dtype=torch.float64) for x in (log_a, log_b, u))
-    # Change of variables: v is a monotone function of u, so q(v) = |du/dv| and log q = -log |dlog v/du| - log v; log v is log pi_1.
-    sticks = kumaraswamy_sticks_reference(la, lb, u.requires_grad_())
-    slope = torch.autograd.grad(sticks.log_pi[0], u)[0].abs()
-    if slope > 1e-200:
-        torch.testing.assert_close(sticks.log_q, -slope.log() - sticks.log_pi[:1], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (2.0, 5.0), (0.2, 3.0)])
@@ -151,21 +139,6 @@ def test_kl_with_moments_is_the_expectation_under_gamma():
     torch.testing.assert_close(moments, kumaraswamy_beta_kl(log_a, log_b, values).mean(), rtol=1e-9, atol=1e-9)
 
 
-def test_philox_is_uniform_and_a_seed_stands_for_its_uniforms():
-    seed = torch.tensor([2**61 + 12345])
-    u = philox_uniform(seed, (20_000,))
-    assert u.min() > 0
-    assert u.max() < 1
-    assert kstest(u.numpy(), "uniform").pvalue > 0.01
-    assert kstest(philox_uniform(seed + 1, (20_000,)).numpy(), "uniform").pvalue > 0.01
-    assert abs(torch.corrcoef(torch.stack([u, philox_uniform(seed + 1, (20_000,))]))[0, 1]) < 0.03
-    # Philox-4x32-10 with key and counter zero: the known-answer test of its authors begins 6627e8d5.
-    assert philox_uniform(torch.tensor([0]), (1,)).item() == ((0x6627E8D5 >> 9) + 0.5) * 2.0**-23
-    log_a, log_b, _ = draws(0)
-    for ours, theirs in zip(kumaraswamy_sticks(log_a, log_b, seed)[:4], kumaraswamy_sticks(log_a, log_b, u[:448].view(64, 7))[:4]):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("kl", ["exact", "series10"])
 @pytest.mark.parametrize("log_alpha", [True, False])
 def test_backward_formulas(kl, log_alpha):
@@ -178,7 +151,7 @@ def test_backward_formulas(kl, log_alpha):
         return torch.ops.aime_fast.kumaraswamy_sticks(log_a, log_b, u, alpha, log_alpha, kl)
 
     assert torch.autograd.gradcheck(through_op, inputs, rtol=1e-4)
-    # Over the whole range, where finite differences have no digits, autograd of the reference is the yardstick.
+    # Over the whole range finite differences are too coarse; there the gradients are compared with autograd of the reference.
     log_a, log_b, u = (x.requires_grad_() for x in draws(2, sticks=5, rows=40, dtype=torch.float64))
     alpha = torch.rand(40, 1, dtype=torch.float64).mul(9).add(0.1).requires_grad_()
     inputs = (log_a, log_b, alpha, *([(alpha.detach().log() - 0.1).requires_grad_()] if log_alpha else []))
@@ -195,7 +168,7 @@ def test_operators_are_sound():
     alpha = torch.full((4, 1), 2.0, requires_grad=True)
     for moments in ((None, None), (alpha, None), (alpha, torch.zeros(4, 3, requires_grad=True))):
         torch.library.opcheck(torch.ops.aime_fast.kumaraswamy_sticks, (*inputs, *moments, "exact"))
-        grads = (None, None, torch.ones(4, 4), None, None if moments[0] is None else torch.ones(4, 3))
+        grads = (None, None, torch.ones(4, 4), None if moments[0] is None else torch.ones(4, 3))
         torch.library.opcheck(
             torch.ops.aime_fast.kumaraswamy_sticks_backward,
             (*(x if x is None else x.detach() for x in (*inputs, *moments)), "exact", *grads),

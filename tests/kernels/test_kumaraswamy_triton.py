@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import backend
-from kernels.kumaraswamy import kumaraswamy_sticks, kumaraswamy_sticks_reference, philox_uniform
+from kernels.kumaraswamy import kumaraswamy_sticks, kumaraswamy_sticks_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("v", "pi", "log pi", "log q", "kl", "to log a", "to log b", "to alpha", "to log alpha")
+NAMES = ("v", "pi", "log pi", "kl", "to log a", "to log b", "to alpha", "to log alpha")
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -58,7 +58,7 @@ def check(inputs, kl="exact", weights=None, larger=None, scale=0.0):
     def all_weights(of):
         shape = of[0].shape
         generator = torch.Generator().manual_seed(0)
-        shapes = (shape, (*shape[:-1], shape[-1] + 1), (*shape[:-1], shape[-1] + 1), shape, shape)
+        shapes = (shape, (*shape[:-1], shape[-1] + 1), (*shape[:-1], shape[-1] + 1), shape)
         return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes]
 
     chosen = [all_weights(x) if weights is None else weights for x in (inputs, budget_inputs)]
@@ -73,7 +73,7 @@ def check(inputs, kl="exact", weights=None, larger=None, scale=0.0):
         assert x.shape == y.shape
         assert x.is_contiguous()
         assert ours.max() <= 2 * theirs.max() + 4 * eps * max(z.abs().max().item(), scale), NAMES[i]
-        if i < 5:  # values have few cancellations: small ones are held to their own size as well
+        if i < 4:  # values have few cancellations: small ones are held to their own size as well
             assert (ours / (1 + y.abs())).max() <= 2 * (theirs / (1 + z.abs())).max() + 8 * eps, NAMES[i]
     return kernel
 
@@ -110,9 +110,7 @@ def test_each_committed_configuration_on_ragged_tiles(architecture, kl):
     assert all(torch.equal(x, y) for x, y in zip(first, again))  # the same bits every time
 
 
-@pytest.mark.parametrize(
-    "used", [(True, False, False, False, False), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0, 0, 1, 0, 1)]
-)
+@pytest.mark.parametrize("used", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 1, 1)])
 def test_batch_dimensions_and_stride_0_gradients_of_some_outputs(used):
     # Halves of one tensor, as the model's head makes them, and alpha without one of the dimensions.
     log_a, log_b = (torch.rand(2, 3, 4, 10, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 10 - 5).chunk(2, -1)
@@ -126,32 +124,13 @@ def test_batch_dimensions_and_stride_0_gradients_of_some_outputs(used):
 def test_low_precision_is_worked_in_float32(dtype):
     inputs = problem(2, (13, 14), dtype=dtype)
     check(inputs)
-    weights = [torch.ones((), device=DEVICE)] * 5
+    weights = [torch.ones((), device=DEVICE)] * 4
     low, single = (run(kumaraswamy_sticks, inputs, "exact", d, weights) for d in (dtype, torch.float32))
     # Rounded once, at the end: to nearest on a GPU, while the interpreter cuts bfloat16 off and has its own way with subnormals.
     cuts = backend.INTERPRETED and dtype == torch.bfloat16
     tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 2e-38} if cuts else {"rtol": 0, "atol": 0}
     for ours, theirs in zip(low, single):
         torch.testing.assert_close(ours, theirs.to(dtype), **tolerance)
-
-
-def test_seed_draws_the_uniforms_of_philox():
-    inputs = problem(3, (29, 14))
-    seed = torch.tensor([0x1234567_89ABCDEF], device=DEVICE)
-    for moments in (inputs[3:], [None, None]):
-        drawn = run(
-            kumaraswamy_sticks,
-            [*inputs[:2], philox_uniform(seed, (29, 14)), *moments],
-            "exact",
-            torch.float32,
-            [torch.ones((), device=DEVICE)] * 5,
-        )
-        arguments = [x if x is None else x.detach().requires_grad_() for x in (*inputs[:2], *moments)]
-        sticks = kumaraswamy_sticks(*arguments[:2], seed, *arguments[2:])
-        wanted = [x for x in arguments if x is not None]
-        gradients = torch.autograd.grad(sum(x.double().sum() for x in sticks if x is not None), wanted)
-        for ours, theirs in zip([*(x for x in sticks if x is not None), *gradients], drawn):
-            assert torch.equal(ours, theirs)
 
 
 def test_every_uniform_and_parameter_gives_finite_numbers():
@@ -179,11 +158,10 @@ def test_float64_and_no_rows():
 def test_operators_are_sound():
     torch.use_deterministic_algorithms(False)  # opcheck compares memory that it does not write itself
     log_a, log_b, u, alpha, log_alpha = (x.requires_grad_(i != 2) for i, x in enumerate(problem(6, (3, 4))))
-    seed = torch.tensor([3], device=DEVICE)
-    for arguments in ((u, None, None, "exact"), (seed, alpha, None, "exact"), (u, alpha, log_alpha, "series10")):
+    for arguments in ((u, None, None, "exact"), (u, alpha, None, "exact"), (u, alpha, log_alpha, "series10")):
         torch.library.opcheck(torch.ops.aime_fast.kumaraswamy_sticks, (log_a, log_b, *arguments))
     inputs = [x.detach() for x in (log_a, log_b, u, alpha, log_alpha)]
-    grads = (None, torch.ones(3, 5, device=DEVICE), None, None, torch.ones(3, 4, device=DEVICE))
+    grads = (None, torch.ones(3, 5, device=DEVICE), None, torch.ones(3, 4, device=DEVICE))
     torch.library.opcheck(torch.ops.aime_fast.kumaraswamy_sticks_backward, (*inputs, "exact", *grads))
 
 

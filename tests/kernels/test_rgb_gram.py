@@ -9,6 +9,7 @@ from kernels.rgb import gram_matrix, rgb_rotate
 from kernels.rgb.direct import rgb_direct
 
 SIZE = 12
+SPECIFICATION = {"mu": 0.9, "lam": 1.0, "alpha_steps": 3, "lr_inner": 0.2, "aggregation": "norm_weighted"}
 kinds = st.lists(st.sampled_from(["random", "zero", "equal", "opposite", "tiny"]), min_size=1, max_size=6)
 settings_of_rgb = st.fixed_dictionaries(
     {
@@ -69,8 +70,8 @@ def test_zero_gradient_is_as_if_the_task_were_not_there(n, seed, aggregation):
     rest = [i for i in range(n) if i != absent]
     with_zero = g.clone()
     with_zero[absent] = 0
-    full = rgb_rotate(with_zero, d, angles, torch.tensor(True), aggregation=aggregation)
-    small = rgb_rotate(g[rest], d, angles[rest], torch.tensor(True), aggregation=aggregation)
+    full = rgb_rotate(with_zero, d, angles, torch.tensor(True), **SPECIFICATION | {"aggregation": aggregation})
+    small = rgb_rotate(g[rest], d, angles[rest], torch.tensor(True), **SPECIFICATION | {"aggregation": aggregation})
     for i in (0, 1, 3):
         torch.testing.assert_close(full[i], small[i])
     torch.testing.assert_close(full[2][rest], small[2])
@@ -81,16 +82,16 @@ def test_one_task_is_its_own_gradient():
     state = (torch.zeros(SIZE).double(), torch.zeros(1).double(), torch.tensor(False))
     for seed in range(3):
         g = make(["random"], torch.Generator().manual_seed(seed))
-        result, d, angles, _ = rgb_rotate(g, *state)
+        result, d, angles, _ = rgb_rotate(g, *state, **SPECIFICATION)
         torch.testing.assert_close(result, g[0])
         state = (d, angles, torch.tensor(True))
 
 
 def test_rotation_reduces_conflict():
     g = torch.tensor([[1.0, 0.2, 0.0], [-0.8, 0.5, 0.3]], dtype=torch.float64)
-    _, d, angles, _ = rgb_rotate(g, torch.zeros(3).double(), torch.zeros(2).double(), torch.tensor(False))
+    _, d, angles, _ = rgb_rotate(g, torch.zeros(3).double(), torch.zeros(2).double(), torch.tensor(False), **SPECIFICATION)
     result = [
-        rgb_rotate(torch.stack([g[i], 0 * g[i]]), d, torch.zeros(2).double(), torch.tensor(True))[0] for i in range(2)
+        rgb_rotate(torch.stack([g[i], 0 * g[i]]), d, torch.zeros(2).double(), torch.tensor(True), **SPECIFICATION)[0] for i in range(2)
     ]  # alone, a task is not rotated
     torch.testing.assert_close(torch.stack(result), g)
     assert (angles > 0).all()
@@ -119,8 +120,8 @@ def test_lists_of_tensors_with_gaps_equal_one_matrix(seed):
     d = torch.nn.functional.normalize(torch.randn(16, generator=generator, dtype=torch.float64), dim=0)
     angles = torch.full((3,), 0.3).double()
     torch.testing.assert_close(gram_matrix(lists, d), torch.cat([full, d[None]]) @ torch.cat([full, d[None]]).T)
-    ours = rgb_rotate(lists, d, angles, torch.tensor(True))
-    expected = rgb_rotate(full, d, angles, torch.tensor(True))
+    ours = rgb_rotate(lists, d, angles, torch.tensor(True), **SPECIFICATION)
+    expected = rgb_rotate(full, d, angles, torch.tensor(True), **SPECIFICATION)
     assert [tuple(p.shape) for p in ours[0]] == shapes
     torch.testing.assert_close(torch.cat([p.reshape(-1) for p in ours[0]]), expected[0])
     for a, b in zip(ours[1:], expected[1:]):
@@ -130,8 +131,8 @@ def test_lists_of_tensors_with_gaps_equal_one_matrix(seed):
 def test_float32_is_close_to_float64_over_many_numbers():
     g = make(["random", "opposite", "random", "random"], torch.Generator().manual_seed(0), size=300_000)
     d = torch.nn.functional.normalize(g.sum(0), dim=0)
-    single = rgb_rotate(g.float(), d.float(), torch.zeros(4), torch.tensor(True))
-    double = rgb_direct(g, d, torch.zeros(4).double(), True)
+    single = rgb_rotate(g.float(), d.float(), torch.zeros(4), torch.tensor(True), **SPECIFICATION)
+    double = rgb_direct(g, d, torch.zeros(4).double(), True, **SPECIFICATION)
     assert single[0].dtype == torch.float32
     for ours, theirs in zip(single, double):
         assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
@@ -144,12 +145,12 @@ def test_errors_name_the_place():
     with pytest.raises(ValueError, match="hold 3 numbers and the direction 4"):
         gram_matrix(g, torch.zeros(4))
     with pytest.raises(ValueError, match="median"):
-        rgb_rotate(g, torch.zeros(3), torch.zeros(2), torch.tensor(False), aggregation="median")
+        rgb_rotate(g, torch.zeros(3), torch.zeros(2), torch.tensor(False), **SPECIFICATION | {"aggregation": "median"})
 
 
 def test_compiles_whole():
     g = [[torch.randn(3, 2), None, torch.randn(4)], [torch.randn(3, 2), torch.randn(5), None]]
     arguments = (g, torch.randn(15), torch.zeros(2), torch.tensor(True))
-    compiled, eager = torch.compile(rgb_rotate, fullgraph=True)(*arguments), rgb_rotate(*arguments)
+    compiled, eager = torch.compile(rgb_rotate, fullgraph=True)(*arguments, **SPECIFICATION), rgb_rotate(*arguments, **SPECIFICATION)
     for a, b in zip([*compiled[0], *compiled[1:]], [*eager[0], *eager[1:]]):
         torch.testing.assert_close(a, b)

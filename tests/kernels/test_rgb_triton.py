@@ -11,6 +11,7 @@ from kernels.rgb import rgb_rotate, rgb_rotate_
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 EPS = torch.finfo(torch.float32).eps
+SPECIFICATION = {"mu": 0.9, "lam": 1.0, "alpha_steps": 3, "lr_inner": 0.2, "aggregation": "norm_weighted"}
 
 
 def make(n, size, seed=0, zero=(), dtype=torch.float32):
@@ -24,13 +25,17 @@ def make(n, size, seed=0, zero=(), dtype=torch.float32):
 
 def reference(inputs, dtype=torch.float64, **options):
     select_kernels("reference")
-    outputs = rgb_rotate(*(x.to(dtype) if x.is_floating_point() else x for x in inputs), **options)
+    outputs = rgb_rotate(*(x.to(dtype) if x.is_floating_point() else x for x in inputs), **SPECIFICATION | options)
     select_kernels("triton")
     return outputs
 
 
 def assert_within_budget(inputs, **options):
-    kernel, eager, exact = rgb_rotate(*inputs, **options), reference(inputs, torch.float32, **options), reference(inputs, **options)
+    kernel, eager, exact = (
+        rgb_rotate(*inputs, **SPECIFICATION | options),
+        reference(inputs, torch.float32, **options),
+        reference(inputs, **options),
+    )
     for name, k, e, x in zip(("result", "direction", "angles", "norm"), kernel, eager, exact):
         error, yardstick = (k.double() - x).abs().max(), (e.double() - x).abs().max()
         assert error <= 2 * yardstick + 8 * EPS * x.abs().max(), f"{name}: {error:.2e}, eager {yardstick:.2e}"
@@ -65,9 +70,9 @@ def test_several_steps_from_no_direction():
     exact = [state[0].double(), state[1].double(), state[2].clone()]
     for step in range(4):
         g = make(4, 700, seed=step)[0]
-        result, _, norm = rgb_rotate_(g, *state)
+        result, _, norm = rgb_rotate_(g, *state, **SPECIFICATION)
         select_kernels("reference")
-        expected, _, exact_norm = rgb_rotate_(g.double(), *exact)
+        expected, _, exact_norm = rgb_rotate_(g.double(), *exact, **SPECIFICATION)
         select_kernels("triton")
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         torch.testing.assert_close(norm, exact_norm, rtol=1e-6, atol=0)
@@ -80,7 +85,7 @@ def test_degenerate_gradients(kind):
     g, _, angles, _ = make(2, 64)
     g[1] = {"equal": g[0], "opposite": -2 * g[0], "zero": torch.zeros_like(g[0])}[kind]
     inputs = [g, torch.zeros(64, device=DEVICE), angles, torch.tensor(False, device=DEVICE)]
-    for k, x in zip(rgb_rotate(*inputs), reference(inputs)):
+    for k, x in zip(rgb_rotate(*inputs, **SPECIFICATION), reference(inputs)):
         torch.testing.assert_close(k.double(), x.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -88,14 +93,14 @@ def test_half_precision_gradients_padded_rows_out_and_clipping():
     g, d, angles, flag = make(4, 1003, dtype=torch.bfloat16)
     padded = torch.zeros(4, 1024, dtype=g.dtype, device=DEVICE)[:, :1003].copy_(g)
     out = torch.empty(1003, device=DEVICE)
-    result, gram, norm = rgb_rotate_(padded, d.clone(), angles.clone(), flag.clone(), max_norm=0.5, out=out)
+    result, gram, norm = rgb_rotate_(padded, d.clone(), angles.clone(), flag.clone(), **SPECIFICATION, max_norm=0.5, out=out)
     assert result is out
     exact, *_, exact_norm = reference([g, d, angles, flag], max_norm=0.5)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6)
     torch.testing.assert_close(norm, exact_norm, rtol=1e-6, atol=0)
     assert out.norm().item() == pytest.approx(0.5, rel=1e-4)
     torch.testing.assert_close(gram.diagonal()[:4].sqrt(), g.double().norm(dim=1), rtol=1e-6, atol=0)
-    plain = rgb_rotate(g, d, angles, flag)[0]
+    plain = rgb_rotate(g, d, angles, flag, **SPECIFICATION)[0]
     assert plain.dtype == torch.bfloat16
 
 
@@ -104,7 +109,7 @@ def test_lists_with_gaps():
     g[1, :10] = 0
     lists = [[row[:10].view(2, 5), row[10:]] for row in g]
     lists[1][0] = None
-    result, *rest = rgb_rotate(lists, d, angles, flag)
+    result, *rest = rgb_rotate(lists, d, angles, flag, **SPECIFICATION)
     exact, *others = reference([g, d, angles, flag])
     assert [r.shape for r in result] == [(2, 5), (20,)]
     torch.testing.assert_close(torch.cat([r.reshape(-1) for r in result]).double(), exact, rtol=1e-4, atol=1e-4)
@@ -116,7 +121,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state():
     g, d, angles, _ = make(4, 100)
     g[2, 7] = torch.nan
     state = [d.clone(), angles.clone(), torch.tensor(False, device=DEVICE)]
-    _, _, norm = rgb_rotate_(g, *state)
+    _, _, norm = rgb_rotate_(g, *state, **SPECIFICATION)
     assert not torch.isfinite(norm)
     assert torch.equal(state[0], d)
     assert torch.equal(state[1], angles)
@@ -126,19 +131,19 @@ def test_a_gradient_that_is_not_finite_leaves_the_state():
 def test_float64_and_many_tasks_run_the_reference():
     g, d, angles, flag = make(16, 50)
     for inputs in ([g, d, angles, flag], [g[:3].double(), d.double(), angles[:3].double(), flag]):
-        for k, x in zip(rgb_rotate(*inputs), reference(inputs, inputs[0].dtype)):
+        for k, x in zip(rgb_rotate(*inputs, **SPECIFICATION), reference(inputs, inputs[0].dtype)):
             assert torch.equal(k, x)
 
 
 def test_same_bits_every_time():
     inputs = make(4, 20_001)
-    for first, second in zip(rgb_rotate(*inputs), rgb_rotate(*inputs)):
+    for first, second in zip(rgb_rotate(*inputs, **SPECIFICATION), rgb_rotate(*inputs, **SPECIFICATION)):
         assert torch.equal(first, second)
 
 
 def test_op_registration():
     g, d, angles, flag = make(4, 100)
-    arguments = (g, d, angles, flag, torch.zeros(100, device=DEVICE), 0.9, 1.0, 3, 0.2, "norm_weighted", 1.0)
+    arguments = (g, d, angles, flag, torch.zeros(100, device=DEVICE), *SPECIFICATION.values(), 1.0)
     torch.library.opcheck(torch.ops.aime_fast.rgb_rotate_, arguments)
     select_kernels("reference")
     torch.library.opcheck(torch.ops.aime_fast.rgb_rotate_, arguments)
@@ -146,6 +151,6 @@ def test_op_registration():
 
 def test_compiles_whole():
     inputs = make(4, 100)
-    compiled = torch.compile(rgb_rotate, fullgraph=True)(*inputs)
-    for ours, eager in zip(compiled, rgb_rotate(*inputs)):
+    compiled = torch.compile(rgb_rotate, fullgraph=True)(*inputs, **SPECIFICATION)
+    for ours, eager in zip(compiled, rgb_rotate(*inputs, **SPECIFICATION)):
         assert torch.equal(ours, eager)
