@@ -16,7 +16,7 @@ PROG = "python -m aime_fast.collect"
 
 @dataclass(frozen=True)
 class Collection:
-    """What is recorded. Defaults are those of the tier."""
+    """What to record. Defaults are those of the tier."""
 
     tier: str  # preset that the other values start from: 1, 2, 3 or debug
     domain: str  # dm_control domain
@@ -29,12 +29,12 @@ class Collection:
     workers: int  # collector processes
     seed: int = 0  # seed of initial states and actions
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
-    overwrite: bool = False  # replace a file that exists
+    overwrite: bool = False  # replace an existing file
     progress: bool = True  # show a progress bar
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Collect what `argv` (None: `sys.argv`) asks for and print what was written; returns the file."""
+    """Parse `argv` (None: `sys.argv`), record the episodes and print a summary; returns the file. Raises DataError."""
     tier = tier_from(argv, "1")
     data = preset(tier).data
     shared = {field.name: getattr(data, field.name) for field in dataclasses.fields(Collection) if hasattr(data, field.name)}

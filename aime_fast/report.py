@@ -1,6 +1,6 @@
 """Make the report of a run: `python -m aime_fast.report RUN` writes RUN/report.html, one file that opens offline.
 
-It works with whatever the run has left so far, also while it is training, and says what is missing and the command that makes it.
+It uses what the run has written so far, also during training. It names what is missing and the command that makes it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class ReportConfig:
     out: str | None = None  # file to write; none: report.html in the run directory
     data: str | None = None  # data for the pictures; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
-    ema: bool = True  # pictures by the moving average of the weights, or by the weights themselves
+    ema: bool = True  # pictures by the moving average of the weights instead of the weights themselves
 
 
 def report(options: ReportConfig) -> Path:
-    """Writes the report and returns its path. Raises ConfigError where `options.run` holds no run."""
+    """Write the report and return its path. Raises ConfigError if `options.run` holds no run."""
     from aime_fast.reporting.records import read_record
 
     record = read_record(options.run)
-    from aime_fast.reporting.page import write_report  # imports torch, which a wrong name need not wait for
+    from aime_fast.reporting.page import write_report  # imports torch, too slow to load before the name of the run is checked
 
     out = write_report(record, _model(options), Path(options.out) if options.out else record.folder / "report.html")
     print(f"report      {out} ({out.stat().st_size / 1e6:.1f} MB)")
@@ -39,7 +39,7 @@ def report(options: ReportConfig) -> Path:
 
 
 def _model(options: ReportConfig):
-    """The newest checkpoint's model with held-out episodes, or in words why there is none: the rest of the report does without."""
+    """The model of the newest checkpoint with validation episodes, or the reason why there is none; the report is written either way."""
     from aime_fast.data import make_batches
     from aime_fast.errors import CheckpointError, DataError
     from aime_fast.reporting.page import EPISODES, Model

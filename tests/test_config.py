@@ -1,4 +1,4 @@
-"""Presets: the specification's numbers, and the way through YAML and back."""
+"""Presets have the sizes of the specification, and a config survives YAML."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from aime_fast.config import PRESETS, from_dict, preset, to_dict
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_config_survives_yaml(name):
     config = preset(name)
-    plain = yaml.safe_load(yaml.safe_dump(_lists(to_dict(config))))
-    assert from_dict(plain) == config
+    loaded = yaml.safe_load(yaml.safe_dump(_lists(to_dict(config))))
+    assert from_dict(loaded) == config
 
 
 def test_tiers_have_the_sizes_of_the_specification():
@@ -36,7 +36,7 @@ def test_unknown_tier_and_field_are_named():
 
 
 def _lists(value):
-    """Tuples as lists: what YAML keeps."""
+    """Tuples as lists, which is how YAML stores them."""
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
     return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Recorded experience: collected from dm_control, kept in HDF5, served as batches on the device."""
+"""Recorded experience: collected from dm_control, stored in HDF5, served as batches on the device."""
 
 from aime_fast.data.augment import augment, normalise
 from aime_fast.data.batches import SequenceBatches, make_batches

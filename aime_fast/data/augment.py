@@ -1,4 +1,4 @@
-"""From stored bytes to model input: `normalise`, and `augment`, which also zooms and shifts. Both run where the pixels lie."""
+"""`normalise` turns stored pixels into model input; `augment` also zooms and shifts them. Both run on the device of the pixels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def augment(pixels: Tensor, max_shift: float, max_zoom: float, generator: torch.Generator | None = None) -> Tensor:
-    """Normalise, then zoom and shift each sequence at random, all its frames alike, so that motion stays what it was.
+    """Normalise, then zoom and shift each sequence at random. All frames of a sequence get the same transform.
 
-    The zoom factor is uniform in [1 - max_zoom, 1 + max_zoom], each shift uniform within max_shift of the image's side; what
-    comes in from outside repeats the border. Nothing is read back to the host.
+    The zoom factor is uniform in [1 - max_zoom, 1 + max_zoom], each shift is uniform within max_shift of the image's side. Pixels
+    from outside the image repeat its border. Nothing is read back to the host.
 
     Args:
         pixels: uint8 [B, T, C, H, W].
-        max_shift: largest shift, as a share of the image; 0 turns it off.
-        max_zoom: largest zoom, as a share of the image; 0 turns it off.
-        generator: of the pixels' device; None draws from that device's default one.
+        max_shift: largest shift, as a share of the image's side; 0 turns it off.
+        max_zoom: largest zoom, as a share of the image's side; 0 turns it off.
+        generator: on the device of the pixels; None uses that device's default generator.
     Returns:
         float32 [B, T, C, H, W] in [-1, 1].
     """
@@ -31,7 +31,7 @@ def augment(pixels: Tensor, max_shift: float, max_zoom: float, generator: torch.
     if not (max_shift or max_zoom):
         return frames
     noise = torch.rand(b, 3, device=pixels.device, generator=generator) * 2 - 1  # [B, 3] in [-1, 1)
-    scale = 1 + max_zoom * noise[:, 0]  # of the sampling grid: above 1 shows more than the image, that is, zooms out
+    scale = 1 + max_zoom * noise[:, 0]  # of the sampling grid: above 1 it reaches beyond the image and zooms out
     shift = 2 * max_shift * noise[:, 1:]  # [B, 2], in grid units: the image is 2 wide
     zeros = torch.zeros_like(scale)
     theta = torch.stack([scale, zeros, shift[:, 0], zeros, scale, shift[:, 1]], dim=1).view(b, 2, 3)

@@ -1,8 +1,8 @@
-"""Training batches: episodes unpacked once into a replay of uint8 frames, sequences gathered from it ahead of the step.
+"""Training batches: episodes are unpacked once into a replay of uint8 frames, and a thread gathers sequences ahead of the step.
 
-HDF5 keeps data small; a memory map is twenty times faster to sample, and frames that lie on the GPU need not travel at all.
-`make_batches` unpacks a data set, split by episode, into two `SequenceBatches`. Which frames batch n holds is a function of the
-seed and of n alone (`windows.py`), wherever the frames lie, so resuming is counting.
+HDF5 keeps data small. A memory map is twenty times faster to sample, and frames stored on the GPU need no copy from the host.
+`make_batches` splits a data set by episode and unpacks it into two `SequenceBatches`. The frames of batch n depend only on the seed
+and on n (`windows.py`), not on where they are stored, so a run resumes from the number of batches taken.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from aime_fast.config import DataConfig
 from aime_fast.data.augment import normalise
 from aime_fast.data.dataset import DMCVBDataset
+from aime_fast.data.episodes import check_positive
 from aime_fast.data.prefetch import Prefetcher
-from aime_fast.data.replay import EpisodeSource, Replay, lies_on_device, plain, replay_bytes
+from aime_fast.data.replay import EpisodeSource, Replay, as_tensor, replay_bytes, replay_on_device
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
 from aime_fast.errors import DataError
@@ -31,17 +32,15 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
     """Training and validation batches of `config.data`: an HDF5 file, a folder of them, or "synthetic".
 
     Args:
-        config: the data, what it must have been recorded with, and the sizes of sequences and batches.
-        seed: of the split and of the order of the training sequences.
-        device: where batches go; `config.replay` says whether the frames lie there too (`replay.lies_on_device`).
+        config: the data, how they must have been recorded, and the sizes of sequences and batches.
+        seed: of the split, of the order of sequences and of synthetic episodes.
+        device: of the batches; `config.replay` says whether all frames are stored there too (`replay.replay_on_device`).
     Returns:
-        (training, validation); the episodes of one are never in the other.
+        (training, validation); no episode is in both.
     Raises:
-        DataError: the data are unusable, not what the config says, too few to be split, or too many for `--replay device`.
+        DataError: the data are unusable, do not match the config, are too few to split, or too many for `--replay device`.
     """
-    for name in ("sequence_length", "batch_size", "episodes", "image_size"):
-        if getattr(config, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
+    check_positive(config, "sequence_length", "batch_size", "episodes", "image_size")
     if not 0 <= config.validation_fraction < 1:
         raise DataError(f"--validation-fraction {config.validation_fraction}: expected a share in [0, 1)")
     source = _open_source(config, seed)
@@ -49,11 +48,11 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
         n = source.num_episodes
         if n < 2:
             raise DataError(f"--data {config.data}: it holds {n} episode, expected at least 2, one to train on and one to validate on")
-        held_out = min(max(1, round(config.validation_fraction * n)), n - 1)
+        num_validation = min(max(1, round(config.validation_fraction * n)), n - 1)
         order = np.random.default_rng(seed).permutation(n)
-        split = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+        split = sorted(order[num_validation:].tolist()), sorted(order[:num_validation].tolist())
         needed = replay_bytes(sum(source.lengths), source.image_size, source.action_dim)
-        resident = lies_on_device(config.replay, needed, _free_memory(torch.device(device)))
+        resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
         return tuple(
             SequenceBatches(
                 source,
@@ -72,7 +71,7 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes free on a GPU; None for a CPU."""
+    """Free bytes of a GPU; None for a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
@@ -99,21 +98,23 @@ class SequenceBatches:
     """An endless iterator of batches: TensorDict [B, T] on `device` with `pixels` uint8 [B, T, 3, H, W], `action` float32
     [B, T, A], `reward` float32 [B, T, 1], `is_init` bool [B, T, 1].
 
-    An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). One thread works
-    `prefetch` batches ahead (see `Replay` for its share), and `next` never waits for the device. An error in the thread is raised
-    by `next`. A batch is for use on the stream that was current when it was taken.
+    An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). A thread prepares
+    `prefetch` batches ahead (see `Replay.prepare`), and `next` never waits for the device. `next` raises the errors of the thread.
+    Use a batch on the stream that was current when `next` returned it.
 
     Args:
-        source: episodes to copy into the replay.
-        episodes: indices of those to take.
+        source: holds the episodes.
+        episodes: indices of the episodes to unpack into the replay.
         sequence_length, batch_size: T, B.
         seed: of offsets and order.
-        device: where batches go.
-        prefetch: batches made ready ahead; 0 does all in the calling thread.
-        resident: keep the frames on `device` instead of in a memory map on the host; the batches are the same bit for bit.
+        device: of the batches.
+        prefetch: batches prepared ahead; 0 prepares each in the calling thread.
+        resident: store the frames on `device` instead of in a memory map on the host; the batches are bit-identical.
     Attributes:
-        episodes: indices into the source. steps_per_epoch: batches an epoch, the same in every epoch.
-        lengths: frames of each of them. action_dim, image_size: A; H = W. resident: as given.
+        episodes: indices into the source. lengths: frames of each. steps_per_epoch: batches of every epoch.
+        action_dim, image_size: A; H = W. resident: as passed.
+    Raises:
+        DataError: an episode is damaged, or the disk is too small for the memory map. RuntimeError: used after `close`.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class SequenceBatches:
         self.action_dim, self.image_size = source.action_dim, source.image_size
         self.device = torch.device(device)
         self.prefetch = prefetch
-        self._resident = resident
+        self.resident = resident
         self.lengths = lengths = [source.lengths[i] for i in self.episodes]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         self._replay: Replay | None = Replay(source, self.episodes, self._offsets, self.device, resident)
@@ -162,51 +163,46 @@ class SequenceBatches:
         return replay.deliver(prepared)
 
     @property
-    def resident(self) -> bool:
-        """Whether the frames lie in the memory of the device."""
-        return self._resident
-
-    @property
     def epoch(self) -> int:
         """The epoch that the next batch belongs to, from 0."""
         return self._consumed // self.steps_per_epoch
 
     def one_pass(self) -> Iterator[TensorDict]:
-        """Every episode once, from its first frame, in order, as sequences that do not overlap.
+        """Every episode once, in order, as sequences that start at its first frame and do not overlap.
 
-        The last batch may be smaller than B; an episode's remainder, shorter than T, is left out. The endless iterator stays
-        where it is.
+        The last batch may be smaller than B; an episode's remainder, shorter than T, is left out. The endless iterator does not
+        advance.
         """
         for rows in self._windows.in_order():
             yield self._batch(rows)
 
     def episode(self, index: int) -> TensorDict:
-        """Episode `self.episodes[index]` whole: TensorDict [frames] on the device, keys as in a batch without B."""
+        """The whole episode `self.episodes[index]`: TensorDict [frames] on the device, laid out as a batch without B."""
         index = range(len(self.episodes))[index]  # negative indices, and IndexError
         return self._batch(torch.arange(self._offsets[index], self._offsets[index + 1]))
 
     def mean_frame(self) -> Tensor:
         """Mean of all frames, float32 [3, H, W] in [-1, 1], on the device."""
-        pixels = plain(self._open_replay().frames["pixels"])
+        pixels = as_tensor(self._open_replay().frames["pixels"])
         total = sum(chunk.sum(0, dtype=torch.int64) for chunk in pixels.split(512))
         return normalise(total.double() / len(pixels)).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: how many batches were taken, and what makes that number mean the same batches again."""
+        """The position: the number of batches taken, and the values that must be equal for it to mean the same batches."""
         return {"consumed": self._consumed, **self._windows.signature()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the very next batch after the position in `state`. Raises DataError if data, seed or sizes differ."""
+        """Continue with the batch after the position in `state`. Raises DataError if data, seed or sizes differ."""
         for key, value in self._windows.signature().items():
             if state.get(key) != value:
                 raise DataError(
-                    f"cannot resume: the checkpoint's data have {key} {state.get(key)}, these have {value}; resume with the same"
+                    f"cannot resume: the checkpoint's data have {key} {state.get(key)}, these have {value}; resume with the same {key}"
                 )
         self._stop_thread()
         self._consumed = int(state["consumed"])
 
     def close(self) -> None:
-        """Stop the thread and let go of the replay and its disk space. Also done when the object or the process ends."""
+        """Stop the thread and free the replay and its disk space. Also done when the object is deleted or the process ends."""
         self._stop_thread()
         self._replay = None
 
@@ -226,5 +222,5 @@ class SequenceBatches:
 
 
 def _prepare(replay: Replay, windows: Windows, number: int) -> Any:
-    # Not a method: the prefetch thread must not keep the SequenceBatches alive that is to stop it.
+    # Not a method: the thread would hold a reference to the SequenceBatches, whose finaliser stops the thread.
     return replay.prepare(windows.batch(number))

@@ -1,4 +1,4 @@
-"""Recording episodes: TorchRL collectors over dm_control, written to HDF5 episode by episode."""
+"""Record episodes: TorchRL collectors step dm_control, and each finished episode is written to HDF5."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.config import DataConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
-from aime_fast.data.episodes import EpisodeWriter
+from aime_fast.data.episodes import EpisodeWriter, check_positive
 from aime_fast.errors import DataError
 
 if TYPE_CHECKING:
     from torchrl.collectors import BaseCollector
 
-# Frames of one worker in one message. Messages cost, bytes hardly do.
-FRAMES_PER_MESSAGE = 256
+FRAMES_PER_MESSAGE = 256  # of one worker; a message has a fixed cost, its size hardly matters
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
 
 
 class NoisePolicy(TensorDictModuleBase):
-    """Actions that look at nothing, float32 [A] in [-1, 1].
+    """Actions that ignore the observations: float32 [A] in [-1, 1], a new episode wherever `is_init` is true.
 
     * "random" draws each action uniformly.
     * "ou" is an Ornstein-Uhlenbeck process, sampled exactly at the agent's steps: u' = r u + s sqrt(1 - r^2) n, r = exp(-rate),
-      n normal, which pushes in one direction for about 1/rate steps and so reaches states that independent actions never reach. It
-      starts from its stationary distribution wherever `is_init` is true.
-    * "swing" draws for each episode and action a sinusoid, its period log-uniform in `periods` (agent steps), its amplitude uniform in
-      `amplitudes`, its phase uniform, and adds a little noise. Some periods are near those of pole and limbs, which resonance then
-      swings up.
-    * "mixed" plays each episode as "random" or "swing", at even odds.
+      n normal. It pushes in one direction for about 1/rate steps and so reaches states that independent actions never reach. An
+      episode starts from the stationary distribution.
+    * "swing" draws a sinusoid for each episode and action, with a period log-uniform in `periods` (agent steps), an amplitude uniform
+      in `amplitudes` and a uniform phase, and adds a little noise. Some periods are near the resonances of pole and limbs.
+    * "mixed" plays each episode as "random" or "swing", with equal probability.
     """
 
     rate = 0.15
@@ -65,8 +63,8 @@ class NoisePolicy(TensorDictModuleBase):
         first = tensordict["is_init"].item()
         if self.kind == "ou":
             noise = self.deviation * self._random.standard_normal(self.action_dim)
-            keep = 0.0 if first else math.exp(-self.rate)
-            action = self._state = keep * self._state + math.sqrt(1 - keep**2) * noise
+            decay = 0.0 if first else math.exp(-self.rate)
+            action = self._state = decay * self._state + math.sqrt(1 - decay**2) * noise
         else:
             if first:
                 self._begin()
@@ -74,7 +72,7 @@ class NoisePolicy(TensorDictModuleBase):
         return tensordict.set("action", torch.from_numpy(np.clip(action, -1, 1).astype(np.float32)))
 
     def _begin(self) -> None:
-        """Draw what an episode keeps."""
+        """Draw the kind and the sinusoids of an episode."""
         if self.kind == "mixed":
             self._swings = self._random.random() < 0.5
         if self._swings:
@@ -93,28 +91,26 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     """Record `config.episodes` whole episodes of a dm_control task into one HDF5 shard.
 
     Each worker plays its own stream of episodes with its own seeds, so the result depends on `seed`, `config.workers` and,
-    for pixels, on the OpenGL driver. Nothing appears under `out` unless every episode was written; an interruption removes
-    what there was.
+    for pixels, on the OpenGL driver. The file appears under `out` only when every episode is written; an interruption deletes the
+    episodes written so far.
 
     Args:
-        config: task, number of episodes, frame skip, picture, policy, workers.
-        seed: of initial states and actions.
-        out: file to write; one that exists is replaced at the end.
+        config: task, number of episodes, frame skip, image size, render quality, policy, workers.
+        seed: of initial states and actions, at least 0.
+        out: file to write; an existing file is replaced at the end.
         progress: show a progress bar.
     Returns:
         `out` as a Path.
     Raises:
-        DataError: a setting is out of range, the task is unknown, or nothing renders here.
-        KeyboardInterrupt: passed on after clean-up, with a message that says what became of the file.
+        DataError: a setting is out of range, the task is unknown, no renderer works, or the file cannot be written.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after clean-up; the message says how many episodes are lost.
     """
-    for name in ("episodes", "workers", "frame_skip", "image_size"):
-        if getattr(config, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
+    check_positive(config, "episodes", "workers", "frame_skip", "image_size")
     if seed < 0:
         raise DataError(f"--seed {seed}: expected 0 or more")
     out = Path(out)
     backend = probe_renderer()
-    action_dim, longest, position_names = describe_task(config)
+    action_dim, longest_episode, position_names = describe_task(config)
     attributes = {
         **{key: getattr(config, key) for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")},
         "action_dim": action_dim,
@@ -123,7 +119,7 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
         "render_backend": backend,
         "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
     }
-    frames = min(FRAMES_PER_MESSAGE, longest)
+    frames = min(FRAMES_PER_MESSAGE, longest_episode)
     written = 0
     with _deferred_interrupts() as interrupted:
         try:
@@ -141,13 +137,13 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
                 writer.annotate(collection_seconds=time.perf_counter() - began)
         except (KeyboardInterrupt, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not interrupted.is_set():
-                raise  # otherwise the signal reached the workers too, and their end is what TorchRL complains about
-            raise KeyboardInterrupt(f"collection stopped after {written} of {config.episodes} episodes; nothing was kept") from None
+                raise  # after an interrupt, the error only reports that the signal ended the workers too
+            raise KeyboardInterrupt(f"collection stopped after {written} of {config.episodes} episodes; no file was written") from None
     return out
 
 
 def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray]]:
-    """Whole episodes of all workers, in a fixed order: message by message, worker by worker."""
+    """Whole episodes of all workers, ordered by message, then by worker."""
     pending: list[list[TensorDict]] = []
     for message in collector:
         streams = message if message.ndim == 2 else message.unsqueeze(0)  # [workers, frames]
@@ -164,12 +160,12 @@ def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray]]
 
 
 def worker_seeds(seed: int, workers: int) -> list[tuple[int, int]]:
-    """The seeds of each worker's environment and policy."""
+    """(environment seed, policy seed) of each worker."""
     return [tuple(pair) for pair in np.random.SeedSequence(seed).generate_state(2 * workers).reshape(workers, 2).tolist()]
 
 
 def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
-    """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount belong to the action before them."""
+    """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount share the row of their action."""
     keys = {
         "pixels": "pixels",
         "action": "action",
@@ -184,7 +180,7 @@ def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
 
 @contextmanager
 def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> Iterator[BaseCollector]:
-    """A TorchRL collector that is shut down in any case: one left running keeps the interpreter from ending."""
+    """A TorchRL collector, always shut down: the interpreter cannot exit while one runs."""
     from torchrl.collectors import Collector, MultiSyncCollector
 
     workers = min(config.workers, config.episodes)
@@ -200,7 +196,7 @@ def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> I
             policy_factory=policies,
             frames_per_batch=frames * workers,
             cat_results="stack",
-            init_fn=_leave_interrupts_to_the_parent,
+            init_fn=_ignore_interrupts,
             **common,
         )
     atexit.register(collector.shutdown)
@@ -213,9 +209,9 @@ def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> I
 
 @contextmanager
 def _deferred_interrupts() -> Iterator[threading.Event]:
-    """Turns the first SIGINT or SIGTERM into an event, the second into KeyboardInterrupt.
+    """Turn the first SIGINT or SIGTERM into an event, the second into KeyboardInterrupt.
 
-    An exception raised by a signal handler is lost when it falls into a weak reference's callback, and TensorDict runs many.
+    Python discards an exception that a signal handler raises during a weak reference's callback, and TensorDict runs many of those.
     """
     interrupted = threading.Event()
 
@@ -235,13 +231,14 @@ def _deferred_interrupts() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
+    """In a worker: the parent handles SIGINT and shuts the workers down."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _progress_bar(episodes: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function to call with the frames of each episode written; draws a bar with frames per second."""
+    """Draw a bar with frames per second; yields a function to call with the number of frames of each written episode."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (

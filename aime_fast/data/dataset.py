@@ -1,4 +1,4 @@
-"""`DMCVBDataset`: HDF5 shards as training sequences."""
+"""`DMCVBDataset`: sequences of frames from HDF5 shards."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ import torch
 from tensordict import TensorDict
 from torch.utils.data import Dataset
 
-from aime_fast.data.episodes import SHARED, check_shard, open_shard, read_episode
+from aime_fast.data.episodes import SHARED, check_positive, check_shard, open_shard, read_episode
 from aime_fast.errors import DataError
 
 SUFFIXES = (".h5", ".hdf5")
 
 
 class DMCVBDataset(Dataset):
-    """Sequences of T frames out of recorded episodes; a sequence never crosses an episode boundary.
+    """Sequences of T frames from recorded episodes; a sequence never crosses an episode boundary.
 
     Item i is a TensorDict [T]: `pixels` uint8 [T, 3, H, W], `action` float32 [T, A], `reward` float32 [T, 1], `discount` float32
-    [T, 1], `is_init` bool [T, 1], and, where every shard has them, `positions` float32 [T, n, 2]. Sequences start every T frames; an
+    [T, 1], `is_init` bool [T, 1], and, if every shard has them, `positions` float32 [T, n, 2]. Sequences start every T frames; an
     episode's remainder is left out. Use `torch.stack` as a DataLoader's `collate_fn`. Any number of loader processes may read at
-    once. Training proper uses `make_batches`, which is faster.
+    once. Training uses `make_batches`, which is faster.
 
     Args:
         path: HDF5 file, list of files, or folder of shards (`*.h5`, `*.hdf5`).
         sequence_length: T.
-        image_size, domain, task, render_quality, action_dim, frame_skip: what the shards must have been recorded with;
-            None takes what the first shard says, with which the others must agree.
+        image_size, domain, task, render_quality, action_dim, frame_skip: settings that the shards must have been recorded with;
+            None takes the value of the first shard. All shards must agree.
     Attributes:
         action_dim, image_size: A; H = W.
         num_episodes, lengths: episodes in all shards; frames of each.
-        attributes: those of the first shard, as plain Python values; `versions` is a dictionary.
-        position_names: of the n points in `positions`; empty unless all shards have the same.
+        attributes: of the first shard, as Python values; `versions` is a dictionary.
+        position_names: of the n points in `positions`; empty unless all shards have the same names.
     Raises:
-        DataError: a shard is damaged, is not what was asked for, or holds an episode shorter than T.
+        DataError: a shard is damaged, has other settings, or holds an episode shorter than T.
     """
 
     def __init__(
@@ -54,24 +54,23 @@ class DMCVBDataset(Dataset):
         action_dim: int | None = None,
         frame_skip: int | None = None,
     ):
-        if sequence_length < 1:
-            raise DataError(f"--sequence-length {sequence_length}: expected at least 1")
         self.sequence_length = sequence_length
+        check_positive(self, "sequence_length")
         self.paths = _shards(path)
         expected = {
             "image_size": image_size, "domain": domain, "task": task,
             "render_quality": render_quality, "action_dim": action_dim, "frame_skip": frame_skip,
         }  # fmt: skip
         self.attributes: dict[str, Any] = {}
-        names: set[tuple[str, ...]] = set()
+        position_names: set[tuple[str, ...]] = set()
         self._episodes: list[tuple[Path, str]] = []
         self.lengths: list[int] = []
         for shard in self.paths:
             with open_shard(shard) as file:
                 lengths = check_shard(file, shard, expected, sequence_length)
-                attributes = {key: _plain(value) for key, value in file.attrs.items()}
-                placed = all("positions" in file[name] for name in lengths)
-            names.add(tuple(attributes.get("position_names", ())) if placed else ())
+                attributes = {key: _to_python(value) for key, value in file.attrs.items()}
+                has_positions = all("positions" in file[name] for name in lengths)
+            position_names.add(tuple(attributes.get("position_names", ())) if has_positions else ())
             self.attributes = self.attributes or attributes
             for key in SHARED:
                 if attributes[key] != self.attributes[key]:
@@ -83,7 +82,7 @@ class DMCVBDataset(Dataset):
             self.lengths += lengths.values()
         self.attributes["versions"] = json.loads(self.attributes.get("versions", "{}"))
         self.action_dim, self.image_size = self.attributes["action_dim"], self.attributes["image_size"]
-        self.position_names = names.pop() if len(names) == 1 else ()
+        self.position_names = position_names.pop() if len(position_names) == 1 else ()
         self.num_episodes = len(self._episodes)
         self._windows = [
             (episode, start)
@@ -100,7 +99,7 @@ class DMCVBDataset(Dataset):
         return self._read(episode, start, start + self.sequence_length)
 
     def read_episode(self, index: int) -> TensorDict:
-        """A whole episode as a TensorDict with batch size [frames], keys as in a sequence."""
+        """Episode `index` as a TensorDict [frames], laid out as a sequence. Raises DataError if it is damaged."""
         return self._read(index, 0, None)
 
     def _read(self, episode: int, start: int, stop: int | None) -> TensorDict:
@@ -109,7 +108,7 @@ class DMCVBDataset(Dataset):
         if key not in self._open:
             self._open[key] = open_shard(path)
         episode = read_episode(self._open[key][name], path, start, stop)
-        if not self.position_names:  # of some shards only: sequences of all shards are stacked and need the same keys
+        if not self.position_names:  # only some shards have them, and sequences to be stacked need the same keys
             episode.pop("positions", None)
         return to_tensordict(episode)
 
@@ -124,7 +123,7 @@ class DMCVBDataset(Dataset):
 
 
 def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
-    """Arrays of an episode, laid out as in the file, to a TensorDict [T]: channels first, scalars with a trailing 1."""
+    """Arrays laid out as in the file (`episodes.py`) to a TensorDict [T]: pixels [T, 3, H, W], scalars [T, 1]."""
     values = {key: torch.from_numpy(value) for key, value in episode.items()}
     values = {key: value[:, None] if value.dim() == 1 else value for key, value in values.items()}
     values["pixels"] = values["pixels"].permute(0, 3, 1, 2).contiguous()  # [T, 3, H, W]
@@ -145,7 +144,7 @@ def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
     return shards
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return tuple(value.tolist())
     return value.item() if isinstance(value, np.generic) else value

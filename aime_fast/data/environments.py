@@ -1,10 +1,10 @@
-"""dm_control as a source of frames: the renderer, one picture an agent step, and the TorchRL environment around it.
+"""dm_control as a source of frames: the renderer, a task with one picture per agent step, and the TorchRL environment around it.
 
-Rendering on a CPU is where collection spends its time, so `render_quality="fast"` gives up what a 64-pixel picture hardly
-shows: anti-aliasing, shadows and reflections, and an offscreen buffer larger than the picture. `"full"` keeps dm_control's own
-settings. The pictures differ, so the choice travels with the data set.
+Collection spends most of its time rendering on the CPU, so `render_quality="fast"` leaves out what a 64-pixel picture hardly
+shows: anti-aliasing, shadows, reflections, and an offscreen buffer larger than the picture. `"full"` keeps dm_control's own
+settings. The pictures differ, so the choice is recorded with the data.
 
-dm_control picks its OpenGL backend when it is imported; everything here that imports it calls `select_renderer` before.
+dm_control picks its OpenGL backend when it is imported, so every function here calls `select_renderer` before importing it.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ def select_renderer(backend: str | None = None) -> str:
     """Set the environment variables that dm_control and Mesa read, before dm_control is imported; children inherit them.
 
     Args:
-        backend: OpenGL backend, one of `BACKENDS`; None keeps `MUJOCO_GL`, or takes egl where it is unset.
+        backend: OpenGL backend, one of `BACKENDS`; None keeps `MUJOCO_GL`, or takes egl if it is unset.
     Returns:
-        the backend in force.
+        the selected backend.
     """
     os.environ["MUJOCO_GL"] = backend or os.environ.get("MUJOCO_GL") or BACKENDS[0]
-    # Mesa's software rasteriser otherwise starts threads that compete with the collector's processes for the same cores.
+    # By default Mesa's software rasteriser starts threads, which compete with the collector's processes for the same cores.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     return os.environ["MUJOCO_GL"]
 
 
 def probe_renderer(timeout: float = 60.0) -> str:
-    """The first OpenGL backend that really renders a frame, tried in a child process with a time limit.
+    """Find the first OpenGL backend that renders a frame. Each is tried in a child process with a time limit.
 
-    A missing library fails with an unintelligible message, and several EGL processes on one GPU can hang for ever in the
-    first frame (google-deepmind/mujoco issue 3444); neither may happen in the caller. `MUJOCO_GL`, where set, is the only
-    candidate; otherwise egl, then osmesa.
+    The child protects the caller: a missing library fails with an obscure message, and several EGL processes on one GPU can hang
+    in the first frame (google-deepmind/mujoco issue 3444). If `MUJOCO_GL` is set, only that backend is tried; otherwise egl, then
+    osmesa.
 
     Args:
-        timeout: seconds granted to each candidate.
+        timeout: seconds for each backend.
     Returns:
         the backend, which is also selected for this process and its children.
     Raises:
-        DataError: no candidate works; names each one's failure and the packages to install.
+        DataError: no backend works; the message names each failure and the packages to install.
     """
-    chosen = os.environ.get("MUJOCO_GL")
+    requested = os.environ.get("MUJOCO_GL")
     failures = []
-    for backend in (chosen,) if chosen else BACKENDS:
+    for backend in (requested,) if requested else BACKENDS:
         environment = {**os.environ, "MUJOCO_GL": backend, "LP_NUM_THREADS": os.environ.get("LP_NUM_THREADS", "0")}
         try:
             child = subprocess.run(
@@ -80,21 +80,23 @@ def probe_renderer(timeout: float = 60.0) -> str:
             return select_renderer(backend)
         lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
         failures.append(f"{backend}: {lines[-1]}")
-    remedy = f"unset MUJOCO_GL (it is {chosen!r}) or set it to egl or osmesa, and if that does not help, " if chosen else ""
+    remedy = f"unset MUJOCO_GL (it is {requested!r}) or set it to egl or osmesa, and if that does not help, " if requested else ""
     raise DataError(f"no OpenGL backend renders a frame ({'; '.join(failures)}); {remedy}{INSTALL_HINT}")
 
 
 class RenderedTask:
-    """A dm_control task that is seen as pictures, one rendered after every `frame_skip` simulator steps.
+    """A dm_control task observed as pictures, one rendered after every `frame_skip` simulator steps.
 
-    Actions are float [A] in [-1, 1] and are rescaled to the bounds of the task. Rewards of the skipped steps are summed, their
-    discounts multiplied. A picture is uint8 [H, W, 3], a fresh array each time. OpenGL contexts belong to the thread that
-    renders first; use one instance in one thread.
+    Actions are float [A], clipped to [-1, 1] and rescaled to the bounds of the task. Rewards of the skipped steps are summed, their
+    discounts multiplied. A picture is uint8 [H, W, 3], a new array each time. An OpenGL context belongs to the thread that renders
+    first: use an instance in one thread only.
 
+    Args:
+        config: task, frame skip, image size and render quality.
+        seed: of the initial states.
     Attributes:
-        action_dim: A.
-        position_names: the n points that `positions` follows, see `moving_points`.
-
+        action_dim, image_size: A; H = W. frame_skip: simulator steps for one agent step.
+        position_names: of the n points that `positions` returns, see `moving_points`.
     Raises:
         DataError: there is no such domain or task, or its actions have no bounds.
     """
@@ -109,10 +111,10 @@ class RenderedTask:
 
         check_task(config.domain, config.task)
         self._env = suite.load(config.domain, config.task, task_kwargs={"random": seed})
-        self._env.task.get_observation = lambda physics: {}  # the picture is the observation; joint angles would cost a tenth
+        self._env.task.get_observation = lambda physics: {}  # only the picture is used; joint angles would take a tenth of the time
         self.frame_skip, self.image_size = config.frame_skip, config.image_size
         spec = self._env.action_spec()
-        if max(np.abs(spec.minimum).max(), np.abs(spec.maximum).max()) > 1e6:  # lqr says 1e10 for infinity
+        if max(np.abs(spec.minimum).max(), np.abs(spec.maximum).max()) > 1e6:  # lqr uses 1e10 for infinity
             raise DataError(f"--domain {config.domain} --task {config.task}: its actions have no bounds; choose another task")
         self.action_dim = spec.shape[0]
         self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2
@@ -129,13 +131,13 @@ class RenderedTask:
         self.position_names, self._geoms, self._offsets = moving_points(physics.model)
 
     def positions(self) -> np.ndarray:
-        """Where the points `position_names` lie in the picture of this moment: float32 [n, 2], (column, row) in pixels.
+        """The points `position_names` in the current picture: float32 [n, 2], (column, row) in pixels.
 
-        (0, 0) is the centre of the top left pixel. A point may lie outside the picture, or behind something.
+        (0, 0) is the centre of the top left pixel. A point may be outside the picture, or hidden behind another object.
         """
         data = self._env.physics.data
-        turned = np.einsum("nij,nj->ni", data.geom_xmat[self._geoms].reshape(-1, 3, 3), self._offsets)
-        points = data.geom_xpos[self._geoms] + turned  # [n, 3], world
+        rotated = np.einsum("nij,nj->ni", data.geom_xmat[self._geoms].reshape(-1, 3, 3), self._offsets)
+        points = data.geom_xpos[self._geoms] + rotated  # [n, 3], world coordinates
         column, row, depth = self._camera.matrix @ np.concatenate([points, np.ones((len(points), 1))], axis=1).T
         return np.stack([column / depth, row / depth], axis=1).astype(np.float32)
 
@@ -143,25 +145,25 @@ class RenderedTask:
         return np.ascontiguousarray(self._camera.render(render_flag_overrides=self._flags))
 
     def seed(self, seed: int) -> None:
-        """Restart the random numbers from which initial states are drawn."""
+        """Reseed the random numbers of the initial states."""
         self._env.task._random = np.random.RandomState(seed % 2**32)
 
     def reset(self) -> np.ndarray:
-        """Begin an episode; returns its first picture."""
+        """Begin an episode; returns its first picture, uint8 [H, W, 3]."""
         self._env.reset()
         return self._picture()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
-        """Take one agent step; returns the picture after it, the reward, the discount and whether the episode is over."""
+        """Take one agent step; returns (picture after it, reward, discount, whether the episode is over)."""
         action = self._low + (np.clip(action, -1, 1) + 1) * self._scale
         reward, discount = 0.0, 1.0
         for _ in range(self.frame_skip):
-            moment = self._env.step(action)
-            reward += moment.reward
-            discount *= moment.discount
-            if moment.last():
+            timestep = self._env.step(action)
+            reward += timestep.reward
+            discount *= timestep.discount
+            if timestep.last():
                 break
-        return self._picture(), reward, discount, moment.last()
+        return self._picture(), reward, discount, timestep.last()
 
     def close(self) -> None:
         """Free the simulator and its OpenGL context."""
@@ -169,7 +171,7 @@ class RenderedTask:
 
 
 def check_task(domain: str, task: str) -> None:
-    """Raises DataError, listing what there is, unless dm_control's suite has this domain and task."""
+    """Raise DataError, listing the choices, unless dm_control's suite has this domain and task."""
     select_renderer()
     from dm_control import suite
 
@@ -183,7 +185,7 @@ def check_task(domain: str, task: str) -> None:
 
 
 def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
-    """Action dimension, agent steps of the longest episode and names of the moving points of a task, found without rendering."""
+    """(A, agent steps of the longest episode or `sys.maxsize`, names of the moving points), without rendering. Raises DataError."""
     check_task(config.domain, config.task)
     from dm_control import suite
 
@@ -194,13 +196,13 @@ def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
 
 
 def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The points of a MuJoCo model that say where its moving bodies are.
+    """Points that follow the moving bodies of a MuJoCo model.
 
-    They are the centre of every visible geom that is not welded to the world, and of every capsule the end farther from the joint of its
-    body: a pole's `pole_1` and `pole_1/tip`.
+    They are the centre of every visible geom that is not welded to the world and, for a capsule, also the end farther from the joint
+    of its body: a pole has `pole_1` and `pole_1/tip`.
 
     Returns:
-        n names; the geom of each, int64 [n]; its place in that geom's frame, float64 [n, 3].
+        (names of the n points; geom of each, int64 [n]; offset in the frame of that geom, float64 [n, 3]).
     """
     import mujoco
 
@@ -216,8 +218,8 @@ def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
             axis = np.zeros(9)
             mujoco.mju_quat2Mat(axis, model.geom_quat[geom])
             joint = model.jnt_pos[model.body_jntadr[body]] if model.body_jntnum[body] else np.zeros(3)
-            away = 1.0 if axis.reshape(3, 3)[:, 2] @ (model.geom_pos[geom] - joint) >= 0 else -1.0
-            end = np.array([0.0, 0.0, away * model.geom_size[geom, 1]])
+            direction = 1.0 if axis.reshape(3, 3)[:, 2] @ (model.geom_pos[geom] - joint) >= 0 else -1.0
+            end = np.array([0.0, 0.0, direction * model.geom_size[geom, 1]])
             names, geoms, offsets = [*names, f"{name}/tip"], [*geoms, geom], [*offsets, end]
     return names, np.array(geoms, dtype=np.int64), np.array(offsets).reshape(-1, 3)
 
@@ -225,12 +227,10 @@ def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
 def make_environment(config: DataConfig, seed: int) -> EnvBase:
     """A dm_control task as a TorchRL environment.
 
-    Observations: `pixels` uint8 [H, W, 3], `positions` float32 [n, 2] (see `RenderedTask.positions`) and `is_init` bool [1], true after
-    a reset only, which tells a policy with a memory when to forget. Actions: float32 [A] in [-1, 1]. Beside the reward float32 [1],
-    each step gives `discount` float32 [1].
-    The end by time limit is `truncated` (discount 1), any other end `terminated`.
-
-    The class is made inside this function because `aime_fast` imports without TorchRL.
+    Observations: `pixels` uint8 [H, W, 3], `positions` float32 [n, 2] (see `RenderedTask.positions`) and `is_init` bool [1], true only
+    after a reset, so that a policy with memory can reset it. Actions: float32 [A] in [-1, 1]. Each step gives a reward float32 [1]
+    and `discount` float32 [1]. An episode that ends with discount 1 (the time limit) is `truncated`, any other `terminated`.
+    Raises DataError as `RenderedTask` does. The class is defined in this function so that `aime_fast` imports without TorchRL.
     """
     from tensordict import TensorDict
     from torchrl.data import Bounded, Categorical, Composite, Unbounded

@@ -1,18 +1,18 @@
-"""Episodes in HDF5: one file a shard, one group an episode, attributes that say what was recorded and how.
+"""Episodes in HDF5: one file a shard, one group an episode, attributes that describe the recording.
 
     shard.h5                    attributes: format_version, domain, task, seed, frame_skip, image_size, render_quality,
     |                           render_backend, policy, action_dim, position_names, versions (JSON), complete
     |- episode_00000/
-    |    pixels    uint8   [T, H, W, 3]    what was seen at t
-    |    action    float32 [T, A]          taken after seeing pixels[t]; the last picture, which no action followed, is not kept
+    |    pixels    uint8   [T, H, W, 3]    picture at step t
+    |    action    float32 [T, A]          taken after seeing pixels[t]; the last picture, which no action follows, is not stored
     |    reward    float32 [T]             received for action[t]
     |    discount  float32 [T]             after action[t]; 0 where the task ended, 1 everywhere else, also at a time limit
     |    is_init   bool    [T]             true at t = 0
-    |    positions float32 [T, n, 2]       optional: where the points `position_names` lie in pixels[t], (column, row) in pixels
+    |    positions float32 [T, n, 2]       optional: the points `position_names` in pixels[t], (column, row) in pixels
     |- episode_00001/ ...
 
-Pixels lie in chunks of 16 frames: a training sequence then touches few chunks, and a chunk compresses well because
-neighbouring frames are alike. Every chunk carries a checksum.
+Pixels are stored in chunks of 16 frames: a training sequence reads few chunks, and a chunk compresses well because neighbouring
+frames are similar. Every chunk has a checksum.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aime_fast.errors import DataError
 FORMAT_VERSION = 1
 CHUNK_FRAMES = 16
 DTYPES = {"pixels": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "is_init": np.bool_}
-OPTIONAL = {"positions": np.float32}  # not in files of other sources, or written before there were positions
+OPTIONAL = {"positions": np.float32}  # absent from files of other sources and from older files
 # Attributes that all shards of a data set must agree on, with the flag that sets each.
 SHARED = {
     "domain": "--domain",
@@ -44,11 +44,18 @@ SHARED = {
 RECOLLECT = "re-collect it with `python -m aime_fast.collect --overwrite --out FILE`"
 
 
-class EpisodeWriter:
-    """Writes a shard episode by episode, into a temporary neighbour that takes the final name only when all is written.
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise DataError, naming the flag, if one of these attributes of `settings` is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected at least 1")
 
-    Used as a context manager: leaving it normally publishes the shard, leaving it by an exception removes what was written,
-    so a file under the final name is always whole.
+
+class EpisodeWriter:
+    """Writes a shard episode by episode to a temporary file in the same folder.
+
+    Use it as a context manager. A normal exit gives the file its final name; an exception, or an exit without episodes, deletes it.
+    So a file under the final name is always complete.
 
     Args:
         path: final name; its folder is created.
@@ -68,12 +75,12 @@ class EpisodeWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = h5py.File(self._part, "w")
         except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error}); name a file in a folder of your own") from error
+            raise DataError(f"{path}: cannot be written ({error}); name a file in a folder that you can write to") from error
         self._file.attrs.update({**attributes, "format_version": FORMAT_VERSION, "complete": False})
         self.episodes = 0
 
     def write(self, episode: Mapping[str, np.ndarray]) -> None:
-        """Append an episode: arrays named and shaped as in the module's table. Raises DataError if one is not."""
+        """Append an episode: arrays with the names, dtypes and shapes of the module's table. Raises DataError if one differs."""
         name = f"episode_{self.episodes:05d}"
         group = self._file.create_group(name)
         for key, dtype in _dtypes(episode).items():
@@ -106,7 +113,7 @@ class EpisodeWriter:
 
 
 def open_shard(path: str | Path) -> h5py.File:
-    """Open a shard for reading. Raises DataError if it is missing, empty, truncated, unfinished or no such file at all."""
+    """Open a shard for reading. Raises DataError if it is missing, empty, damaged, unfinished or of another format."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; give an HDF5 file or a folder of them, or collect one")
@@ -126,7 +133,7 @@ def open_shard(path: str | Path) -> h5py.File:
                 f"program or version, {RECOLLECT}"
             )
         if not file.attrs.get("complete", False):
-            raise DataError(f"{path}: attribute 'complete' is not set, the collection never finished; {RECOLLECT}")
+            raise DataError(f"{path}: attribute 'complete' is not set, the collection did not finish; {RECOLLECT}")
         for key in SHARED:
             if key not in file.attrs:
                 raise DataError(f"{path}: attribute '{key}' is missing; {RECOLLECT}")
@@ -142,18 +149,18 @@ def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any], 
     Args:
         file: an open shard.
         path: its name in messages.
-        expected: wanted values of attributes in `SHARED`; None or absent means any.
-        sequence_length: no episode may be shorter.
+        expected: values that attributes in `SHARED` must have; None or absent means any.
+        sequence_length: smallest number of frames of an episode.
     Returns:
         frames of each episode, by group name, in order.
     Raises:
-        DataError: names file, data set or attribute, the value found, the value expected and the remedy.
+        DataError: names the file, the data set or attribute, its value, the expected value and the remedy.
     """
     for key, flag in SHARED.items():
-        found, wanted = file.attrs[key], expected.get(key)
-        if wanted is not None and found != wanted:
-            remedy = f"pass {flag} {found}" if flag else "use the settings of the task it was recorded with"
-            raise DataError(f"{path}: attribute '{key}' is {found}, expected {wanted}; {remedy}, or give another file with --data")
+        recorded, wanted = file.attrs[key], expected.get(key)
+        if wanted is not None and recorded != wanted:
+            remedy = f"pass {flag} {recorded}" if flag else "use the settings of the task it was recorded with"
+            raise DataError(f"{path}: attribute '{key}' is {recorded}, expected {wanted}; {remedy}, or give another file with --data")
     names = sorted(name for name in file if name.startswith("episode_"))
     if not names:
         raise DataError(f"{path}: there is no group 'episode_00000', expected at least one episode; {RECOLLECT}")
@@ -169,7 +176,7 @@ def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any], 
 
 
 def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, Any]) -> int:
-    """Check the type and shape of an episode's data sets against the attributes of its file; returns its frames."""
+    """Check dtypes and shapes of an episode against the attributes of its file; returns its frames. Raises DataError."""
     name = group.name.strip("/")
     size, action_dim = int(attributes["image_size"]), int(attributes["action_dim"])
     points = len(attributes.get("position_names", ()))
@@ -193,13 +200,13 @@ def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, 
     return frames
 
 
-def _dtypes(given: Container[str]) -> dict[str, type]:
-    """The data sets of an episode that holds those `given`: all that it must have, and the optional ones that it has."""
-    return DTYPES | {key: dtype for key, dtype in OPTIONAL.items() if key in given}
+def _dtypes(names: Container[str]) -> dict[str, type]:
+    """Dtypes of all required data sets, and of the optional ones among `names`."""
+    return DTYPES | {key: dtype for key, dtype in OPTIONAL.items() if key in names}
 
 
 def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
-    """Frames `start` to `stop` of an episode as arrays; DataError if a chunk is damaged or a value outside its range."""
+    """Frames [start, stop) of an episode as arrays. Raises DataError if a chunk is damaged or a value is out of range."""
     name, episode = group.name.strip("/"), {}
     for key in _dtypes(group):
         try:

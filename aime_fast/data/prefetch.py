@@ -1,4 +1,4 @@
-"""Results made ahead by a thread, and copies to a GPU on a stream of their own."""
+"""A thread that computes results ahead, and copies to a GPU on a separate stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """A thread that calls `make(first)`, `make(first + 1)`, ... and keeps `ahead` results ready."""
+    """A thread that calls `make(first)`, `make(first + 1)`, ... and keeps `ahead` results ready. Errors are results too."""
 
     def __init__(self, make: Callable[[int], T], first: int, ahead: int):
         self._queue: queue.Queue[T | BaseException] = queue.Queue(maxsize=ahead)
@@ -25,30 +25,30 @@ class Prefetcher(Generic[T]):
     def _run(self, make: Callable[[int], T], number: int) -> None:
         while not self._stopped.is_set():
             try:
-                made: T | BaseException = make(number)
+                result: T | BaseException = make(number)
             except BaseException as error:
-                made = error
+                result = error
             while not self._stopped.is_set():
                 try:
-                    self._queue.put(made, timeout=0.1)
+                    self._queue.put(result, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if isinstance(made, BaseException):
+            if isinstance(result, BaseException):
                 return
             number += 1
 
     def next(self) -> T:
         """The next result; raises what `make` raised."""
-        made = self._queue.get()
-        if isinstance(made, BaseException):
-            raise made
-        return made
+        result = self._queue.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def stop(self) -> None:
-        """End the thread and wait until it has: a thread still copying while the interpreter leaves would crash it.
+        """Stop the thread, wait for its end and drop the results that were not taken.
 
-        The results that nobody took are let go.
+        The wait is needed: a thread that copies while the interpreter exits would crash it.
         """
         self._stopped.set()
         self._worker.join()
@@ -56,10 +56,10 @@ class Prefetcher(Generic[T]):
 
 
 class CopyStream:
-    """Copies from pinned memory to a GPU beside the stream that computes. The host waits for nothing.
+    """Copies batches from pinned memory to a GPU on a separate stream. The host never waits.
 
-    `send` runs in the thread that made the batch, `receive` in the one that uses it. A thread that sends while another captures
-    a CUDA graph makes calls that only `capture_error_mode="thread_local"` permits.
+    `send` runs in the thread that made the batch, `receive` in the one that uses it. If one thread may send while another captures a
+    CUDA graph, capture with `capture_error_mode="thread_local"`.
 
     Args:
         device: a CUDA device.
@@ -69,10 +69,9 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device)
 
     def send(self, batch: TensorDict) -> tuple[TensorDict, torch.cuda.Event]:
-        """Start the copies of a batch in pinned memory; the batch may be dropped at once.
+        """Start the copy of a batch in pinned memory; returns the copy and an event that marks its end.
 
-        Its memory is not reused too early: the caching host allocator holds a block back until the non-blocking copies from it
-        have been made.
+        The caller may drop the batch at once: the caching host allocator reuses a block only after the non-blocking copies from it.
         """
         with torch.cuda.stream(self._stream):
             device = self._stream.device
@@ -80,10 +79,10 @@ class CopyStream:
             return TensorDict(copies, batch_size=batch.batch_size, device=device), self._stream.record_event()
 
     def receive(self, sent: tuple[TensorDict, torch.cuda.Event]) -> TensorDict:
-        """The copy, for use on the stream that is current now, which waits for it on the device."""
+        """The copy, for use on the current stream, which waits for it on the device."""
         batch, copied = sent
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_event(copied)
         for value in batch.values():
-            value.record_stream(current)  # allocated on the copy stream, which must not reuse it before `current` is through
+            value.record_stream(current)  # allocated on the copy stream, which must not reuse it before `current` is done
         return batch

@@ -15,11 +15,11 @@ from aime_fast.data.prefetch import CopyStream
 from aime_fast.errors import DataError
 
 KEYS = ("pixels", "action", "reward", "is_init")
-DEVICE_SHARE = 0.25  # of the free device memory, the most that "auto" gives to a replay: the rest is the model's and the step's
+DEVICE_SHARE = 0.25  # largest share of free device memory that "auto" gives to a replay; model and step need the rest
 
 
 class EpisodeSource(Protocol):
-    """What a replay is filled from: `DMCVBDataset` or `SyntheticEpisodes`."""
+    """Episodes to fill a replay with: `DMCVBDataset` or `SyntheticEpisodes`. `lengths` are in frames."""
 
     num_episodes: int
     lengths: list[int]
@@ -32,22 +32,22 @@ class EpisodeSource(Protocol):
 
 
 def replay_bytes(frames: int, image_size: int, action_dim: int) -> int:
-    """Bytes of `frames` unpacked frames: uint8 pixels, float32 actions and rewards, and flags of one byte."""
+    """Bytes of `frames` unpacked frames: uint8 pixels, float32 actions and rewards, and a one-byte flag."""
     return frames * (3 * image_size**2 + 4 * action_dim + 4 + 1)
 
 
-def lies_on_device(choice: Literal["auto", "device", "host"], needed: int, free: int | None) -> bool:
-    """The rule of `--replay`: whether the frames lie in the memory of the device, or in a memory map on the host.
+def replay_on_device(choice: Literal["auto", "device", "host"], needed: int, free: int | None) -> bool:
+    """Whether the frames are stored on the device, or else in a memory map on the host.
 
-    "auto" takes the device where the frames need at most `DEVICE_SHARE` of the memory that is free there, "device" where they fit
-    at all. On a CPU the memory map already is where the step runs, so there every choice means the host.
+    "auto" takes the device if the frames need at most `DEVICE_SHARE` of its free memory, "device" if they fit at all. On a CPU the
+    step reads the memory map directly, so every choice means the host.
 
     Args:
         choice: `--replay`.
         needed: bytes of all frames, of training and validation together.
-        free: bytes free on the GPU before the model is built; None on a CPU.
+        free: free bytes of the GPU before the model is built; None on a CPU.
     Raises:
-        DataError: "device", and the GPU has not that much memory.
+        DataError: the choice is "device" and the frames do not fit.
     """
     if free is None or choice == "host":
         return False
@@ -60,23 +60,25 @@ def lies_on_device(choice: Literal["auto", "device", "host"], needed: int, free:
 
 
 class Replay:
-    """All frames of some episodes, end to end, and the way from there to batches on the device.
+    """All frames of a list of episodes, end to end, and batches gathered from them.
 
-    A batch is made in two halves, so that the first can run ahead in a thread: `prepare` and `deliver`.
-    * Resident: the rows are made ahead; `deliver` sends them from pinned memory and gathers on the device, on the current stream.
-    * In a memory map, for a CPU: the batch is gathered ahead, and `deliver` hands it over.
-    * In a memory map, for a GPU: the batch is gathered into pinned memory and copied on a stream of its own ahead; `deliver` makes
-      the current stream wait for the copy. The host never does. The batches made ahead lie in the device's memory.
+    A batch is made in two steps, so that a thread can run the first ahead: `prepare` and `deliver`.
+    * Resident: `prepare` returns the rows; `deliver` copies them from pinned memory and gathers on the device, on the current stream.
+    * Memory map, batches on a CPU: `prepare` gathers the batch; `deliver` returns it.
+    * Memory map, batches on a GPU: `prepare` gathers into pinned memory and starts the copy on a separate stream; `deliver` makes
+      the current stream wait for the copy, never the host. Prepared batches take device memory.
 
     Args:
-        source: episodes to unpack.
-        episodes: indices of those to take.
-        offsets: row of each episode's first frame, and at the end the number of frames.
-        device: where batches go.
-        resident: keep the frames on `device`; on a CPU that is ordinary memory.
+        source: holds the episodes.
+        episodes: indices of the episodes to unpack.
+        offsets: row of each episode's first frame, then the number of all frames.
+        device: of the batches.
+        resident: store the frames on `device`; on a CPU that is ordinary memory.
     Attributes:
-        frames: TensorDict [frames] with `pixels` uint8 [., 3, H, W], `action`, `reward`, `is_init`.
-        resident: as given.
+        frames: TensorDict [N] with `pixels` uint8 [N, 3, H, W], `action` float32 [N, A], `reward` float32 [N, 1], `is_init` bool [N, 1].
+        resident: as passed.
+    Raises:
+        DataError: an episode is damaged, or the disk is too small for the memory map.
     """
 
     def __init__(self, source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device, resident: bool):
@@ -85,49 +87,49 @@ class Replay:
         self.frames = _unpack(source, episodes, offsets, device) if resident else _map(source, episodes, offsets)
 
     def prepare(self, rows: Tensor) -> Any:
-        """What can be done ahead, in any thread, for the batch of frames `rows` int64 of any shape on the host."""
+        """The part of a batch that any thread can do ahead. `rows`: int64 of any shape, on the host."""
         if self.resident:
             return rows
         batch = gather(self.frames, rows, pin=self._stream is not None)
         return batch if self._stream is None else self._stream.send(batch)
 
     def deliver(self, prepared: Any) -> TensorDict:
-        """The batch, TensorDict of the rows' shape on the device, from what `prepare` returned. For use on the current stream."""
+        """The batch of a `prepare`: TensorDict of the rows' shape on the device, for use on the current stream."""
         if self.resident:
             return gather(self.frames, prepared)
         return prepared if self._stream is None else self._stream.receive(prepared)
 
 
 def gather(frames: TensorDict, rows: Tensor, pin: bool = False) -> TensorDict:
-    """Frames `rows` int64 [B, T] as a batch [B, T] on the device of `frames`, on a CPU in pinned memory if `pin`."""
+    """Frames `rows` int64 [B, T] as a batch [B, T] on the device of `frames`; on a CPU in pinned memory if `pin`."""
     device = frames["pixels"].device
     index = rows.flatten()
     if device.type == "cuda":
         index = index.pin_memory().to(device, non_blocking=True)
     batch = {}
     for key in KEYS:
-        values = plain(frames[key])
+        values = as_tensor(frames[key])
         out = torch.empty(rows.numel(), *values.shape[1:], dtype=values.dtype, device=device, pin_memory=pin)
         batch[key] = torch.index_select(values, 0, index, out=out).view(*rows.shape, *values.shape[1:])
     return TensorDict(batch, batch_size=rows.shape, device=device)
 
 
-def plain(mapped: Tensor) -> Tensor:
+def as_tensor(mapped: Tensor) -> Tensor:
+    """A memory-mapped tensor as an ordinary one that shares its memory."""
     return mapped.as_subclass(torch.Tensor)
 
 
 def _unpack(source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device) -> TensorDict:
-    """The frames in the device's memory."""
+    """The frames in device memory."""
     layout = _layout(source).items()
     tensors = {key: torch.empty(offsets[-1], *shape, dtype=dtype, device=device) for key, (shape, dtype) in layout}
     return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
 
 
 def _map(source: EpisodeSource, episodes: list[int], offsets: list[int]) -> TensorDict:
-    """The frames in a memory map.
+    """The frames in a memory map. Raises DataError if the disk is too small.
 
-    Its files are deleted as soon as they are mapped: the space stays ours while the process lives, and is free after it however
-    it ends. Raises DataError if the disk is too small.
+    Its files are deleted as soon as they are filled: the mapping stays valid, and the system frees the space when the process ends.
     """
     folder = Path(tempfile.mkdtemp(prefix="aime_fast-"))
     try:
@@ -147,7 +149,7 @@ def _map(source: EpisodeSource, episodes: list[int], offsets: list[int]) -> Tens
 
 
 def _layout(source: EpisodeSource) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of one frame's entries."""
+    """Shape and dtype of each entry of one frame."""
     return {
         "pixels": ((3, source.image_size, source.image_size), torch.uint8),
         "action": ((source.action_dim,), torch.float32),

@@ -1,4 +1,4 @@
-"""A source of episodes that needs no simulator: a disc pushed about by the actions, and a square that ignores them."""
+"""Episodes without a simulator: a disc pushed by the actions, and a square that ignores them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SyntheticEpisodes:
     """Episodes of 100 frames with two-dimensional actions; the same seed gives the same bytes.
 
     The action accelerates a bright disc, with friction and elastic walls, so a frame depends on all actions before it. A dark
-    square goes round on its own. The reward is high where the disc is near the centre. Same interface as `DMCVBDataset`, without
-    a file: `num_episodes`, `lengths`, `action_dim`, `image_size`, `attributes`, `read_episode`.
+    square moves on a circle at constant speed. The reward is high where the disc is near the centre. The interface is that of
+    `DMCVBDataset`, without a file: `num_episodes`, `lengths`, `action_dim`, `image_size`, `attributes`, `read_episode`, `close`.
     """
 
     def __init__(self, num_episodes: int, image_size: int, seed: int):
@@ -28,7 +28,7 @@ class SyntheticEpisodes:
         self.attributes: dict[str, Any] = {"domain": "synthetic", "task": "disc", "seed": seed, "image_size": image_size}
 
     def read_episode(self, index: int) -> TensorDict:
-        """Episode `index` as a TensorDict [100], keys as in `DMCVBDataset`."""
+        """Episode `index` as a TensorDict [100], laid out as in `DMCVBDataset`."""
         random = np.random.default_rng([self.seed, index])
         action = _smooth_noise(random)
         disc = _disc_path(action, random)  # [T, 2] in [-1, 1]
@@ -46,7 +46,7 @@ class SyntheticEpisodes:
         return to_tensordict(episode)
 
     def close(self) -> None:
-        """Nothing to close; here so that every source has it."""
+        """Does nothing: there is no file to close."""
 
 
 def _smooth_noise(random: np.random.Generator) -> np.ndarray:
@@ -59,7 +59,7 @@ def _smooth_noise(random: np.random.Generator) -> np.ndarray:
 
 
 def _disc_path(action: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Positions [T, 2]; row t is where the disc is seen before action[t] takes effect."""
+    """Positions [T, 2] of the disc; row t is its place before action[t] takes effect."""
     wall = 0.75
     position, velocity = random.uniform(-0.5, 0.5, 2), np.zeros(2)
     path = np.empty((FRAMES, 2))
@@ -74,7 +74,7 @@ def _disc_path(action: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _draw(disc: np.ndarray, square: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [T, size, size, 3]: both shapes with edges one pixel soft, over a still gradient."""
+    """uint8 [T, size, size, 3]: both shapes with edges one pixel soft, on a constant gradient."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = axis[None, None, :], axis[None, :, None]  # [1, 1, W], [1, H, 1]
 

@@ -1,4 +1,4 @@
-"""Which frames make up batch n: a function of the seed and of n alone."""
+"""Which frames batch n holds: a function of the seed and of n only."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 
 class Windows:
-    """Cuts episodes, laid end to end, into sequences of T frames and those into batches of B.
+    """Cuts episodes, laid end to end, into sequences of T frames, and groups the sequences into batches of B.
 
-    In each epoch every episode is tiled by sequences from a random offset; a sequence that would stick out at either end is
-    moved inside. So every frame of every episode, the first ones too, is in some sequence of every epoch, most frames in exactly
-    one, at a phase that changes from epoch to epoch. The sequences are shuffled; a remainder smaller than B waits for the next
-    epoch's shuffle. With fewer than B sequences a batch repeats some.
+    Each epoch tiles every episode with sequences from a new random offset; a sequence that would extend past either end is moved
+    inside. So every frame, the first ones too, is in at least one sequence, most frames in exactly one. The sequences are shuffled;
+    a remainder smaller than B is left out of the epoch. With fewer than B sequences a batch repeats them.
 
     Args:
-        lengths: frames of each episode, none below T.
+        lengths: frames of each episode, at least T.
         sequence_length, batch_size: T, B.
         seed: of offsets and order.
     Attributes:
@@ -40,18 +39,18 @@ class Windows:
         epoch, position = divmod(number, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._starts = epoch, self._shuffled(epoch)
-        taken = np.arange(position * self.batch_size, (position + 1) * self.batch_size) % len(self._starts)
-        return self._rows(self._starts[taken])
+        index = np.arange(position * self.batch_size, (position + 1) * self.batch_size) % len(self._starts)
+        return self._rows(self._starts[index])
 
     def in_order(self) -> Iterator[Tensor]:
-        """Rows [<= B, T] of the sequences that start at 0, T, 2T, ... in each episode, in order."""
+        """Rows int64 [<= B, T] of the sequences that start at 0, T, 2T, ... in each episode, in order."""
         t = self.sequence_length
         starts = np.concatenate([first + np.arange(0, n - t + 1, t) for first, n in zip(self._first, self.lengths)])
         for begin in range(0, len(starts), self.batch_size):
             yield self._rows(starts[begin : begin + self.batch_size])
 
     def signature(self) -> dict[str, Any]:
-        """What must be equal for batch n to be the same batch n."""
+        """The values that must be equal for batch n to hold the same frames."""
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,

@@ -9,7 +9,7 @@ from aime_fast.data import EpisodeWriter
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a shard of random episodes with the given lengths and changed attributes."""
+    """Writes a shard of random episodes with these lengths and changed attributes; returns its path."""
 
     def write(lengths: tuple[int, ...] = (23, 40, 17), name: str = "good.h5", **changed: object) -> Path:
         attributes = {**ATTRIBUTES, **changed}

@@ -1,7 +1,13 @@
-"""What the tests record: random episodes and the attributes of their file."""
+"""Shared by the data tests: small settings, random episodes, the attributes of their file, and equality of batches."""
 
 import numpy as np
+import torch
+from tensordict import TensorDict
 
+from aime_fast.config import DataConfig
+from aime_fast.data.replay import KEYS
+
+SMALL = DataConfig(data="synthetic", episodes=6, image_size=16, sequence_length=7, batch_size=4, validation_fraction=0.3)
 ATTRIBUTES = {
     "domain": "cartpole",
     "task": "swingup",
@@ -23,3 +29,8 @@ def random_episode(frames: int, seed: int = 0, image_size: int = 8, action_dim: 
         "discount": np.ones(frames, dtype=np.float32),
         "is_init": np.arange(frames) == 0,
     }
+
+
+def equal(a: TensorDict, b: TensorDict) -> bool:
+    """Whether two batches have equal shapes, dtypes and values, on any device."""
+    return a.shape == b.shape and all(a[key].dtype == b[key].dtype and torch.equal(a[key].cpu(), b[key].cpu()) for key in KEYS)

@@ -28,13 +28,13 @@ def test_frames_of_a_sequence_move_together_and_stay_in_range(shift, zoom, seed,
     assert torch.equal(out, again)
 
 
-def test_nothing_asked_nothing_done():
+def test_without_shift_and_zoom_it_only_normalises():
     pixels = noise(2, 3, 3, 9, 9)
     assert torch.equal(augment(pixels, 0.0, 0.0), normalise(pixels))
     torch.testing.assert_close(augment(pixels, 1e-9, 0.0), normalise(pixels), rtol=0, atol=1e-4)
 
 
-def test_sequences_move_differently_and_no_farther_than_asked():
+def test_sequences_move_differently_and_within_the_largest_shift():
     size, limit = 65, 0.1
     pixels = torch.zeros(64, 1, 3, size, size, dtype=torch.uint8)
     pixels[..., size // 2, size // 2] = 255

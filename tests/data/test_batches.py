@@ -1,4 +1,4 @@
-"""Batches: every frame in its place, the same for a seed, and resuming is exact."""
+"""Batches hold the right frames, depend only on the seed, and resume exactly."""
 
 import dataclasses
 import gc
@@ -10,17 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recordings import SMALL, equal
 
-from aime_fast.config import DataConfig
-from aime_fast.data import DataError, SyntheticEpisodes, make_batches, normalise
+from aime_fast.data import SyntheticEpisodes, make_batches, normalise
 from aime_fast.data.batches import SequenceBatches
 from aime_fast.data.windows import Windows
-
-SMALL = DataConfig(data="synthetic", episodes=6, image_size=16, sequence_length=7, batch_size=4, validation_fraction=0.3)
-
-
-def equal(a, b) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in ("pixels", "action", "reward", "is_init"))
+from aime_fast.errors import DataError
 
 
 @pytest.fixture
@@ -64,19 +59,19 @@ def test_batches_hold_the_frames_of_the_source(batches):
     for batch in itertools.islice(train, 2 * train.steps_per_epoch):
         assert batch.shape == (4, 7)
         for sequence in batch:
-            found = [
+            matches = [
                 (index, begin)
                 for index, episode in whole.items()
                 for begin in (episode["action"] == sequence["action"][0]).all(-1).nonzero().flatten().tolist()
                 if equal(episode[begin : begin + 7], sequence)
             ]
-            assert len(found) == 1
-            assert sequence["is_init"].any() == (found[0][1] == 0)
-            starts += found[0][1] == 0
+            assert len(matches) == 1
+            assert sequence["is_init"].any() == (matches[0][1] == 0)
+            starts += matches[0][1] == 0
     assert starts > 0, "first frames of episodes are never trained on"
 
 
-def test_same_seed_same_batches_whatever_the_prefetch(batches):
+def test_batches_depend_on_the_seed_and_not_on_prefetch(batches):
     (a, _), (b, _), (c, _) = batches(prefetch=0), batches(prefetch=3), batches(seed=1)
     first = [next(a) for _ in range(a.steps_per_epoch + 2)]
     assert all(equal(x, next(b)) for x in first)
@@ -85,7 +80,7 @@ def test_same_seed_same_batches_whatever_the_prefetch(batches):
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 40])
-def test_resume_gives_the_very_next_batch(batches, taken):
+def test_resume_gives_the_next_batch(batches, taken):
     train, _ = batches()
     for _ in itertools.islice(train, taken):
         pass
@@ -112,7 +107,7 @@ def test_split_is_by_episode_and_seeded(batches):
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_one_pass_is_finite_in_order_and_leaves_the_iterator_alone(batches):
+def test_one_pass_is_finite_in_order_and_does_not_advance_the_iterator(batches):
     _, validation = batches()
     next(validation)
     before = validation.state_dict()
@@ -140,9 +135,9 @@ def test_an_error_in_the_thread_reaches_the_consumer_and_threads_end(batches, mo
     train.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(train)
-    forgotten = SequenceBatches(SyntheticEpisodes(2, 8, 0), [0, 1], sequence_length=5, batch_size=2, seed=0)
-    next(forgotten)
-    del forgotten
+    unclosed = SequenceBatches(SyntheticEpisodes(2, 8, 0), [0, 1], sequence_length=5, batch_size=2, seed=0)
+    next(unclosed)
+    del unclosed
     gc.collect()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
@@ -178,7 +173,7 @@ def test_synthetic_episodes_depend_on_the_actions_and_the_seed():
     first, again = (SyntheticEpisodes(2, 32, seed=3).read_episode(1) for _ in range(2))
     assert equal(first, again)
     assert not equal(first, SyntheticEpisodes(2, 32, seed=4).read_episode(1))
-    # The disc is the only thing with much red: its path accelerates in the direction of the actions.
+    # Only the disc is mostly red: its path accelerates in the direction of the actions.
     red = (first["pixels"][:, 0].float() - 150).clamp(min=0)
     axis = torch.linspace(-1, 1, 32)
     centre = torch.stack([(red.sum(1) @ axis), (red.sum(2) @ axis)], 1) / red.sum((1, 2))[:, None]

@@ -1,4 +1,4 @@
-"""Collection from the real simulator, by the command a user types."""
+"""Collection from the real simulator, by the command that a user types."""
 
 import os
 import subprocess
@@ -12,9 +12,10 @@ from recordings import ATTRIBUTES
 from tensordict import TensorDict
 
 from aime_fast.config import DataConfig
-from aime_fast.data import DataError, DMCVBDataset, EpisodeWriter, collect
+from aime_fast.data import DMCVBDataset, EpisodeWriter, collect
 from aime_fast.data.collectors import NoisePolicy, worker_seeds
 from aime_fast.data.environments import RenderedTask, probe_renderer
+from aime_fast.errors import DataError
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -25,7 +26,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_one_worker_records_what_a_replay_of_its_actions_shows(tmp_path):
+def test_one_worker_records_the_frames_that_a_replay_of_its_actions_renders(tmp_path):
     done = run(tmp_path, "--episodes", "2", "--seed", "3", "--frame-skip", "40", "--out", "sub/a.h5")
     assert done.returncode == 0, done.stderr
     assert "sub/a.h5: 2 episodes, 50 frames" in done.stdout
@@ -43,7 +44,7 @@ def test_one_worker_records_what_a_replay_of_its_actions_shows(tmp_path):
         pixels = task.reset()
         for t in range(25):
             seen = episode["pixels"][t].permute(1, 2, 0).numpy().astype(int)
-            assert np.abs(seen - pixels).mean() < 0.5, f"episode {index}, frame {t} is not what was seen before action {t}"
+            assert np.abs(seen - pixels).mean() < 0.5, f"episode {index}, frame {t} is not the picture before action {t}"
             np.testing.assert_allclose(episode["positions"][t], task.positions(), atol=1e-3)
             pixels, reward, discount, last = task.step(episode["action"][t].numpy())
             assert episode["reward"][t].item() == pytest.approx(reward, abs=1e-5)
@@ -119,22 +120,21 @@ def test_render_qualities_show_the_same_scene(domain, task, quality):
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20
 
 
-def test_the_walk_of_the_ou_policy_restarts_with_the_episode():
-    policy = NoisePolicy("ou", 2, seed=0)
-    step = lambda first: policy(TensorDict({"is_init": torch.tensor([first])}))["action"]  # noqa: E731
-    walk = torch.stack([step(False) for _ in range(4000)])
-    fresh = torch.stack([step(True) for _ in range(4000)])
-    assert walk.abs().max() <= 1
-    lagged = lambda x: torch.corrcoef(torch.stack([x[1:, 0], x[:-1, 0]]))[0, 1].item()  # noqa: E731
-    assert lagged(walk) == pytest.approx(np.exp(-policy.rate), abs=0.05)
-    assert lagged(fresh) == pytest.approx(0, abs=0.05)
-
-
 def play(policy: NoisePolicy, first: bool) -> np.ndarray:
     return policy(TensorDict({"is_init": torch.tensor([first])}))["action"].numpy()
 
 
-def test_projected_positions_lie_on_what_is_drawn():
+def test_the_ou_process_restarts_with_the_episode():
+    policy = NoisePolicy("ou", 2, seed=0)
+    walk = np.stack([play(policy, False) for _ in range(4000)])
+    restarts = np.stack([play(policy, True) for _ in range(4000)])
+    assert np.abs(walk).max() <= 1
+    lagged = lambda x: np.corrcoef(x[1:, 0], x[:-1, 0])[0, 1]  # noqa: E731
+    assert lagged(walk) == pytest.approx(np.exp(-policy.rate), abs=0.05)
+    assert lagged(restarts) == pytest.approx(0, abs=0.05)
+
+
+def test_projected_positions_are_on_the_drawn_geoms():
     task = RenderedTask(DataConfig(image_size=128, frame_skip=8), 0)
     task.reset()
     policy = NoisePolicy("swing", 1, seed=1)
@@ -148,7 +148,7 @@ def test_projected_positions_lie_on_what_is_drawn():
                 assert drawn[row, column] == geom, f"frame {t}: {name} at column {column}, row {row}"
         (_, hinge), _, (_, tip) = task.positions()
         angles.append(tip - hinge)
-    assert max(angles) - min(angles) > 20, "the pole hangs still: the projection was tried at one angle only"
+    assert max(angles) - min(angles) > 20, "the pole hangs still: the projection is tested at one angle only"
     task.close()
 
 
@@ -168,7 +168,7 @@ def test_the_swing_policy_swings_the_pole_up_and_is_reproducible():
     assert heights[:300] == heights[300:]
     assert np.array_equal(actions[:300], actions[300:])
     episodes = np.array(actions[:300])[:, 0].reshape(3, 100)
-    assert np.abs(np.corrcoef(episodes)[np.triu_indices(3, 1)]).max() < 0.9, "every episode swings alike"
+    assert np.abs(np.corrcoef(episodes)[np.triu_indices(3, 1)]).max() < 0.9, "all episodes have the same swing"
 
 
 def test_the_mixed_policy_plays_whole_episodes_of_both_kinds():

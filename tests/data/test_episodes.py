@@ -1,4 +1,4 @@
-"""HDF5: what is written is what is read, and each way a file can be bad has its own message."""
+"""HDF5: reading returns what was written, and each kind of bad file has its own message."""
 
 import pickle
 import tempfile
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import ATTRIBUTES, random_episode
 
-from aime_fast.data import DataError, DMCVBDataset, EpisodeWriter
+from aime_fast.data import DMCVBDataset, EpisodeWriter
+from aime_fast.errors import DataError
 
 CHECKED = {key: ATTRIBUTES[key] for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "action_dim")}
 
@@ -63,7 +64,7 @@ def test_shards_are_joined_and_survive_pickling(shard):
     assert batch.shape == (4, 10)
 
 
-def test_positions_are_optional_and_travel_with_all_shards_or_none(shard, tmp_path):
+def test_positions_are_optional_and_read_only_if_all_shards_have_them(shard, tmp_path):
     episode = random_episode(20) | {"positions": np.random.default_rng(0).random((20, 3, 2), dtype=np.float32)}
     for name in ("c.h5", "d.h5"):
         with EpisodeWriter(tmp_path / name, {**ATTRIBUTES, "position_names": ["cart", "pole", "tip"]}) as writer:
@@ -79,7 +80,7 @@ def test_positions_are_optional_and_travel_with_all_shards_or_none(shard, tmp_pa
             writer.write(episode)
 
 
-def test_an_exception_leaves_nothing_behind(tmp_path):
+def test_an_exception_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"), EpisodeWriter(tmp_path / "x.h5", ATTRIBUTES) as writer:  # noqa: PT012
         writer.write(random_episode(20))
         raise RuntimeError("power cut")
@@ -87,7 +88,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path):
 
 
 def replace(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    """A mutation: data set `key` of the second episode replaced by change(data)."""
+    """A mutation that replaces data set `key` of the second episode by change(data)."""
 
     def mutate(path: Path) -> None:
         with h5py.File(path, "r+") as file:
@@ -189,7 +190,7 @@ def test_each_bad_file_has_one_clear_error(shard, name):
     with pytest.raises(DataError, match=message) as error:
         read()
     assert str(path) in str(error.value)
-    assert ";" in str(error.value), "a remedy follows the semicolon"
+    assert ";" in str(error.value), "no remedy: it follows a semicolon"
 
 
 def test_episode_shorter_than_a_sequence(shard):

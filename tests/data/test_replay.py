@@ -1,22 +1,18 @@
-"""Where the frames lie changes no batch: in a memory map, in the memory of the device, or on the way between them."""
+"""Batches are the same for frames in a memory map and on the device, and after the copy between them."""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
+from recordings import SMALL, equal
 
-from aime_fast.config import DataConfig
-from aime_fast.data import DataError, SyntheticEpisodes, make_batches
+from aime_fast.data import SyntheticEpisodes, make_batches
 from aime_fast.data.batches import SequenceBatches
-from aime_fast.data.replay import DEVICE_SHARE, KEYS, Replay, lies_on_device, replay_bytes
+from aime_fast.data.replay import DEVICE_SHARE, KEYS, Replay, replay_bytes, replay_on_device
+from aime_fast.errors import DataError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-SMALL = DataConfig(data="synthetic", episodes=6, image_size=16, sequence_length=7, batch_size=4, validation_fraction=0.3)
-
-
-def equal(a, b) -> bool:
-    return a.shape == b.shape and all(a[key].dtype == b[key].dtype and torch.equal(a[key].cpu(), b[key].cpu()) for key in KEYS)
 
 
 @pytest.fixture
@@ -34,25 +30,25 @@ def batches():
         each.close()
 
 
-def test_auto_takes_the_gpu_up_to_its_share_and_device_up_to_all():
+def test_auto_takes_the_gpu_up_to_a_share_of_its_memory_and_device_up_to_all_of_it():
     free = 1000
     share = int(DEVICE_SHARE * free)
-    assert [lies_on_device("auto", needed, free) for needed in (0, share, share + 1, free)] == [True, True, False, False]
-    assert [lies_on_device("device", needed, free) for needed in (share + 1, free)] == [True, True]
-    assert not lies_on_device("host", 0, free)
+    assert [replay_on_device("auto", needed, free) for needed in (0, share, share + 1, free)] == [True, True, False, False]
+    assert [replay_on_device("device", needed, free) for needed in (share + 1, free)] == [True, True]
+    assert not replay_on_device("host", 0, free)
     with pytest.raises(DataError, match=r"--replay device: .* need 3\.0 GiB, the device has 2\.0 GiB free; pass --replay host"):
-        lies_on_device("device", 3 * 2**30, 2 * 2**30)
+        replay_on_device("device", 3 * 2**30, 2 * 2**30)
 
 
 @pytest.mark.parametrize("choice", ["auto", "device", "host"])
-def test_on_a_cpu_the_frames_are_mapped_whatever_is_chosen(choice):
+def test_on_a_cpu_every_choice_means_the_memory_map(choice):
     pair = make_batches(dataclasses.replace(SMALL, replay=choice), 0, "cpu")
     assert [each.resident for each in pair] == [False, False]
     for each in pair:
         each.close()
 
 
-def test_the_rule_weighs_what_the_frames_take():
+def test_replay_bytes_are_those_of_the_frames():
     source = SyntheticEpisodes(2, 16, seed=0)
     for resident in (False, True):
         frames = Replay(source, [0, 1], [0, 100, 200], torch.device("cpu"), resident).frames
@@ -66,13 +62,12 @@ def test_resident_frames_give_the_same_bits(batches, prefetch):
     for _ in range(mapped.steps_per_epoch + 2):
         assert equal(next(mapped), next(resident))
     assert mapped.state_dict() == resident.state_dict()
-    everything = zip(mapped.one_pass(), resident.one_pass(), strict=True)
-    assert all(equal(a, b) for a, b in everything)
+    assert all(equal(a, b) for a, b in zip(mapped.one_pass(), resident.one_pass(), strict=True))
     assert all(equal(mapped.episode(i), resident.episode(i)) for i in range(3))
     assert torch.equal(mapped.mean_frame(), resident.mean_frame())
 
 
-def test_a_run_resumes_where_the_frames_lie_elsewhere(batches):
+def test_a_run_resumes_with_the_frames_stored_elsewhere(batches):
     mapped, resident = batches(), batches(resident=True)
     for _ in itertools.islice(mapped, mapped.steps_per_epoch + 3):
         pass
@@ -96,7 +91,7 @@ def test_a_gpu_gets_the_bits_of_the_cpu(batches, resident, prefetch):
 
 @needs_cuda
 @pytest.mark.parametrize("resident", [True, False])
-def test_no_batch_is_read_too_early_or_overwritten_too_soon_and_the_host_never_waits(batches, resident):
+def test_batches_are_read_after_their_copy_and_overwritten_after_their_use_and_the_host_never_waits(batches, resident):
     source = SyntheticEpisodes(4, 64, seed=0)
     cpu, gpu = batches(source, batch_size=8), batches(source, batch_size=8, device="cuda", resident=resident)
     next(cpu), next(gpu)
@@ -109,7 +104,7 @@ def test_no_batch_is_read_too_early_or_overwritten_too_soon_and_the_host_never_w
                 with torch.cuda.stream(copies._stream):
                     torch.cuda._sleep(slow)  # a consumer that did not wait would read before the copy
             batch = next(gpu)
-            torch.cuda._sleep(slow)  # and memory given back too soon would be filled again before it is read
+            torch.cuda._sleep(slow)  # memory that is freed too soon would be overwritten before this read
             taken.append(batch.clone())
             del batch
     finally:
@@ -131,7 +126,7 @@ def test_batches_are_made_while_a_graph_is_captured(batches):
 
 
 @needs_cuda
-def test_the_rule_looks_at_the_gpu():
+def test_the_choice_of_replay_is_followed_on_a_gpu():
     for choice, expected in {"auto": True, "device": True, "host": False}.items():
         pair = make_batches(dataclasses.replace(SMALL, replay=choice), 0, "cuda")
         assert [each.resident for each in pair] == [expected, expected]
