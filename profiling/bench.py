@@ -1,4 +1,4 @@
-"""Measure speed: `python -m profiling.bench kernels|train|data|collect [OPTION ...]`; --help after each of them says more."""
+"""Measure speed: `python -m profiling.bench kernels|train|data|collect [OPTION ...]`; each has a --help of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Each is a module `profiling.bench_NAME` with `add_options(parser)` and `bench(options, usage_error) -> exit status`, imported when it is
-# asked for: the kernels are to be measured on machines that have little but PyTorch.
+# Each is a module `profiling.bench_NAME` with `add_options(parser)` and `bench(options, usage_error) -> exit status`. It is imported only
+# when it is chosen, so that a machine with little but PyTorch can measure the kernels.
 BENCHES = {
     "kernels": "each kernel against eager PyTorch, torch.compile and the best public peer",
     "train": "the training step by tier, precision, kernels and compile mode",
@@ -20,10 +20,10 @@ BENCHES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options and run one benchmark; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    about = "\n".join(f"  {name:<8} {text}" for name, text in BENCHES.items())
+    choices = "\n".join(f"  {name:<8} {text}" for name, text in BENCHES.items())
     chooser = argparse.ArgumentParser(
         prog="python -m profiling.bench",
-        description=f"Measure speed. WHAT is one of\n\n{about}\n\nand takes options of its own: WHAT --help.",
+        description=f"Measure speed. WHAT is one of\n\n{choices}\n\nand takes options of its own: WHAT --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chooser.add_argument("what", choices=tuple(BENCHES), metavar="WHAT")

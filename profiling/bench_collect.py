@@ -1,7 +1,7 @@
-"""How many frames a second does collection record?
+"""Measure how many frames a second collection records.
 
 Records episodes of a dm_control task to a temporary HDF5 file, as `python -m aime_fast.collect` does, once for each number of workers and
-repeat. The workers' start is not counted in `frames_per_second`; `seconds` has it all.
+repeat. `frames_per_second` excludes the start of the workers; `seconds`, the mean time of a recording, includes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from profiling.rows import spread, write_rows
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `profiling.bench collect`."""
-    parser.add_argument("--tier", choices=tuple(PRESETS), default="1", help="whose task, frame skip and picture to take; default 1")
+    parser.add_argument("--tier", choices=tuple(PRESETS), default="1", help="preset of task, frame skip and image size; default 1")
     parser.add_argument("--domain", help="another dm_control domain")
     parser.add_argument("--task", help="another task")
     parser.add_argument("--workers", type=int, nargs="+", help="default: that of the tier")
@@ -38,8 +38,8 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     """Measure, print and write; returns the exit status."""
     if options.repeats < 1:
         usage_error(f"--repeats {options.repeats}: expected at least 1")
-    given = {name: getattr(options, name) for name in ("domain", "task", "episodes") if getattr(options, name) is not None}
-    data = dataclasses.replace(preset(options.tier).data, **given)
+    overrides = {name: getattr(options, name) for name in ("domain", "task", "episodes") if getattr(options, name) is not None}
+    data = dataclasses.replace(preset(options.tier).data, **overrides)
     head, rows = describe("cpu"), []
     print(f"{title(torch.device('cpu'))}\n{'task':<24}{'workers':>8}{'frames/s':>10}{'p20':>10}{'p80':>10}{'seconds':>9}  renderer")
     for workers in options.workers or [data.workers]:
@@ -59,17 +59,17 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
 
 
 def measure(data: DataConfig, repeats: int) -> dict[str, Any]:
-    """One row: `repeats` recordings of `data.episodes` episodes, each with a seed of its own."""
+    """One row: `repeats` recordings of `data.episodes` episodes, each with its own seed. Raises DataError as `collect` does."""
     rates, began = [], time.perf_counter()
     for seed in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             recorded = DMCVBDataset(collect(data, seed, Path(folder) / "bench.h5", progress=False), sequence_length=1)
-            frames, about = sum(recorded.lengths), recorded.attributes
-        rates.append(frames / about["collection_seconds"])
+            frames, attributes = sum(recorded.lengths), recorded.attributes
+        rates.append(frames / attributes["collection_seconds"])
     return {
         **{name: getattr(data, name) for name in ("domain", "task", "workers", "episodes", "frame_skip", "image_size", "render_quality")},
         "frames_per_second": spread(rates),
         "frames": frames,
         "seconds": (time.perf_counter() - began) / repeats,
-        "render_backend": about["render_backend"],
+        "render_backend": attributes["render_backend"],
     }

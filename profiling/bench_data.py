@@ -1,8 +1,8 @@
-"""How many frames a second does the loader serve, with nothing else to do?
+"""Measure how many frames a second the loader serves, with nothing else running.
 
-Without --data the frames are synthetic and have the shape of the tier; with it they are those of an HDF5 file or a folder of them. The
-frames lie on the host, and with CUDA also on the device; batches are made when asked for, or ahead by a thread. A sample of the
-speed is what arrives in a tenth of a second or a little more. `unpack_seconds` is the time in which the replay is filled.
+Without --data the frames are synthetic, in the shape of the tier; with it they come from an HDF5 file or a folder of files. The frames are
+stored on the host and, in further rows with CUDA, on the device; each without and with prefetch. A sample of the speed is taken over a
+tenth of a second. `unpack_seconds` is the time that filling the replay takes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from aime_fast.data import DMCVBDataset, make_batches
 from aime_fast.errors import DataError
 from profiling.machine import describe, title
 from profiling.rows import spread, write_rows
-from profiling.steps import synchronize, synthetic
+from profiling.steps import synchronize, with_synthetic_frames
 
-WINDOW = 0.1  # seconds
+WINDOW = 0.1  # seconds of a sample
 RECORDED = ("domain", "task", "image_size", "frame_skip", "render_quality")  # taken from a file instead of the tier
 
 
@@ -46,12 +46,12 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
         try:
             data = _data(tier, options.data)
             for replay in ("host", "device") if device.type == "cuda" else ("host",):
-                for ahead in (0, preset(tier).data.prefetch):
-                    row = {"tier": tier} | measure(dataclasses.replace(data, replay=replay, prefetch=ahead), device, options.sample)
+                for prefetch in (0, preset(tier).data.prefetch):
+                    row = {"tier": tier} | measure(dataclasses.replace(data, replay=replay, prefetch=prefetch), device, options.sample)
                     rows.append(row)
                     speed = row["frames_per_second"]
                     print(
-                        f"{tier:<6}{row['source']:<12}{replay:<8}{ahead:>8}{speed['median']:>12.0f}{speed['p20']:>12.0f}"
+                        f"{tier:<6}{row['source']:<12}{replay:<8}{prefetch:>8}{speed['median']:>12.0f}{speed['p20']:>12.0f}"
                         f"{speed['p80']:>12.0f}{row['unpack_seconds']:>10.2f}",
                         flush=True,
                     )
@@ -62,16 +62,16 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
 
 
 def _data(tier: str, path: str | None) -> DataConfig:
-    """The tier's sequences and batches, cut from a file if there is one."""
+    """The data settings of the tier, for the recording at `path` or, without one, for synthetic frames."""
     config = preset(tier)
     if path is None:
-        return synthetic(config).data
+        return with_synthetic_frames(config).data
     recorded = DMCVBDataset(path, config.data.sequence_length).attributes
     return dataclasses.replace(config.data, data=path, **{name: recorded[name] for name in RECORDED if name in recorded})
 
 
 def measure(data: DataConfig, device: torch.device, seconds: float) -> dict[str, Any]:
-    """One row: batches as fast as they come, for `seconds`."""
+    """One row: batches taken without pause for `seconds`. Raises DataError as `make_batches` does."""
     began = time.perf_counter()
     batches, validation = make_batches(data, seed=0, device=device)
     validation.close()
@@ -98,7 +98,7 @@ def measure(data: DataConfig, device: torch.device, seconds: float) -> dict[str,
 
 
 def _frames_per_second(batches: Any, device: torch.device) -> float:
-    """Over one window; the last batch has arrived on the device."""
+    """One sample: the time includes the arrival of the last batch on the device."""
     frames, began = 0, time.perf_counter()
     while time.perf_counter() - began < WINDOW:
         frames += next(batches)["pixels"].shape[:2].numel()

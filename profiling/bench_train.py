@@ -1,14 +1,14 @@
-"""How fast is a training step, and what holds it back?
+"""Measure the speed of a training step, and what limits it.
 
-One row a configuration: tier, compile mode, precision and kernels. Frames come from the real loader (synthetic episodes), and the
-device is not waited for inside a step, as in training. A sample of the speed is one cycle of updates with and without discriminators;
-median, 20th and 80th percentile are over those. Warm-up, in which the step compiles, is not counted; `compile_seconds` is how much
-longer it took than as many later updates. On a CPU the configurations of a tier take turns, since the machine's speed wanders.
+One row a configuration: tier, compile mode, precision and kernels. Frames come from the real loader (synthetic episodes), and no step
+waits for the device, as in training. A sample of the speed is one cycle of updates with and without discriminators; median, 20th and 80th
+percentile are over the samples. Warm-up, in which the step compiles, is excluded; `compile_seconds` is how much longer it took than as
+many later updates. On a CPU the configurations of one tier and precision take turns, because the machine's speed drifts.
 
-On CUDA the default is a ladder, each rung with one thing more: eager fp32 with the reference kernels, bf16, compile, Triton kernels,
+On CUDA the default is a ladder, in which each rung adds one thing: eager fp32 with the reference kernels, bf16, compile, Triton kernels,
 graph. Operations are those of matrix products and convolutions (and, on CUDA, attention), counted by PyTorch over eager updates with the
-reference kernels and compared with the rate of a matrix product of the same precision measured here. `gpu_busy` is the time in which
-some kernel ran, by the profiler, as a share of the time of an update without it. What a device cannot know is null.
+reference kernels and compared with the measured rate of a matrix product of the same precision. `gpu_busy` is the profiled time in which
+a kernel ran, as a share of the time of an update without the profiler. A value that the device cannot provide is null.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LADDER = (
 
 
 def count_flops(tier: str, device: torch.device) -> tuple[int | None, int]:
-    """Floating-point operations of an update, the mean of a cycle of eager updates with the reference kernels; and 1 if that failed."""
+    """(FLOPs of an update, failures): the mean over a cycle of eager updates with the reference kernels and 0, or None and 1."""
     clear(device)
     updates = None
     try:
@@ -59,15 +59,15 @@ def count_flops(tier: str, device: torch.device) -> tuple[int | None, int]:
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
-    """What to measure, in order."""
-    found = []
+    """The configurations to measure, in order."""
+    chosen = []
     for tier in options.tier:
         precisions = options.precision or (PRECISIONS if options.ladder else [preset(tier).run.precision])
         if options.ladder:
-            found += [Setting(tier, *rung) for rung in LADDER if rung[0] in options.compile and rung[1] in precisions]
+            chosen += [Setting(tier, *rung) for rung in LADDER if rung[0] in options.compile and rung[1] in precisions]
         else:
-            found += [Setting(tier, mode, precision, options.kernels) for precision in precisions for mode in options.compile]
-    return found
+            chosen += [Setting(tier, mode, precision, options.kernels) for precision in precisions for mode in options.compile]
+    return chosen
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -77,11 +77,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", choices=MODES, nargs="+", help="default: off on graph on CUDA, off on on a CPU")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="default: both in the ladder, else that of the tier")
-    parser.add_argument("--kernels", choices=CHOICES, default="auto", help="without the ladder")
+    parser.add_argument("--kernels", choices=CHOICES, default="auto", help="kernels to use without the ladder; default auto")
     parser.add_argument(
         "--ladder",
         action=argparse.BooleanOptionalAction,
-        help="one thing more a rung, cut down by --compile and --precision; default on CUDA",
+        help="add one thing a rung; --compile and --precision leave out rungs; default on CUDA",
     )
     parser.add_argument("--sample", type=float, metavar="N", help="seconds of updates a row; default 10 on CUDA, 20 on a CPU")
     parser.add_argument("--seconds", type=float, metavar="N", help="start no configuration after this time")
@@ -89,8 +89,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows here, each with machine, versions, commit and command")
 
 
-def _fill_in(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
-    """Defaults that depend on the device."""
+def _set_defaults(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
+    """Set the defaults that depend on the device, in place."""
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
         usage_error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
@@ -104,68 +104,68 @@ def _fill_in(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> 
 
 def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     """Measure, print and write; returns the exit status."""
-    _fill_in(options, usage_error)
+    _set_defaults(options, usage_error)
     device, began = torch.device(options.device), time.perf_counter()
     rates = matmul_rates(device)
     print(f"{title(device)}, torch {torch.__version__}: matmul {', '.join(f'{n} {r / 1e12:.2f} TFLOP/s' for n, r in rates.items())}")
     head, rows, failed = describe(device), [], 0
-    waiting = [setting for setting in settings(options) if _possible(setting, device)]
-    for tier, of_tier in itertools.groupby(waiting, key=lambda setting: setting.tier):
+    chosen = [setting for setting in settings(options) if _possible(setting, device)]
+    for tier, of_tier in itertools.groupby(chosen, key=lambda setting: setting.tier):
         print(f"\ntier {tier}\n{HEADER}", flush=True)
         flops, failures = count_flops(tier, device)
         failed += failures
         first = None
-        for together in _together(list(of_tier), device):
+        for group in _groups(list(of_tier), device):
             if options.seconds is not None and time.perf_counter() - began > options.seconds:
-                print(f"  left out after {options.seconds:g} s: {'; '.join(setting.title for setting in together)}")
+                print(f"  left out after {options.seconds:g} s: {'; '.join(setting.title for setting in group)}")
                 continue
-            measured, failures = measure_together(together, device, options.sample, flops, rates)
+            measured, failures = measure_together(group, device, options.sample, flops, rates)
             failed += failures
             for row in measured:
                 first = first or row
                 row["speedup"] = row["frames_per_second"]["median"] / first["frames_per_second"]["median"]
                 rows.append(row)
                 print(line(row), flush=True)
-            write_rows(options.json, head, rows)  # now: what was measured outlives a kill
+            write_rows(options.json, head, rows)  # after each group, so that a kill loses no finished row
     write_rows(options.json, head, rows)
     print(f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s, {failed} failed")
     return int(failed > 0)
 
 
 def measure_together(
-    together: Sequence[Setting], device: torch.device, seconds: float, flops: int | None, rates: dict[str, float]
+    group: Sequence[Setting], device: torch.device, seconds: float, flops: int | None, rates: dict[str, float]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows of configurations that take turns, and how many failed. Everything that they held on the device is let go."""
+    """(rows, failures) of configurations that take turns for about `seconds` each; `rates` are FLOP/s by precision."""
     clear(device)
     measured: list[Measured] = []
     rows, failed = [], 0
     try:
-        for setting in together:
+        for setting in group:
             try:
                 measured.append(Measured(setting, str(device)))
             except Exception as error:
                 failed += _report(setting.title, error)
         sample(measured, seconds)
-        for one in measured:
-            rows.append(one.row(flops, rates[one.setting.precision]))
+        for configuration in measured:
+            rows.append(configuration.row(flops, rates[configuration.setting.precision]))
     except Exception as error:
-        failed += _report("; ".join(one.setting.title for one in measured), error)
+        failed += _report("; ".join(configuration.setting.title for configuration in measured), error)
     finally:
-        for one in measured:
-            one.close()
+        for configuration in measured:
+            configuration.close()
     return rows, failed
 
 
 def _possible(setting: Setting, device: torch.device) -> bool:
-    """Whether this device has the mode; says so where not."""
+    """Whether this device has the compile mode; prints a line if not."""
     if setting.compile == "graph" and device.type != "cuda":
         print(f"left out: {setting.title}: CUDA graphs need a CUDA device")
         return False
     return True
 
 
-def _together(of_tier: list[Setting], device: torch.device) -> Iterator[list[Setting]]:
-    """On a CPU those of one precision take turns; on CUDA each has the memory to itself."""
+def _groups(of_tier: list[Setting], device: torch.device) -> Iterator[list[Setting]]:
+    """Configurations that take turns: those of one precision on a CPU; on CUDA each is alone and has all the memory."""
     if device.type == "cuda":
         yield from ([setting] for setting in of_tier)
     else:
@@ -173,7 +173,7 @@ def _together(of_tier: list[Setting], device: torch.device) -> Iterator[list[Set
 
 
 def _report(what: str, error: Exception) -> int:
-    """Say what failed; the bench goes on."""
+    """Print the failure; returns 1, to add to the number of failures."""
     kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
     print(f"  FAILED: {what}: {kind}: {(str(error).strip().splitlines() or [''])[0][:200]}", flush=True)
     if not isinstance(error, (ConfigError, torch.OutOfMemoryError)):
@@ -188,7 +188,7 @@ HEADER = (
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """A row as text, with the columns of `HEADER`."""
 
     def show(value: float | None, form: str) -> str:
         width = int(form.split(".")[0])

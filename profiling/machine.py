@@ -1,4 +1,4 @@
-"""What a measurement was made on: machine, versions, commit. PyTorch is enough to run it."""
+"""Machine, versions and commit of a measurement, and its JSON file. Needs no package but PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe(device: torch.device | str) -> dict[str, Any]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Processor, memory, threads and, for CUDA, the GPU."""
-    found = {
+    facts = {
         "platform": platform.platform(),
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -41,7 +41,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -49,16 +49,16 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "driver": driver(),
         }
-    return found
+    return facts
 
 
 def title(device: torch.device) -> str:
-    """The device in a few words."""
+    """A short description of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads, {processor()}"
 
 
 def processor() -> str:
-    """The processor's name, as the kernel gives it."""
+    """The name of the processor, from the operating system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -67,7 +67,7 @@ def processor() -> str:
 
 
 def driver() -> str | None:
-    """Version of the NVIDIA driver, or None."""
+    """Version of the NVIDIA driver, or None if it cannot be read."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -85,8 +85,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all; its folder is made."""
+def write_json(path: str | Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Write a file atomically, infinity and NaN as null; its folder is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

@@ -1,4 +1,4 @@
-"""What the GPU did in a training step: launches, kernels, waits of the host, and the share of time in which it was busy."""
+"""Activity of the GPU in a training step: launches, kernels, host synchronisations, and the share of time in which it is busy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIELDS = ("launches_per_step", "kernels_per_step", "host_syncs_per_step", "gpu_b
 
 
 def observe(updates: Updates, update_seconds: float) -> dict[str, float]:
-    """Launches, waits and the busy share of the GPU, from a few more updates."""
+    """The values of `FIELDS` (see `summarise`), from further updates; `update_seconds` is the time of one without the profiler."""
     count = 2 * updates.cycle
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -34,27 +34,27 @@ def observe(updates: Updates, update_seconds: float) -> dict[str, float]:
         for _ in range(count):
             updates()
         synchronize(updates.device)
-    found = observed(list(profiler.events()), count, update_seconds)
-    return found | {"host_syncs_per_step": max(found["host_syncs_per_step"], warned / count)}
+    summary = summarise(list(profiler.events()), count, update_seconds)
+    return summary | {"host_syncs_per_step": max(summary["host_syncs_per_step"], warned / count)}
 
 
-def observed(events: Sequence[FunctionEvent], count: int, update_seconds: float) -> dict[str, float]:
+def summarise(events: Sequence[FunctionEvent], count: int, update_seconds: float) -> dict[str, float]:
     """Per update, from the profile of `count` updates:
 
-    `launches_per_step` calls that put work on the GPU, `kernels_per_step` kernels, copies and fills that ran there,
-    `host_syncs_per_step` calls that waited for it, both kinds of calls inside the step alone; `gpu_busy` share of `update_seconds`.
+    `launches_per_step`: calls inside the step that give the GPU work; `host_syncs_per_step`: calls inside the step that wait for it;
+    `kernels_per_step`: kernels, copies and fills that ran on it; `gpu_busy`: the time in which any of them ran, as a share of the update.
     """
     inside = [event.time_range for event in events if event.name == UPDATE and event.device_type == DeviceType.CPU]
 
     def calls(names: tuple[str, ...]) -> float:
-        made = [event.time_range.start for event in events if event.name.startswith(names) and event.device_type == DeviceType.CPU]
-        return sum(any(step.start <= start <= step.end for step in inside) for start in made) / count
+        starts = [event.time_range.start for event in events if event.name.startswith(names) and event.device_type == DeviceType.CPU]
+        return sum(any(step.start <= start <= step.end for step in inside) for start in starts) / count
 
     work = [e.time_range for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    busy, reached = 0.0, 0.0
+    busy, covered = 0.0, 0.0  # microseconds; no kernel is counted twice where two overlap
     for interval in sorted(work, key=lambda interval: interval.start):
-        busy += max(0.0, interval.end - max(interval.start, reached))
-        reached = max(reached, interval.end)
+        busy += max(0.0, interval.end - max(interval.start, covered))
+        covered = max(covered, interval.end)
     return {
         "launches_per_step": calls(LAUNCHES),
         "kernels_per_step": len(work) / count,

@@ -1,4 +1,4 @@
-"""A training step fed by the real loader, as the trainer does it, for measurements."""
+"""Training steps to measure, fed by the real loader as in the trainer."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ UPDATE = "step: update"  # the range of a call to the step, loader excluded
 EPISODES = 16  # synthetic ones: enough for a batch of every tier
 
 
-def synthetic(config: Config) -> Config:
-    """The config with synthetic frames: the time of a step does not depend on what they show."""
+def with_synthetic_frames(config: Config) -> Config:
+    """The config with synthetic frames: the time of a step does not depend on what the frames show."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", episodes=EPISODES))
 
 
 class Updates:
-    """Updates one after another, from synthetic frames that the loader serves. The device is never waited for.
+    """Updates one after another, on synthetic frames from the loader. They never wait for the device.
 
     Args:
-        config: the run's settings; `run.compile`, `run.kernels`, `run.precision` and `run.device` are obeyed.
+        config: the run's settings, with `run.compile`, `run.kernels`, `run.precision` and `run.device`.
 
     Attributes:
         step, device, frames: the training step, its device, frames of an update.
-        cycle: updates after which the kinds of update come round again: discriminators learn in one of `n_critic`.
-        warm_up: updates before the first that is like all later ones: compiled, captured, memory allocated.
+        cycle: updates after which the pattern repeats: the discriminators learn in one of `n_critic`.
+        warm_up: updates until the step is compiled and captured and its memory allocated.
         made: updates so far. waited: seconds spent so far in waiting for the loader.
 
     Raises:
-        ConfigError: a device, kernels or compile mode that this machine lacks.
+        ConfigError: this machine lacks the device, the kernels or the compile mode.
     """
 
     def __init__(self, config: Config):
@@ -49,7 +49,7 @@ class Updates:
         choose_kernels(config.run.kernels)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.batches, validation = make_batches(synthetic(config).data, config.run.seed, self.device)
+        self.batches, validation = make_batches(with_synthetic_frames(config).data, config.run.seed, self.device)
         validation.close()
         torch.manual_seed(config.run.seed)
         model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)
@@ -63,7 +63,7 @@ class Updates:
         self._trains_discriminator = Every(self.cycle)
 
     def __call__(self) -> TensorDict:
-        """One update; its metrics, still on the device."""
+        """Make one update; returns its metrics, still on the device."""
         began = time.perf_counter()
         with span("loader: next batch"):
             batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
@@ -78,6 +78,6 @@ class Updates:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

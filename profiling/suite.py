@@ -1,9 +1,9 @@
-"""The whole evidence from one command: `python -m profiling.suite --out DIR [--device cpu|cuda] [--quick]`.
+"""Check and measure everything with one command: `python -m profiling.suite --out DIR [--device cpu|cuda] [--quick]`.
 
-Checks the kernels, measures them, and measures the training step where its benchmark and what that needs are installed. Each part is a
-process with a time limit, together under 9 minutes; a part that fails or runs out of time does not stop the next, and the last one has
-what the others left. DIR receives `check.json`, `kernels.json`, `kernels.png`, `train.json`, what each part printed (`*.log`), and
-`summary.json`. Exit status 1 if any part failed.
+Checks the kernels, measures them, and measures the training step if its requirements are installed. Each part is a process with a time
+limit, all together under 9 minutes. A part that fails or runs out of time does not stop the next; the last part also gets the time that
+the others left. Writes `check.json`, `kernels.json`, `kernels.png`, `train.json`, the output of each part (`*.log`) and `summary.json` to
+DIR. The exit status is 1 if any part failed.
 Needs PyTorch, Triton and NumPy; uses Matplotlib, vector-quantize-pytorch and torchjd where they are installed.
 """
 
@@ -29,10 +29,10 @@ from profiling.machine import ROOT, describe, title, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A process of the suite."""
+    """One process of the suite."""
 
     name: str
-    arguments: tuple[str, ...]  # of python; {out} and {device} are filled in
+    arguments: tuple[str, ...]  # of the Python command; {out} and {device} are replaced
     limit: float  # seconds
     needs: tuple[str, ...] = ()  # modules without which the part is left out
 
@@ -62,14 +62,14 @@ PARTS = (
 
 
 def run_part(part: Part, out: Path, device: str, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """Run one part, its output into `out/NAME.log`; what became of it."""
+    """Run one part with its output in `out/NAME.log`; returns its name, outcome, failure and seconds."""
     missing = [name for name in part.needs if not _installed(name)]
     if missing:
         return {"part": part.name, "outcome": f"left out: {', '.join(missing)} not installed", "failed": False, "seconds": 0.0}
     command = [sys.executable, *(word.format(out=out, device=device) for word in part.arguments), *extra]
     began = time.perf_counter()
     with open(out / f"{part.name}.log", "w", encoding="utf-8") as log:
-        # In a session of its own, so that its own children end with it.
+        # In its own session, so that a kill also ends its children.
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(part.limit)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m profiling.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if it is not there")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; created if missing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes only")
     options = parser.parse_args(argv)
@@ -106,20 +106,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     print(title(torch.device(options.device)), flush=True)
-    ended, head = [], describe(options.device)
+    results, head = [], describe(options.device)
     began = time.perf_counter()
     for part in PARTS:
         if part is PARTS[-1]:
             part = dataclasses.replace(part, limit=max(part.limit, LIMIT - (time.perf_counter() - began)))
         extra = ("--quick",) if options.quick and part.name != "check" else ()
-        ended.append(run_part(part, out, options.device, extra))
-        write_json(out / "summary.json", head | {"parts": ended, "passed": not any(part["failed"] for part in ended)})
-        print(f"{ended[-1]['part']:<8} {ended[-1]['seconds']:6.1f} s  {ended[-1]['outcome']}", flush=True)
-        if ended[-1]["failed"]:
+        result = run_part(part, out, options.device, extra)
+        results.append(result)
+        write_json(out / "summary.json", head | {"parts": results, "passed": not any(each["failed"] for each in results)})
+        print(f"{result['part']:<8} {result['seconds']:6.1f} s  {result['outcome']}", flush=True)
+        if result["failed"]:
             tail = (out / f"{part.name}.log").read_text(encoding="utf-8").splitlines()[-15:]
             print("".join(f"    {line[:220]}\n" for line in tail), end="", flush=True)
     print(f"written to {out}")
-    return int(any(part["failed"] for part in ended))
+    return int(any(each["failed"] for each in results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measured speed of a training step in one configuration, or in several that take turns."""
+"""Measure the speed of a training step in one configuration, or in several that take turns."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from profiling.rows import spread
 from profiling.steps import Updates, synchronize
 
 PRECISIONS = ("fp32", "bf16")
-TURN = {"cpu": 2, "cuda": 5}  # cycles of one configuration before the next has its turn
-TURNS = 3  # at least
+TURN = {"cpu": 2, "cuda": 5}  # cycles of updates in a turn
+TURNS = 3  # of each configuration, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is measured in a row."""
+    """The configuration of one row."""
 
     tier: str
     compile: str
@@ -45,7 +45,7 @@ class Setting:
 
 
 class Measured:
-    """A configuration that is warm, and the samples taken of it so far."""
+    """A warmed-up configuration and its samples so far. Raises ConfigError as `Updates` does."""
 
     def __init__(self, setting: Setting, device: str):
         self.setting = setting
@@ -66,7 +66,7 @@ class Measured:
         self.waited, self.counted = 0.0, 0
 
     def take(self) -> None:
-        """Add the samples of a turn. On CUDA the device's own clock stamps them, and only the end is waited for."""
+        """Add the samples of a turn. On CUDA the device records the times, and the host waits only at the end."""
         before, made = self.updates.waited, self.updates.made
         stamps = [_stamp(self.device)]
         for _ in range(TURN[self.device.type]):
@@ -80,11 +80,11 @@ class Measured:
 
     @property
     def update_seconds(self) -> float:
-        """Median time of an update."""
+        """Median time of an update, in seconds."""
         return statistics.median(self.samples) / self.updates.cycle
 
     def row(self, flops: int | None, matmul: float | None) -> dict[str, Any]:
-        """The row of these samples, with what only CUDA can tell."""
+        """The row of these samples; `flops` of an update, `matmul` FLOP/s. On a CPU the values that need CUDA are None."""
         rates = [self.updates.cycle / seconds for seconds in self.samples]
         per_second = statistics.median(rates)
         steady = self.updates.warm_up * self.update_seconds
@@ -130,22 +130,22 @@ def _cache_counters() -> tuple[int, int]:
 
 
 def _cache_state(before: tuple[int, int], after: tuple[int, int]) -> str | None:
-    """What Inductor's cache on disk had: "warm" all, "cold" none, "mixed" some; None where it was not asked."""
+    """What Inductor found in its cache on disk: "warm" all, "cold" nothing, "mixed" a part; None if it was not used."""
     hits, misses = after[0] - before[0], after[1] - before[1]
     return {(True, False): "warm", (False, True): "cold", (True, True): "mixed"}.get((hits > 0, misses > 0))
 
 
 def sample(measured: Sequence[Measured], seconds: float) -> None:
-    """Fill the samples: about `seconds` for each, in turns, and at least `TURNS` turns."""
+    """Take samples in turns: about `seconds` for each configuration, and at least `TURNS` turns."""
     began, turns = time.perf_counter(), 0
     while measured and (turns < TURNS or time.perf_counter() - began < seconds * len(measured)):
-        for one in measured:
-            one.take()
+        for configuration in measured:
+            configuration.take()
         turns += 1
 
 
 def clear(device: torch.device) -> None:
-    """Let go of earlier weights, graphs and compiled code, and start the count of memory anew."""
+    """Free earlier weights, graphs and compiled code, and reset the peak of device memory."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":

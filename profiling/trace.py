@@ -1,8 +1,8 @@
 """Where a training step spends its time: `python -m profiling.trace --tier 1 [--trace-steps N] [--out FILE] [any setting of train]`.
 
-Prints the step's time by pillar, forward and backward, and its largest operators, after warm-up, and with --out writes a trace for
-chrome://tracing or Perfetto. The frames are synthetic: the time of a step does not depend on what they show. With --nvtx the steps run
-with NVTX ranges instead, and the command that records them with Nsight Systems is printed.
+After warm-up, prints the time of a step by pillar, forward and backward, and by operator. With --out, writes a trace for chrome://tracing
+or Perfetto. The frames are synthetic: the time of a step does not depend on what they show. With --nvtx, runs the steps with NVTX ranges
+instead and prints the command that records them with Nsight Systems.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class TraceConfig:
     """What to profile."""
 
     config: Config
-    trace_steps: int = 4  # steps that are profiled, and as many that are timed without the profiler
+    trace_steps: int = 4  # steps to profile; as many are timed without the profiler
     out: str | None = None  # trace file to write (JSON)
     nvtx: bool = False  # name the ranges for Nsight Systems instead, and print the command that records them
 
 
 @dataclasses.dataclass
 class Share:
-    """Microseconds of a range, its operators' backward included."""
+    """Microseconds of the operators in a range, and of their backward."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -58,17 +58,17 @@ class Share:
 
 
 def by_range(events: Sequence[FunctionEvent], cuda: bool = False) -> dict[str, Share]:
-    """The profiled time by the innermost range (`a: b`) around each operator; a node of the backward counts with the operator that made it.
+    """Profiled time by the innermost range (`a: b`) around each operator; a backward node counts with the operator that created it.
 
     Args:
         events: of `profiler.events()`, recorded inside one range called `PROFILED`.
         cuda: count the time of kernels on the GPU instead of that of operators on the CPU.
 
     Returns:
-        Shares that add up to the duration of `PROFILED`. `OUTSIDE` is what no range encloses. On CUDA `UNLINKED` are kernels that no
-        operator launched, `IDLE` is what the kernels' times leave of the duration (less than nothing where kernels overlap).
+        Shares that add up to the duration of `PROFILED`. `OUTSIDE` is the time in no range. On CUDA `UNLINKED` are kernels that no
+        operator launched; `IDLE` is the duration less the times of all kernels (negative if kernels overlap).
     """
-    # An operator peeks at the number that the next autograd node gets: of all that saw it, the last one made the node.
+    # An operator records the number that the next autograd node gets: of all with the same number, the last one created the node.
     makers: dict[tuple[int, int], FunctionEvent] = {}
     for event in events:
         if event.sequence_nr >= 0 and event.scope == 0 and not _is_node(event):
@@ -76,36 +76,36 @@ def by_range(events: Sequence[FunctionEvent], cuda: bool = False) -> dict[str, S
             if key not in makers or event.time_range.start >= makers[key].time_range.start:
                 makers[key] = event
 
-    known: dict[int, tuple[str, bool]] = {}
+    located: dict[int, tuple[str, bool]] = {}
 
-    def place(event: FunctionEvent | None) -> tuple[str, bool]:
-        """(range, whether in its backward)."""
+    def locate(event: FunctionEvent | None) -> tuple[str, bool]:
+        """(range of the event, whether the event is in its backward)."""
         if event is None:
             return OUTSIDE, False
-        if id(event) not in known:
+        if id(event) not in located:
             maker = makers.get((event.fwd_thread, event.sequence_nr)) if _is_node(event) else None
-            if maker is not None and (found := place(maker)[0]) != OUTSIDE:
-                known[id(event)] = found, True
+            if maker is not None and (name := locate(maker)[0]) != OUTSIDE:
+                located[id(event)] = name, True
             elif event.is_user_annotation and ": " in event.name:
-                known[id(event)] = event.name, False
+                located[id(event)] = event.name, False
             else:
-                known[id(event)] = place(event.cpu_parent)
-        return known[id(event)]
+                located[id(event)] = locate(event.cpu_parent)
+        return located[id(event)]
 
     whole = next(event for event in events if event.name == PROFILED and event.device_type == DeviceType.CPU)
     shares: dict[str, Share] = {}
     for event in events:
-        own = _kernel_time(event) if cuda else event.self_cpu_time_total if event.thread == whole.thread else 0.0
-        if event.device_type != DeviceType.CPU or event.is_async or not own:
+        microseconds = _kernel_time(event) if cuda else event.self_cpu_time_total if event.thread == whole.thread else 0.0
+        if event.device_type != DeviceType.CPU or event.is_async or not microseconds:
             continue
         if not cuda and not (whole.time_range.start <= event.time_range.start <= whole.time_range.end):
             continue
-        name, backward = place(event)
+        name, backward = locate(event)
         share = shares.setdefault(name, Share())
         if backward:
-            share.backward += own
+            share.backward += microseconds
         else:
-            share.forward += own
+            share.forward += microseconds
     if cuda:
         kernels = sum(e.time_range.elapsed_us() for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
         shares[UNLINKED] = Share(kernels - sum(share.total for share in shares.values()))
@@ -118,15 +118,16 @@ def _is_node(event: FunctionEvent) -> bool:
 
 
 def _kernel_time(event: FunctionEvent) -> float:
-    """Microseconds of the kernels that the operator launched itself; among a range's is its own shadow on the GPU, which is none."""
+    """Microseconds of the kernels that the operator launched itself. A range also lists its own copy on the GPU, which is no kernel."""
     return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
 
 
 def pillar_table(shares: dict[str, Share], steps: int) -> str:
-    """Shares as text, milliseconds an update: the pillars by part, then what lies outside any of them, then the sum."""
+    """Shares as text, milliseconds an update: the pillars by part, then the time outside any pillar, then the sum."""
     total = sum(share.total for share in shares.values())
 
-    def line(name: str, share: Share) -> str:
+    def line(name: str, *parts: Share) -> str:
+        share = Share(sum(part.forward for part in parts), sum(part.backward for part in parts))
         each = [value / 1e3 / steps for value in (share.forward, share.backward, share.total)]
         return f"  {name:<42} {each[0]:9.2f} {each[1]:9.2f} {each[2]:9.2f} {share.total / total:8.1%}"
 
@@ -136,13 +137,13 @@ def pillar_table(shares: dict[str, Share], steps: int) -> str:
     for pillar in (*PILLARS, "outside any pillar"):
         parts = {name: share for name, share in largest_first if name.startswith(f"{pillar}: ")} if pillar in PILLARS else outside
         if parts:
-            lines.append(line(pillar, Share(sum(s.forward for s in parts.values()), sum(s.backward for s in parts.values()))))
+            lines.append(line(pillar, *parts.values()))
             lines += [line(f"  {name.removeprefix(f'{pillar}: ')}", share) for name, share in parts.items()]
-    return "\n".join([*lines, line("sum", Share(sum(s.forward for s in shares.values()), sum(s.backward for s in shares.values())))])
+    return "\n".join([*lines, line("sum", *shares.values())])
 
 
 def timed(updates: Updates, count: int) -> list[float]:
-    """Seconds of each of `count` updates, the wait for the device included."""
+    """Seconds of each of `count` updates, including the wait for the device."""
     seconds = []
     for _ in range(count):
         began = time.perf_counter()
@@ -153,7 +154,7 @@ def timed(updates: Updates, count: int) -> list[float]:
 
 
 def trace(options: TraceConfig) -> None:
-    """Times and profiles a step, and prints both."""
+    """Time and profile a step, and print both. Raises ConfigError if this machine cannot run it."""
     config, steps = options.config, options.trace_steps
     if steps < 1:
         raise ConfigError(f"--trace-steps {steps}: expected at least 1")
@@ -178,7 +179,7 @@ def trace(options: TraceConfig) -> None:
 
 
 def run_profiled(updates: Updates, steps: int, compile: str, out: str | None) -> None:
-    """Profiles `steps` updates with torch.profiler and prints the tables."""
+    """Profile `steps` updates with torch.profiler and print the tables."""
     cuda = updates.device.type == "cuda"
     with profile() as profiler, record_function(PROFILED):
         for _ in range(steps):
@@ -198,7 +199,7 @@ def run_profiled(updates: Updates, steps: int, compile: str, out: str | None) ->
 
 
 def run_for_nsight(updates: Updates, steps: int) -> None:
-    """Runs `steps` updates with NVTX ranges, marked for Nsight Systems. Without torch.profiler: one program at a time can use CUPTI."""
+    """Run `steps` updates with NVTX ranges for Nsight Systems, and without torch.profiler: only one program at a time can use CUPTI."""
     use_nvtx(True)
     try:
         torch.cuda.profiler.start()
@@ -216,7 +217,7 @@ def run_for_nsight(updates: Updates, steps: int) -> None:
 
 
 def operator_table(events: Sequence[FunctionEvent], cuda: bool, steps: int, rows: int = 15) -> str:
-    """The operators with the most time of their own, as text."""
+    """The operators with the most time of their own as text, milliseconds an update."""
     own: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in events:

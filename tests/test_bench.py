@@ -1,4 +1,4 @@
-"""Speed of step, loader and collection, and where a step's time goes: the commands as a user types them, at the debug tier."""
+"""Benchmarks of step, loader and collection, and the trace of a step: the commands as a user types them, at the debug tier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import debug_config
 from torch.autograd import DeviceType
 from torch.profiler import profile, record_function
 
-from aime_fast.spans import span, use_nvtx
+from aime_fast.runtime.spans import span, use_nvtx
 from profiling import bench, bench_train, observe, trace
 from profiling.steps import Updates
 
@@ -29,7 +29,7 @@ def in_order(speed: dict[str, float]) -> bool:
     return 0 < speed["p20"] <= speed["median"] <= speed["p80"] < math.inf
 
 
-def test_train_writes_whole_rows_and_leaves_out_what_a_cpu_lacks(tmp_path, capsys):
+def test_train_writes_complete_rows_and_leaves_out_modes_that_a_cpu_lacks(tmp_path, capsys):
     file = tmp_path / "train.json"
     arguments = ["train", "--device", "cpu", "--tier", "debug", "--compile", "off", "graph", "--sample", "0.1", "--json", str(file)]
     assert bench.main(arguments) == 0
@@ -60,7 +60,7 @@ def test_a_configuration_that_fails_does_not_end_the_bench(monkeypatch, tmp_path
     assert [row["compile"] for row in json.loads(file.read_text())] == ["off"]
 
 
-def test_ladder_adds_one_thing_a_rung():
+def test_each_rung_of_the_ladder_changes_one_thing():
     rungs = [dict(zip(("compile", "precision", "kernels"), rung)) for rung in bench_train.LADDER]
     assert [sum(a[name] != b[name] for name in a) for a, b in itertools.pairwise(rungs)] == [1] * 4
 
@@ -144,7 +144,7 @@ def test_nvtx_asks_for_a_gpu(monkeypatch):
 
 @dataclasses.dataclass
 class Event:
-    """As much of the profiler's as is read."""
+    """The fields of a profiler event that `summarise` reads."""
 
     name: str
     device_type: DeviceType
@@ -168,14 +168,14 @@ def test_launches_waits_and_busy_time_are_counted_inside_the_step():
         Event("first", cuda, 10, 30),
         Event("overlaps", cuda, 20, 40),
         Event("later", cuda, 60, 70),
-        Event(observe.UPDATE, cuda, 0, 100, True),  # the range's shadow
+        Event(observe.UPDATE, cuda, 0, 100, True),  # the copy of the range on the GPU
     ]
-    found = observe.observed(events, count=1, update_seconds=100e-6)
-    assert found == {"launches_per_step": 2, "kernels_per_step": 3, "host_syncs_per_step": 1, "gpu_busy": pytest.approx(0.4)}
+    summary = observe.summarise(events, count=1, update_seconds=100e-6)
+    assert summary == {"launches_per_step": 2, "kernels_per_step": 3, "host_syncs_per_step": 1, "gpu_busy": pytest.approx(0.4)}
 
 
 @needs_cuda
-def test_train_on_cuda_knows_the_gpu(tmp_path):
+def test_train_on_cuda_measures_the_gpu(tmp_path):
     file = tmp_path / "train.json"
     assert bench.main(["train", "--device", "cuda", "--quick", "--compile", "off", "--json", str(file)]) == 0
     for row in json.loads(file.read_text()):

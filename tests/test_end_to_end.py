@@ -20,15 +20,15 @@ def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
-    """A folder with data/ and runs/ as `train` leaves them: it collected its own data."""
+    """A folder in which `train` has collected data/ and written runs/."""
     folder = tmp_path_factory.mktemp("user")
-    done = command("train", "--tier", "debug", "--steps", "6", "--dynamics-updates", "4", "--run-dir", "runs/one", cwd=folder)
+    done = command("train", "--tier", "debug", "--steps", "6", "--latent-phase-updates", "4", "--run-dir", "runs/one", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "video       runs/one/prediction.mp4" in done.stdout
     return folder
 
 
-def test_train_collects_trains_and_leaves_everything(finished_run):
+def test_train_collects_data_trains_and_writes_every_output(finished_run):
     run = finished_run / "runs/one"
     assert list((finished_run / "data").glob("cartpole-swingup-32px-skip8-fast-*.h5"))
     record = json.loads((run / "run.json").read_text())
@@ -36,7 +36,7 @@ def test_train_collects_trains_and_leaves_everything(finished_run):
     assert record["renderer"] in ("egl", "osmesa")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss/elbo" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["dynamics/update"] for row in rows if "dynamics/update" in row] == [1, 2, 3, 4]
+    assert [row["latent_phase/update"] for row in rows if "latent_phase/update" in row] == [1, 2, 3, 4]
     assert {"loss/kl_z", "rgb/angle_elbo", "frames_per_second"} <= set(rows[0])
     for name in ("config.yaml", "prediction.mp4", "checkpoint_00000006.pt", "samples/step_00000006.png"):
         assert (run / name).stat().st_size > 100, name
