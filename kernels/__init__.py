@@ -1,7 +1,7 @@
 """Numerical cores of AIME: vector quantisation, Kumaraswamy stick-breaking, rotation-based gradient balancing.
 
-Each file holds one operation, and its plain PyTorch reference is the specification: it runs in float64 on a CPU, compiles with
-`fullgraph=True`, and never waits for the device. This package imports nothing of `aime_fast`.
+Each folder holds one operation. Its plain PyTorch reference is the specification: it runs in float64 on a CPU, compiles with
+`fullgraph=True`, and does not synchronise with the device. This package imports nothing of `aime_fast`.
 """
 
 from kernels.kumaraswamy import (

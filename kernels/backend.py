@@ -6,7 +6,7 @@ The environment variable `AIME_KERNELS` (or `select_kernels`, behind `--kernels`
 * `reference`: the reference everywhere.
 * `triton`: Triton everywhere; on a CPU it needs Triton's interpreter, `TRITON_INTERPRET=1`, which is slow and made for tests.
 
-Triton is imported when the first kernel runs, so that machines without it have the references.
+Triton is imported when the first kernel runs, so machines without it can run the references.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Specialisation(NamedTuple):
 
     name: str
     kernel: Any  # triton.JITFunction
-    signature: dict[str, str]  # argument -> "*fp32", "i32", ...; what it says of a constexpr does not count
+    signature: dict[str, str]  # argument -> "*fp32", "i32", ...; the types of constexprs are ignored
     constexprs: dict[str, Any]  # besides those of the launch
     launch: Launch
 
 
 class KernelError(ValueError):
-    """A choice of kernels that is unknown or that this machine cannot run."""
+    """The choice of kernels is unknown, or this machine cannot run it."""
 
 
 def select_kernels(choice: str | None = None) -> None:
@@ -92,13 +92,11 @@ def selected_kernels() -> str:
 
 def use_triton(x: Tensor) -> bool:
     """Whether an operation on `x` runs its Triton kernel."""
-    if x.device.type == "cuda":
-        return _selected != "reference" and HAS_TRITON
-    return _selected == "triton" and INTERPRETED
+    return kernels_on(x.device) != "reference"
 
 
 def kernels_on(device: torch.device) -> str:
-    """What operations on this device really run, for the records of a run."""
+    """What operations on this device run, for the records of a run: "triton", "triton, interpreted" or "reference"."""
     if device.type == "cuda":
         return "triton" if _selected != "reference" and HAS_TRITON else "reference"
     return "triton, interpreted" if _selected == "triton" and INTERPRETED else "reference"
@@ -116,7 +114,7 @@ def architecture(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def pin_architecture(arch: int) -> Iterator[None]:
-    """Inside, every launch takes the configurations of `arch`: tests run all of them on one machine."""
+    """Inside, every launch takes the configurations of `arch`, so that tests can run all of them on one machine."""
     global _pinned
     before, _pinned = _pinned, arch
     try:
@@ -126,7 +124,7 @@ def pin_architecture(arch: int) -> Iterator[None]:
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """The device on which to launch: Triton takes the current one, which need not be that of `x`."""
+    """Makes the device of `x` the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 

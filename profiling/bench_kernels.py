@@ -1,7 +1,7 @@
 """Time the kernels against eager PyTorch, torch.compile and public peers, and compare with the bandwidth and throughput of the machine.
 
 Each time is a median with its 20th and 80th percentile. On CUDA, `triton.testing.do_bench` empties the L2 cache before each run. Kernels
-are timed in a captured graph of many runs as well (`graph`), as a training step replays them. GB/s and TFLOP/s count the bytes and
+are also timed in a captured graph of many runs (`graph`), as a training step replays them. GB/s and TFLOP/s count the bytes and
 operations of the algorithm (`profiling.workloads`), also for providers that move more. The share of the ceiling is relative to a copy, or
 to a bf16 matrix product, measured in this process.
 
@@ -42,10 +42,6 @@ def measure(call: Call, device: torch.device) -> tuple[float, float, float]:
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))
-    return _quantiles(times)
-
-
-def _quantiles(times: list[float]) -> tuple[float, float, float]:
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), fifths[0], fifths[3]
 
@@ -248,6 +244,11 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     print(f"{title(device)}: copy {ceiling['copy']:.0f} GB/s, matmul {ceiling['matmul']:.2f} TFLOP/s")
     rows, header = [], describe(device) | {"ceilings": ceiling, "check_failed": [name for name, bad in failed.items() if bad]}
     header["left_out"] = []
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, header | {"rows": rows, "wall_s": round(time.perf_counter() - began, 1)})
+
     waiting = workloads(options.kernel, device, options.quick)
     while waiting:
         work = waiting.pop(0)  # and its data with it
@@ -268,12 +269,10 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
                 print(f"  target: {said}")
                 next(row for row in measured if row["provider"] == "kernel")["target"] = said
         rows += measured
-        if options.json:  # after each workload, so a killed run keeps its measurements
-            write_json(options.json, header | {"rows": rows, "wall_s": round(time.perf_counter() - began, 1)})
+        save()  # after each workload, so a killed run keeps its measurements
     if header["left_out"]:
         print(f"\nleft out after {options.seconds:g} s: {'; '.join(header['left_out'])}")
-        if options.json:
-            write_json(options.json, header | {"rows": rows, "wall_s": round(time.perf_counter() - began, 1)})
+        save()
     if options.picture:
         try:
             draw(rows, options.picture, f"{title(device)}, torch {torch.__version__}")

@@ -125,14 +125,10 @@ def _kernels_chosen() -> Iterator[None]:
         backend.select_kernels(before)
 
 
-def _attempt(case: Case, way: str, work: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of `work`, or one with the exception that it raised."""
-    try:
-        return work()
-    except Exception as error:
-        last = str(error).strip().splitlines()
-        print(f"\n{case.kernel}, {case.name} {way}:\n{traceback.format_exc()}", file=sys.stderr)
-        return [Row(case.kernel, case.name, way, "-", problem=f"{type(error).__name__}: {last[-1] if last else ''}")]
+def _failed(kernel: str, case: str, way: str, error: Exception) -> Row:
+    """The row of a case that raised; prints the traceback."""
+    print(f"\n{kernel}, {case} {way}:\n{traceback.format_exc()}", file=sys.stderr)
+    return Row(kernel, case, way, "-", problem=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
 
 
 def check_case(case: Case, device: torch.device, compiled: bool = False) -> list[Row]:
@@ -140,35 +136,37 @@ def check_case(case: Case, device: torch.device, compiled: bool = False) -> list
     cpu_inputs = case.inputs()
     inputs, double = to_device(cpu_inputs, device), to_double(cpu_inputs)
 
-    def judged(way: str, run: Callable[[], Outputs]) -> Callable[[], list[Row]]:
-        def work() -> list[Row]:
+    try:
+        eager = case.eager(inputs)
+        eager_exact = case.exact(double, _to_cpu(eager))
+    except Exception as error:
+        return [_failed(case.kernel, case.name, "eager", error)]
+
+    def judged(run: Callable[[], Outputs]) -> Callable[[str], list[Row]]:
+        def work(way: str) -> list[Row]:
             with _kernels_chosen():
                 found = run()
             return judge(case, way, found, case.exact(double, _to_cpu(found)), eager, eager_exact)
 
         return work
 
-    try:
-        eager = case.eager(inputs)
-        eager_exact = case.exact(double, _to_cpu(eager))
-    except Exception as error:
-        return _attempt(case, "eager", lambda error=error: _raise(error))
-    rows = _attempt(case, "", judged("", lambda: case.run(inputs)))
+    ways = {"": judged(lambda: case.run(inputs))}
     if case.pinned:
         own = backend.architecture(device)
         others = [arch for arch in backend.ARCHITECTURES if arch != own and (device.type == "cpu" or arch < own)]
-        for arch in others:
-            rows += _attempt(case, f"sm_{arch}", judged(f"sm_{arch}", lambda arch=arch: _pinned(case, inputs, arch)))
+        ways |= {f"sm_{arch}": judged(lambda arch=arch: _pinned(case, inputs, arch)) for arch in others}
     if compiled:
-        rows += _attempt(case, "compiled", judged("compiled", lambda: _compiled(case, inputs, device)))
+        ways["compiled"] = judged(lambda: _compiled(case, inputs, device))
     if device.type == "cuda":
-        rows += _attempt(case, "again", lambda: _repeats(case, "again", inputs, case.run))
-        rows += _attempt(case, "graph", lambda: _repeats(case, "graph", inputs, lambda given: _replayed(case, given)))
+        ways["again"] = lambda way: _repeats(case, way, inputs, case.run)
+        ways["graph"] = lambda way: _repeats(case, way, inputs, lambda given: _replayed(case, given))
+    rows = []
+    for way, work in ways.items():
+        try:
+            rows += work(way)
+        except Exception as error:
+            rows.append(_failed(case.kernel, case.name, way, error))
     return rows
-
-
-def _raise(error: Exception) -> list[Row]:
-    raise error
 
 
 def _to_cpu(outputs: Outputs) -> Outputs:
@@ -224,14 +222,12 @@ def check_operators(kernel: str, device: torch.device) -> list[Row]:
     """`torch.library.opcheck` of each operator: schema, fake tensors, autograd registration, tracing with dynamic shapes."""
     rows = []
     for name, operator, arguments in OPERATORS[kernel](device):
-        row = Row(kernel, name, "opcheck", "-")
-        rows.append(row)
         try:
             with _kernels_chosen():
                 torch.library.opcheck(operator, arguments)
+            rows.append(Row(kernel, name, "opcheck", "-"))
         except Exception as error:
-            print(f"\n{kernel}, opcheck {name}:\n{traceback.format_exc()}", file=sys.stderr)
-            row.problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            rows.append(_failed(kernel, name, "opcheck", error))
     return rows
 
 

@@ -66,6 +66,11 @@ def _compile(function: Callable, fullgraph: bool = True) -> Callable:
     return torch.compile(function, fullgraph=fullgraph, dynamic=False)
 
 
+def _against_reference(make: Callable[[Callable], Call], kernel: Callable, reference: Callable) -> dict[str, Callable[[], Call]]:
+    """The three providers of every kernel with a reference."""
+    return {"kernel": lambda: make(kernel), "eager": lambda: make(reference), "compile": lambda: make(_compile(reference))}
+
+
 def _vq_workloads(device: torch.device, rows: int, dtype: torch.dtype, targets: bool) -> Iterator[Workload]:
     """Assignment, codebook update, and both together as in a training step. 4 heads of width 64 share 1024 codes."""
     heads, width, codes = 4, 64, 1024
@@ -85,25 +90,21 @@ def _vq_workloads(device: torch.device, rows: int, dtype: torch.dtype, targets: 
             "candidates_u": torch.rand(1, codes, generator=g, device=device),
         }
 
-    def assign(function: Callable) -> Call:
-        d = data()
-        return lambda: function(d["x"], d["codebook"])
+    state = ("codebook", "cluster_size", "embedding_sum", "candidates_u")
 
-    def update(function: Callable) -> Call:
-        d = data()
-        state = [d[n] for n in ("codebook", "cluster_size", "embedding_sum", "candidates_u")]
-        return lambda: function(d["x"], d["codes"], *state, decay=0.99)
+    def on(*names: str) -> Callable[[Callable], Call]:
+        def make(function: Callable) -> Call:
+            inputs = [data()[name] for name in names]
+            return lambda: function(*inputs)
+
+        return make
 
     def both(quantize: Callable, learn: Callable) -> Callable:
-        def step(x, codebook, cluster_size, embedding_sum, candidates_u):
+        def step(x: Tensor, codebook: Tensor, *averages: Tensor) -> tuple:
             quantized, codes, commitment = quantize(x, codebook)
-            return quantized, commitment, learn(x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay=0.99)
+            return quantized, commitment, learn(x, codes, codebook, *averages)
 
         return step
-
-    def train(step: Callable) -> Call:
-        d = data()
-        return lambda: step(*(d[n] for n in ("x", "codebook", "cluster_size", "embedding_sum", "candidates_u")))
 
     def peer(training: bool) -> Call:
         try:
@@ -118,36 +119,27 @@ def _vq_workloads(device: torch.device, rows: int, dtype: torch.dtype, targets: 
         x = data()["x"].float().reshape(1, rows, heads * width)  # it works in float32
         return lambda: module(x)
 
-    reference, learn = vq.vector_quantize_reference, vq.codebook_update_reference
-    state = codes * (width + 1) * 4  # one pass over the moving averages
-    moved, labels = vectors * width * item, vectors * 8  # x, and as much for the vectors of its codes; the codes
+    assign = (vq.vector_quantize, vq.vector_quantize_reference)
+    update = tuple(functools.partial(function, decay=0.99) for function in (vq.codebook_update, vq.codebook_update_reference))
+    averages = codes * (width + 1) * 4  # bytes of one pass over the moving averages
+    moved, labels = vectors * width * item, vectors * 8  # bytes of x, or of the vectors of its codes; of the codes
     size = f"{vectors:,} head-vectors of {width}, {codes} codes"
     assign_bytes = 2 * moved + labels + codes * width * 4
-    update_bytes = moved + labels + 5 * state
+    update_bytes = moved + labels + 5 * averages
     products = 2 * vectors * codes * width
     yield Workload(
         "VQ assign", ("vq_assign",), size, name, assign_bytes, products, "matmul",
-        {
-            "kernel": lambda: assign(vq.vector_quantize),
-            "eager": lambda: assign(reference),
-            "compile": lambda: assign(_compile(reference)),
-            "vector-quantize-pytorch": lambda: peer(training=False),
-        },
+        _against_reference(on("x", "codebook"), *assign) | {"vector-quantize-pytorch": lambda: peer(training=False)},
         (Target(most_us=100, over_eager=20, over_compile=5) if dtype == torch.bfloat16 else Target(most_us=400)) if targets else Target(),
     )  # fmt: skip
     yield Workload(
         "VQ update", ("vq_update",), size, name, update_bytes, vectors * width, "copy",
-        {"kernel": lambda: update(vq.codebook_update), "eager": lambda: update(learn), "compile": lambda: update(_compile(learn))},
+        _against_reference(on("x", "codes", *state), *update),
         Target(most_us=150) if targets else Target(),
     )  # fmt: skip
     yield Workload(
         "VQ assign + update", ("vq_assign", "vq_update"), size, name, assign_bytes + update_bytes, products, "matmul",
-        {
-            "kernel": lambda: train(both(vq.vector_quantize, vq.codebook_update)),
-            "eager": lambda: train(both(reference, learn)),
-            "compile": lambda: train(_compile(both(reference, learn))),
-            "vector-quantize-pytorch": lambda: peer(training=True),
-        },
+        _against_reference(on("x", *state), *map(both, assign, update)) | {"vector-quantize-pytorch": lambda: peer(training=True)},
     )  # fmt: skip
 
 
@@ -191,30 +183,20 @@ def _sticks_workloads(device: torch.device, rows: int, sticks: int, with_kl: boo
 
         return sample
 
-    function, reference = kumaraswamy.kumaraswamy_sticks, kumaraswamy.kumaraswamy_sticks_reference
+    functions = (kumaraswamy.kumaraswamy_sticks, kumaraswamy.kumaraswamy_sticks_reference)
     count, pieces = rows * sticks, rows * (sticks + 1)
     per_row = 8 * rows if with_kl else 0
     forward_bytes = count * (12 + 4 + (4 if with_kl else 0)) + pieces * 8 + per_row
     size, name = f"{rows:,} x {sticks}", "sticks + KL" if with_kl else "sticks"
     yield Workload(
         f"{name} forward", ("kumaraswamy",), size, "float32", forward_bytes, 0, "copy",
-        {
-            "kernel": lambda: forward(function),
-            "eager": lambda: forward(reference),
-            "compile": lambda: forward(_compile(reference)),
-            "torch.distributions (no KL)" if with_kl else "torch.distributions": peer,
-        },
+        _against_reference(forward, *functions) | {"torch.distributions (no KL)" if with_kl else "torch.distributions": peer},
         target,
     )  # fmt: skip
     if with_kl:
         yield Workload(
             f"{name} backward", ("kumaraswamy",), size, "float32", count * (12 + 4 + 8) + pieces * 8 + 2 * per_row, 0, "copy",
-            {
-                "kernel": lambda: backward(function),
-                "eager": lambda: backward(reference),
-                "compile": lambda: backward(_compile(reference)),
-            },
-            target,
+            _against_reference(backward, *functions), target,
         )  # fmt: skip
 
 

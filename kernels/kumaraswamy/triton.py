@@ -223,12 +223,12 @@ def sticks_kernel(
     tl.store(pi + first * K + row * K + column, tl.exp(weight).to(pi.dtype.element_ty), mask=inside)
 
     if KL is not None:
-        by_alpha = first + row if ALPHA_ROWS else start + offset
-        mean = tl.load(alpha + by_alpha, mask=mask, other=1.0).to(tl.float32)
+        at_alpha = first + row if ALPHA_ROWS else start + offset
+        mean = tl.load(alpha + at_alpha, mask=mask, other=1.0).to(tl.float32)
         if log_alpha is None:  # noqa: SIM108 (only one of the branches can be compiled)
             log_mean = _log(mean)
         else:
-            log_mean = tl.load(log_alpha + by_alpha, mask=mask, other=0.0).to(tl.float32)
+            log_mean = tl.load(log_alpha + at_alpha, mask=mask, other=0.0).to(tl.float32)
         common = la + lb + inverse_a_less_1 * _psi_difference(1.0, b) - 1.0 - log_mean
         if KL == "exact":
             total = tl.zeros([BLOCK_ROWS, KP, _LANES], tl.float32)

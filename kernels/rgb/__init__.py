@@ -54,7 +54,7 @@ def _rotate_op_(
         return rotate_reference_([list(gradients)], direction, angles, has_direction, settings, max_norm, result)
     from kernels.rgb import launch  # here, so that machines without Triton have the reference
 
-    gram, c, e, norm = launch.rotation_(gradients, direction, angles, has_direction, **settings, max_norm=max_norm or 0.0)
+    gram, c, e, norm = launch.rotation_(gradients, direction, angles, has_direction, settings, max_norm)
     launch.combine_(gradients, direction, c, e, norm, result)
     return gram, norm
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -29,18 +31,12 @@ def _rows(gradients: Tensor) -> Tensor:
 
 
 def rotation_(
-    gradients: Tensor,
-    direction: Tensor,
-    angles: Tensor,
-    has_direction: Tensor,
-    mu: float,
-    lam: float,
-    alpha_steps: int,
-    lr_inner: float,
-    aggregation: str,
-    max_norm: float,
+    gradients: Tensor, direction: Tensor, angles: Tensor, has_direction: Tensor, settings: dict[str, Any], max_norm: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gram matrix and rotation: (gram, c, e, norm). `angles` and `has_direction` advance unless the norm is not finite."""
+    """Gram matrix and rotation: (gram, c, e, norm). `angles` and `has_direction` advance unless the norm is not finite.
+
+    `settings` are the keyword arguments of `kernels.rgb.rotation_coefficients`.
+    """
     gradients = _rows(gradients)
     n, size = gradients.shape
     arch = architecture(gradients.device)
@@ -56,8 +52,8 @@ def rotation_(
         )  # fmt: skip
         rotation_kernel[(1,)](
             partials, angles, has_direction.view(torch.uint8), gram, c, e, norm, programs,
-            N=n, NP=triton.next_power_of_2(n + 1), MU=mu, LAM=lam, STEPS=alpha_steps, LR=lr_inner,
-            NORM_WEIGHTED=aggregation == "norm_weighted", MAX_NORM=max_norm,
+            N=n, NP=triton.next_power_of_2(n + 1), MU=settings["mu"], LAM=settings["lam"], STEPS=settings["alpha_steps"],
+            LR=settings["lr_inner"], NORM_WEIGHTED=settings["aggregation"] == "norm_weighted", MAX_NORM=max_norm or 0.0,
             **rotation_launch.arguments,
         )  # fmt: skip
     return gram, c, e, norm

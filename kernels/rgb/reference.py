@@ -23,7 +23,7 @@ The publication leaves some cases open. Both forms treat them alike:
 * if mu d_old and (1 - mu) y cancel (length < 1e-3, y the unit vector of the mean), d restarts from y.
 
 Origin: "Preserving Gradient Harmony: A Rotation-Based Gradient Balancing for Multi-Task Conflict Remedy", OpenReview l0QAezg8HX.
-The aggregation by norms is that of AIME's texts; the mean of unit vectors that of its code.
+Aggregation: AIME's description weights the rotated gradients by their norms; its code takes the mean of the unit vectors.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ MAX_ANGLE = math.pi / 2 - 1e-6
 CLIP_EPS = 1e-6  # added to the norm before clipping, as in `torch.nn.utils.clip_grad_norm_`
 AGGREGATIONS = ("norm_weighted", "mean")
 MAX_TASKS = 15  # supported by the kernels
-
-TaskGradients = Tensor | Sequence[Sequence[Tensor | None]]
-
 BLOCK = 1 << 17  # numbers of a vector in a block: its rows fit the cache, and float32 sums stay short
+
+TaskGradients = Tensor | Sequence[Sequence[Tensor | None]]  # [n, P], or for each task one tensor a parameter
 
 
 def parameter_columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
-    """One entry for each parameter tensor: the gradient of every task, or None."""
+    """One entry for each parameter tensor: the gradient of every task, or None. Raises ValueError as `gram_matrix` does."""
     if isinstance(gradients, Tensor):
         if gradients.ndim != 2:
             raise ValueError(f"RGB: task gradients are {list(gradients.shape)}; expected [n, P], or for each task a list of tensors")
@@ -67,6 +66,7 @@ def parameter_columns(gradients: TaskGradients) -> list[list[Tensor | None]]:
 
 
 def first_present(column: list[Tensor | None]) -> Tensor:
+    """A gradient of the parameter, for its shape and dtype."""
     return next(gradient for gradient in column if gradient is not None)
 
 
@@ -193,7 +193,7 @@ def rotation_coefficients(
     one = gram.new_ones(())
     zero = gram.new_zeros(())
 
-    # Norms and cosines; a task without a gradient has zeros in all of them.
+    # Norms and cosines, 0 for a task without a gradient.
     square = gram.diagonal()[:n]
     active = square > MIN_NORM**2  # [n]
     norm = torch.where(active, square, one).sqrt()
@@ -251,7 +251,7 @@ def rotation_coefficients(
 
 
 def _combine_(columns: list[list[Tensor | None]], direction: Tensor, c: Tensor, e: Tensor, finite: Tensor, result: Tensor) -> None:
-    """Second pass over memory: `result` and, if `finite`, `direction` become combinations with coefficients c and e [n+1]."""
+    """Second pass over memory: writes sum_i c_i g_i + c_n d to `result` and, if `finite`, sum_i e_i g_i + e_n d to `direction`."""
     weights = torch.stack([c, e]).to(direction.dtype)  # [2, n+1]
     with torch.autocast(direction.device.type, enabled=False):
         for present, rows, start in _blocks(columns, direction):

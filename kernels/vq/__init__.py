@@ -121,12 +121,12 @@ def _update_op(
     dead_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_shapes(x, codebook)
-    arguments = (x, codes, codebook, cluster_size, embedding_sum, candidates_u, decay, eps, dead_threshold)
+    state, settings = (codebook, cluster_size, embedding_sum), (decay, eps, dead_threshold)
     if _has_kernel(x, codebook):
         from kernels.vq import launch
 
-        return launch.update(*arguments)
-    return tuple(t.contiguous() for t in codebook_update_reference(*arguments))
+        return launch.update(x, codes, state, candidates_u, *settings)
+    return tuple(t.contiguous() for t in codebook_update_reference(x, codes, *state, candidates_u, *settings))
 
 
 @_update_op.register_fake

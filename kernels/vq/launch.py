@@ -85,18 +85,14 @@ def split_rows(rows: int, groups: int) -> int:
 
 
 def update(
-    x: Tensor,
-    codes: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embedding_sum: Tensor,
-    candidates_u: Tensor,
-    decay: float,
-    eps: float,
-    dead_threshold: float,
+    x: Tensor, codes: Tensor, state: tuple[Tensor, ...], candidates_u: Tensor, decay: float, eps: float, dead_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kernels.vq.codebook_update` for x [N, Q, d] in fp32, bf16 or fp16, not empty, and a state in fp32."""
+    """`kernels.vq.codebook_update` for x [N, Q, d] in fp32, bf16 or fp16, not empty, and a state in fp32.
+
+    `state` is (codebook, cluster_size, embedding_sum).
+    """
     rows, heads, width = x.shape
+    codebook, cluster_size, embedding_sum = state
     groups, size, _ = codebook.shape
     x, codes = x.contiguous(), codes.contiguous()
     arch = architecture(x.device)
@@ -108,9 +104,7 @@ def update(
     tiles = triton.cdiv(size, launch.blocks["BLOCK_V"])
     sums = torch.empty(splits, groups, size, width, dtype=torch.float32, device=x.device)
     counts = torch.empty(splits, groups, size, dtype=torch.int32, device=x.device)
-    new_codebook, new_size, new_sum = (
-        torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (codebook, cluster_size, embedding_sum)
-    )
+    new_state = tuple(torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in state)
     histogram = torch.empty(groups, size, dtype=torch.int64, device=x.device)
     with device_of(x):
         sums_kernel[(tiles * triton.cdiv(width, columns["BLOCK_D"]), groups, splits)](
@@ -120,11 +114,11 @@ def update(
         launch = UPDATE[arch]
         update_kernel[(triton.cdiv(size, launch.blocks["BLOCK_V"]), groups)](
             x, sums, counts, cluster_size.contiguous(), embedding_sum.contiguous(), candidates_u.float().contiguous(),
-            new_codebook, new_size, new_sum, histogram, splits, group_rows, groups, size,
+            *new_state, histogram, splits, group_rows, groups, size,
             DECAY=float(decay), EPS=float(eps), THRESHOLD=float(dead_threshold),
             **columns, **launch.arguments,
         )  # fmt: skip
-    return new_codebook, new_size, new_sum, histogram
+    return *new_state, histogram
 
 
 def specialisations(arch: int) -> list[Specialisation]:
