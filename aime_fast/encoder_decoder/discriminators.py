@@ -77,22 +77,25 @@ class TemporalDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """-E log D(x) - E log(1 - D(x_hat)) from logits of any shape."""
+    """-E log D(x) - E log(1 - D(x_hat)), a scalar, from logits [...]."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """-E log D(x_hat), the non-saturating form, from logits."""
+    """-E log D(x_hat), the non-saturating form, a scalar, from logits [...]."""
     return F.softplus(-fake).mean()
 
 
 def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Mean absolute distance of the discriminator's features, level by level (Salimans et al., arXiv 1606.03498)."""
+    """Mean absolute distance of features, averaged over levels, a scalar (Salimans et al., arXiv 1606.03498); real gets no gradient."""
     distances = [full_precision((r.detach() - f).abs().mean()) for r, f in zip(real, fake)]
     return torch.stack(distances).mean()
 
 
 def gradient_penalty(logits: Tensor, frames: Tensor) -> Tensor:
-    """R1: half the squared gradient norm on real frames (Mescheder et al., arXiv 1801.04406); `frames` requires grad."""
+    """R1: half the squared gradient norm on real frames, a scalar (Mescheder et al., arXiv 1801.04406).
+
+    Args: logits of frames [N, 3, H, W], which require grad.
+    """
     (gradient,) = torch.autograd.grad(logits.sum(), frames, create_graph=True)
     return 0.5 * gradient.flatten(1).square().sum(1).mean()

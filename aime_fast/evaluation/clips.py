@@ -87,12 +87,14 @@ class Clips:
 
     @property
     def horizon(self) -> int:
+        """Predicted frames of a clip."""
         return self.pixels.shape[1] - self.context
 
     def __getitem__(self, rows: slice) -> Clips:
         return Clips(self.pixels[rows], self.actions[rows], self.context, None if self.positions is None else self.positions[rows])
 
     def to(self, device: torch.device) -> Clips:
+        """The clips on a device."""
         positions = None if self.positions is None else self.positions.to(device)
         return Clips(self.pixels.to(device), self.actions.to(device), self.context, positions)
 

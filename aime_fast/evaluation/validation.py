@@ -49,8 +49,11 @@ def validate(
 
 @torch.no_grad()
 def evaluate_sequences(model: nn.Module, batches: Iterable[TensorDict], mean_frame: Tensor, codebook_size: int) -> dict[str, dict]:
-    """What is measured on held-out sequences of the trained length: `reconstruction` (see `measures.Reconstruction`, and the
-    teacher-forced token_accuracy) and `calibration` of the one-step prior (see `measures.Calibration`)."""
+    """Measures of held-out sequences of the trained length; arguments as in `validate`.
+
+    Returns: `reconstruction` (see `measures.Reconstruction`, and the teacher-forced token_accuracy), `calibration` of the one-step prior
+    (see `measures.Calibration`).
+    """
     reconstruction, calibration, correct = Reconstruction(mean_frame, codebook_size), Calibration(), 0.0
     for batch in batches:
         video = normalise(batch["pixels"])

@@ -48,7 +48,7 @@ class GammaPosterior(nn.Module):
 
     @staticmethod
     def kl(concentration: Tensor, rate: Tensor) -> Tensor:
-        """KL(Gamma(concentration, rate) || Gamma(1, 1)), elementwise, in nats."""
+        """KL(Gamma(concentration, rate) || Gamma(1, 1)) in nats: [...] twice -> [...]."""
         return (
             (concentration - 1) * torch.special.digamma(concentration)
             - torch.lgamma(concentration)

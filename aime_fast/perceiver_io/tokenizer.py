@@ -111,7 +111,7 @@ class VQPTTokenizer(nn.Module):
         )  # fmt: skip
 
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
-        """`Tokens.cache` before a first frame: zeros."""
+        """`Tokens.cache` before a first frame: zeros [batch, C, h, w]."""
         like = self.quantizer.codebook
         return tuple(torch.zeros(batch, *shape, device=like.device, dtype=like.dtype) for shape in self.cache_shapes)
 

@@ -114,7 +114,7 @@ class GradientRows:
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """The axes of a dense tensor from the slowest to the fastest in memory. Raises ValueError if its memory has gaps or overlaps."""
+    """The axes of a dense tensor [...], slowest in memory first. Raises ValueError if its memory has gaps or overlaps."""
     order = tuple(sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis)))
     if not tensor.permute(order).is_contiguous():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense; make it contiguous first")

@@ -12,7 +12,7 @@ from aime_fast.errors import NonFiniteError
 
 
 def check_tensor(name: str, tensor: Tensor, step: int | None = None) -> Tensor:
-    """Return `tensor` if every element is finite. Waits for the device: meant for finding a fault, not for the loop.
+    """Return `tensor` [...] if every element is finite. Waits for the device: for finding a fault, not for the loop.
 
     Raises:
         NonFiniteError: "latents at step 12: 3 of 960 elements are not finite (2 nan, 1 inf), the first at index (0, 4, 2)".

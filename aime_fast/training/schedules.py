@@ -43,16 +43,6 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The same value at every step."""
-
-    value: float
-
-    def __call__(self, step: int) -> float:
-        return self.value
-
-
-@dataclass(frozen=True)
 class Cosine:
     """Half a cosine from `value` at step 0 down to 0 at step `steps`. More steps on a resume stretch it."""
 
@@ -65,6 +55,6 @@ class Cosine:
 
 def learning_rate(optim: OptimConfig, total_steps: int) -> Schedule:
     """The schedule of the generator's learning rate; the perceiver's is this times `optim.perceiver_lr_scale`."""
-    after = Cosine(optim.learning_rate, total_steps) if optim.schedule == "cosine" else Constant(optim.learning_rate)
+    after = Cosine(optim.learning_rate, total_steps) if optim.schedule == "cosine" else lambda step: optim.learning_rate
     rise = Warmup(1.0, optim.lr_warmup_steps)
     return lambda step: rise(step + 1) * after(step)

@@ -203,7 +203,7 @@ class TrainingStep:
     def apply_gradients(
         self, gradients: Gradients, metrics: dict[str, Tensor], learnt_before: list[Tensor], learning_rate: Tensor
     ) -> dict[str, Tensor]:
-        """Gradients -> new weights; returns further metrics. `learnt_before`: the learnt buffers as they were before the update."""
+        """Gradients -> new weights. `learnt_before`: the learnt buffers before the update. Returns further metrics, scalars by name."""
         optim, (tasks, discriminator) = self.config.optim, gradients
         checked = {name: metrics[name] for name in CHECKED if name in metrics}
         if discriminator is not None:

@@ -92,7 +92,7 @@ class DMCVBTrainer:
         self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
         self.own_tokens = Warmup(config.optim.own_tokens, config.optim.own_tokens_warmup_epochs * self.updates_per_epoch)
         self.overshoot = Warmup(1.0, config.optim.overshoot_warmup_epochs * self.updates_per_epoch)
-        self.plays_adversary = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
+        self.has_adversarial_task = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
         self.learning_rate = learning_rate(config.optim, self.total_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
         # Whether an update was made is known on the device. On a CPU it is read each time, at no cost; on CUDA with the metrics.
@@ -161,7 +161,7 @@ class DMCVBTrainer:
             beta=torch.full((), self.beta(self.step), device=self.device),
             learning_rate=torch.full((), self.learning_rate(self.step), device=self.device),
             train_discriminator=self.trains_discriminator(self.step + 1),
-            adversarial=self.plays_adversary(self.step),
+            adversarial=self.has_adversarial_task(self.step),
             own_tokens=torch.full((), self.own_tokens(self.step), device=self.device),
             overshoot=torch.full((), self.overshoot(self.step), device=self.device),
         )
