@@ -4,12 +4,7 @@ Each folder holds one operation. Its plain PyTorch reference is the specificatio
 `fullgraph=True`, and does not synchronise with the device. This package imports nothing of `aime_fast`.
 """
 
-from kernels.kumaraswamy import (
-    kumaraswamy_beta_kl,
-    kumaraswamy_log_mean,
-    kumaraswamy_mean_sticks,
-    kumaraswamy_sticks,
-)
+from kernels.kumaraswamy import kumaraswamy_beta_kl, kumaraswamy_log_mean, kumaraswamy_mean_sticks, kumaraswamy_sticks
 from kernels.rgb import gram_matrix, rgb_rotate, rgb_rotate_, rotation_coefficients
 from kernels.rgb.direct import rgb_direct
 from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, vector_quantize

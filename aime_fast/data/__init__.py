@@ -7,13 +7,4 @@ from aime_fast.data.dataset import DMCVBDataset
 from aime_fast.data.episodes import EpisodeWriter
 from aime_fast.data.synthetic import SyntheticEpisodes
 
-__all__ = [
-    "DMCVBDataset",
-    "EpisodeWriter",
-    "SequenceBatches",
-    "SyntheticEpisodes",
-    "augment",
-    "collect",
-    "make_batches",
-    "normalise",
-]
+__all__ = ["DMCVBDataset", "EpisodeWriter", "SequenceBatches", "SyntheticEpisodes", "augment", "collect", "make_batches", "normalise"]

@@ -241,13 +241,7 @@ def _progress_bar(episodes: int, show: bool) -> Iterator[Callable[[int], None]]:
     """Draw a bar with frames per second; yields a function to call with the number of frames of each written episode."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("collecting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("episodes"),
-        TextColumn("{task.fields[rate]}"),
-    )
+    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
         task = bar.add_task("collecting", total=episodes, rate="")
         began = time.perf_counter()

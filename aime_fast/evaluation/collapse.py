@@ -105,10 +105,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
         one_component,
         "raise --entropy-weight, or --beta-warmup-epochs so that components separate before the KL has weight",
     ),
-    "slots_alike": (
-        slots_alike,
-        "keep --enforce-diversity on, raise --slot-iterations, or take a smaller --num-attention-slots",
-    ),
+    "slots_alike": (slots_alike, "keep --enforce-diversity on, raise --slot-iterations, or take a smaller --num-attention-slots"),
     "kl_at_zero": (
         kl_at_zero,
         "raise --beta-warmup-epochs, lower --beta, or lower --likelihood-std so that details of a frame are worth their nats",

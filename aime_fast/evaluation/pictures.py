@@ -125,12 +125,7 @@ def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
 
     frames = F.pad(frames, (0, 0, 0, frames.shape[2] % 2, 0, frames.shape[1] % 2))
     writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (frames.shape[2], frames.shape[1]),
-        fps=frames_per_second,
-        macro_block_size=2,
-        quality=8,
-        ffmpeg_log_level="error",
+        str(path), (frames.shape[2], frames.shape[1]), fps=frames_per_second, macro_block_size=2, quality=8, ffmpeg_log_level="error"
     )
     writer.send(None)
     try:

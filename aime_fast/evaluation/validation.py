@@ -64,7 +64,4 @@ def evaluate_sequences(model: nn.Module, batches: Iterable[TensorDict], mean_fra
         calibration.update(outputs, start)
         correct += outputs["token_accuracy"].item() * video.shape[:2].numel()
     measured = reconstruction.compute()
-    return {
-        "reconstruction": measured | {"token_accuracy": correct / reconstruction.frames},
-        "calibration": calibration.compute(),
-    }
+    return {"reconstruction": measured | {"token_accuracy": correct / reconstruction.frames}, "calibration": calibration.compute()}

@@ -40,10 +40,7 @@ class GammaPosterior(nn.Module):
         log_concentration, log_rate = (LOG_BOUND * torch.tanh(raw / LOG_BOUND)).unbind(-1)
         concentration = log_concentration.exp()
         return GammaPosteriorOutput(
-            concentration,
-            log_rate.exp(),
-            (log_concentration - log_rate).exp(),
-            torch.special.digamma(concentration) - log_rate,
+            concentration, log_rate.exp(), (log_concentration - log_rate).exp(), torch.special.digamma(concentration) - log_rate
         )
 
     @staticmethod

@@ -41,8 +41,8 @@ class VectorQuantizer(nn.Module):
         code_dim: int = ModelConfig.code_dim,
         share_codebook: bool = ModelConfig.share_codebook,
         decay: float = ModelConfig.codebook_decay,
-        eps: float = 1e-5,
-        dead_threshold: float = 2.0,
+        eps: float = vq.EPS,
+        dead_threshold: float = vq.DEAD_THRESHOLD,
     ):
         super().__init__()
         self.heads, self.codebook_size, self.code_dim = heads, codebook_size, code_dim

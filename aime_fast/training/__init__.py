@@ -6,11 +6,4 @@ from aime_fast.training.interrupts import TrainingInterrupted
 from aime_fast.training.step import TrainingStep
 from aime_fast.training.trainer import DMCVBTrainer
 
-__all__ = [
-    "DMCVBTrainer",
-    "TrainingInterrupted",
-    "TrainingStep",
-    "check_tensor",
-    "latest_checkpoint",
-    "load_model",
-]
+__all__ = ["DMCVBTrainer", "TrainingInterrupted", "TrainingStep", "check_tensor", "latest_checkpoint", "load_model"]

@@ -67,12 +67,7 @@ class Logger:
             identity.write_text(uuid.uuid4().hex[:8])
         try:
             return wandb.init(
-                project="aime_fast",
-                name=run_dir.name,
-                id=identity.read_text(),
-                resume="allow",
-                dir=run_dir,
-                config=to_dict(config),
+                project="aime_fast", name=run_dir.name, id=identity.read_text(), resume="allow", dir=run_dir, config=to_dict(config)
             )
         except wandb.Error as error:
             raise ConfigError(f"--logger wandb: {error}; log in with: wandb login, or set WANDB_MODE=offline") from error
@@ -133,10 +128,7 @@ class Console:
             except ImportError:
                 return
             self._progress = progress.Progress(
-                progress.TextColumn("training"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeRemainingColumn(),
+                progress.TextColumn("training"), progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
             )
             self._task = self._progress.add_task("training", total=total_steps, completed=step)
             self._progress.start()
@@ -198,11 +190,5 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
         first = json.loads(path.read_text(encoding="utf-8"))
         now = first | {"resumed": [*first.get("resumed", []), now]}
     path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(_plain(to_dict(config)), sort_keys=False), encoding="utf-8")
-
-
-def _plain(values: Any) -> Any:
-    """Tuples as lists, which YAML has."""
-    if isinstance(values, dict):
-        return {name: _plain(value) for name, value in values.items()}
-    return [_plain(value) for value in values] if isinstance(values, (tuple, list)) else values
+    settings = json.loads(json.dumps(to_dict(config)))  # tuples as lists, which YAML has
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

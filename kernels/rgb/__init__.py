@@ -22,16 +22,7 @@ from kernels.rgb.reference import (
     rotation_coefficients,
 )
 
-__all__ = [
-    "AGGREGATIONS",
-    "MAX_TASKS",
-    "MIN_NORM",
-    "TaskGradients",
-    "gram_matrix",
-    "rgb_rotate",
-    "rgb_rotate_",
-    "rotation_coefficients",
-]
+__all__ = ["AGGREGATIONS", "MAX_TASKS", "MIN_NORM", "TaskGradients", "gram_matrix", "rgb_rotate", "rgb_rotate_", "rotation_coefficients"]
 
 
 @torch.library.custom_op("aime_fast::rgb_rotate_", mutates_args=("direction", "angles", "has_direction", "result"))

@@ -157,15 +157,7 @@ def _gram(columns: list[list[Tensor | None]], direction: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rotation_coefficients(
-    gram: Tensor,
-    angles: Tensor,
-    has_direction: Tensor,
-    *,
-    mu: float,
-    lam: float,
-    alpha_steps: int,
-    lr_inner: float,
-    aggregation: str,
+    gram: Tensor, angles: Tensor, has_direction: Tensor, *, mu: float, lam: float, alpha_steps: int, lr_inner: float, aggregation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RGB in the space of the n + 1 vectors.
 

@@ -75,10 +75,7 @@ def test_two_workers_play_different_episodes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ("--domain", "walker", "--task", "swim"),
-            "error: --task swim: domain walker has no such task; choose one of stand, walk, run",
-        ),
+        (("--domain", "walker", "--task", "swim"), "error: --task swim: domain walker has no such task; choose one of stand, walk, run"),
         (("--tier", "7"), "error: --tier 7: there is no such tier; choose one of 1, 2, 3, debug"),
         (("--policy", "expert"), "--policy"),
     ],

@@ -142,10 +142,7 @@ BAD_FILES = {
     "attribute missing": (attribute("task", None), "attribute 'task' is missing"),
     "another domain": (attribute("domain", "walker"), "'domain' is walker, expected cartpole; pass --domain walker"),
     "another task": (attribute("task", "balance"), "'task' is balance, expected swingup; pass --task balance"),
-    "another quality": (
-        attribute("render_quality", "full"),
-        "'render_quality' is full, expected fast; pass --render-quality full",
-    ),
+    "another quality": (attribute("render_quality", "full"), "'render_quality' is full, expected fast; pass --render-quality full"),
     "another frame skip": (attribute("frame_skip", 2), "'frame_skip' is 2, expected 4; pass --frame-skip 2"),
     "another action width": (attribute("action_dim", 3), "'action_dim' is 3, expected 2"),
     "no episode": (remove("*"), "no group 'episode_00000'"),
@@ -162,10 +159,7 @@ BAD_FILES = {
         replace("action", lambda x: x[:, :1]),
         r"'episode_00001/action' has shape \[40, 1\], expected float32 \[40, 2\]",
     ),
-    "too few rewards": (
-        replace("reward", lambda x: x[:-1]),
-        r"'episode_00001/reward' has shape \[39\], expected float32 \[40\]",
-    ),
+    "too few rewards": (replace("reward", lambda x: x[:-1]), r"'episode_00001/reward' has shape \[39\], expected float32 \[40\]"),
     "no frames": (replace("pixels", lambda x: x[:0]), r"has shape \[0, 8, 8, 3\]"),
     "action out of range": (
         replace("action", lambda x: set_item(x, 7, 1.5)),

@@ -12,12 +12,11 @@ from tensordict import TensorDict
 from aime_fast.config import preset
 from aime_fast.data import make_batches, normalise
 from aime_fast.evaluation import open_loop as evaluation
-from aime_fast.evaluation.measures import MAX_PSNR
 from aime_fast.evaluation.clips import Clips, cut_clips
+from aime_fast.evaluation.measures import MAX_PSNR
 from aime_fast.evaluation.open_loop import evaluate_prediction, predict_tokens
-from aime_fast.evaluation.validation import evaluate_sequences
 from aime_fast.evaluation.positions import PositionReader
-from aime_fast.evaluation.validation import validate
+from aime_fast.evaluation.validation import evaluate_sequences, validate
 from aime_fast.multi_task_learning import LossAggregator
 
 CONTEXT, HORIZON = 2, 16

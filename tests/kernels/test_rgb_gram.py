@@ -28,13 +28,7 @@ def make(kinds, generator, size=SIZE):
         fresh = torch.randn(size, generator=generator, dtype=torch.float64) * 10 ** torch.randint(-2, 3, (), generator=generator)
         previous = rows[-1] if rows else fresh
         rows.append(
-            {
-                "random": fresh,
-                "zero": torch.zeros_like(fresh),
-                "equal": previous,
-                "opposite": -2 * previous,
-                "tiny": 1e-9 * fresh,
-            }[kind]
+            {"random": fresh, "zero": torch.zeros_like(fresh), "equal": previous, "opposite": -2 * previous, "tiny": 1e-9 * fresh}[kind]
         )
     return torch.stack(rows)
 

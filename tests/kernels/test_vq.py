@@ -146,12 +146,7 @@ def test_compiles_whole():
     def step(x, codebook, size, total, flag, u):
         codebook, size, total, flag = initialise_codebook(x, codebook, size, total, flag, u)
         quantized, codes, commitment = vector_quantize(x, codebook)
-        return (
-            quantized,
-            commitment,
-            *(update := codebook_update(x, codes, codebook, size, total, u, DECAY)),
-            *codebook_usage(update[3]),
-        )
+        return (quantized, commitment, *(update := codebook_update(x, codes, codebook, size, total, u, DECAY)), *codebook_usage(update[3]))
 
     arguments = (x, codebook, torch.zeros(2, 8).double(), torch.zeros(2, 8, 4).double(), torch.tensor(False), u)
     for compiled, eager in zip(torch.compile(step, fullgraph=True)(*arguments), step(*arguments)):

@@ -132,18 +132,7 @@ def test_tensorboard_and_wandb_write_offline(tmp_path, monkeypatch):
 
 
 def test_sigterm_saves_and_a_resume_goes_on(tmp_path):
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "aime_fast.train",
-        "--tier",
-        "debug",
-        "--data",
-        "synthetic",
-        "--run-dir",
-        str(tmp_path),
-    ]
+    command = [sys.executable, "-u", "-m", "aime_fast.train", "--tier", "debug", "--data", "synthetic", "--run-dir", str(tmp_path)]
     with subprocess.Popen(
         [*command, "--steps", "100000", "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -177,9 +166,7 @@ def test_sigterm_saves_and_a_resume_goes_on(tmp_path):
         (["--threads", "0"], "--threads 0"),
         (["--latent-dim", "many"], "latent-dim"),
         pytest.param(
-            ["--device", "cuda"],
-            "--device cpu",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+            ["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
         ),
     ],
 )

@@ -17,7 +17,7 @@ from kernels import backend, rgb
 from profiling import aot, bench, bench_kernels, cases, check, suite
 from profiling.workloads import Target, Unavailable, Workload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -326,18 +326,7 @@ def test_suite_keeps_within_nine_minutes():
 
 
 def test_harness_needs_little_but_pytorch():
-    missing = (
-        "dm_control",
-        "mujoco",
-        "torchrl",
-        "tensordict",
-        "tyro",
-        "wandb",
-        "rich",
-        "matplotlib",
-        "vector_quantize_pytorch",
-        "torchjd",
-    )
+    missing = ("dm_control", "mujoco", "torchrl", "tensordict", "tyro", "wandb", "rich", "matplotlib", "vector_quantize_pytorch", "torchjd")
     program = f"""
 import sys
 class Absent:

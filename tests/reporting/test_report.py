@@ -141,8 +141,7 @@ def test_a_run_without_checkpoint_is_reported_without_pictures(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("nowhere",), "nowhere: no run here, metrics.jsonl is missing"), (("nowhere", "--outt", "x"), "--outt")],
+    ("arguments", "message"), [(("nowhere",), "nowhere: no run here, metrics.jsonl is missing"), (("nowhere", "--outt", "x"), "--outt")]
 )
 def test_a_wrong_run_is_one_line(tmp_path, arguments, message):
     done = run_command("report", *arguments, cwd=tmp_path)
