@@ -73,7 +73,7 @@ def fail(message: object, status: int = UserError.status) -> NoReturn:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Call `main()`; turn errors that the user can mend into one line on stderr and their exit status, Ctrl-C into status 130.
+    """Call `main()`; turn errors that the user can fix into one line on stderr and their exit status, Ctrl-C into status 130.
 
     These are `UserError` and `FileNotFoundError`; any other error is a fault of the program and keeps its traceback. SIGTERM, which
     batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own.

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, each with the exit status of a command that it ends."""
+"""Errors that a user can fix, each with the exit status of the command that it ends."""
 
 from __future__ import annotations
 

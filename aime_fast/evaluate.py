@@ -134,7 +134,7 @@ def held_out(
     dataset = DMCVBDataset(data.data, data.sequence_length)
     episodes = [dataset.read_episode(validation.episodes[i]) for i in chosen]
     if not dataset.position_names:
-        return episodes, f"not measured: {data.data} has no 'positions'; collect the data anew with this version"
+        return episodes, f"not measured: {data.data} has no 'positions'; collect the data again with this version"
     return episodes, make_reader(dataset, training.episodes, training.device)
 
 

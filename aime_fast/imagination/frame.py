@@ -139,7 +139,7 @@ def _recur(model: nn.Module, latents: Tensor, delta: Tensor, context: Tensor, ac
 
 
 def _restart(model: nn.Module, state: State, init: Tensor) -> State:
-    """Empties the state of the batch rows where an episode begins. Perception is told of `init` itself, so its cache stays."""
+    """Empties the state of the batch rows where an episode begins. Perception gets `init` itself, so its cache stays."""
     empty = initial_state(model, init.shape[0])
     names = ("lstm", "hidden", "latents", "delta", "fresh", "context", "attention")
     pairs = {name: (getattr(empty, name), getattr(state, name)) for name in names}

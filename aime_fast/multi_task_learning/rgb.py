@@ -90,7 +90,7 @@ class RGB(nn.Module):
             dtype = torch.float64 if known[0].dtype == torch.float64 else torch.float32
             self.reset(tasks, numbers, known[0].device, dtype)
         if self.angles.numel() != tasks:
-            raise ValueError(f"RGB: {tasks} tasks, but the state is that of {self.angles.numel()}; call reset() to start anew")
+            raise ValueError(f"RGB: {tasks} tasks, but the state is that of {self.angles.numel()}; call reset() to start again")
         if self.direction.device != known[0].device:
             self.to(known[0].device)
         self.device = self.direction.device

@@ -22,7 +22,7 @@ FORMAT = 5
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the latent phase, which
-# is then run anew.
+# is then run again.
 MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
@@ -113,7 +113,7 @@ def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=
             return path, read_checkpoint(path, device)
         except CheckpointError as error:
             report(f"{error}; trying the one before")
-    raise CheckpointError(f"{run_dir}: every checkpoint is damaged; start anew in another --run-dir")
+    raise CheckpointError(f"{run_dir}: every checkpoint is damaged; start again in another --run-dir")
 
 
 def check_same_config(saved: dict[str, Any], config: Config) -> None:

@@ -190,7 +190,7 @@ class DMCVBTrainer:
         if self.config.run.on_nan == "stop":
             raise NonFiniteError(
                 f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over "
-                "such updates; if it comes back, start anew with a lower --learning-rate or with --precision fp32"
+                "such updates; if it comes back, start again with a lower --learning-rate or with --precision fp32"
             )
         self.skipped = report.skipped
         self.console.line(f"skipped the update: {error}")
@@ -255,7 +255,7 @@ class DMCVBTrainer:
         return {"step": self.step, **optim}
 
     def _train_latent_phase(self, stop: StopSignals) -> None:
-        """Runs the latent phase on the averaged weights. Stopped half-way, it restores them and begins anew when resumed."""
+        """Runs the latent phase on the averaged weights. Stopped half-way, it restores them and starts again when resumed."""
         optim, began = self.config.optim, time.perf_counter()
         self._undo_latent_phase()
         modules = trained_modules(self.ema)
