@@ -175,12 +175,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, inferred = self._infer(video, actions, start)
+        tokens, inferred = self._infer(video, actions, start, learn=self.training)
         q, p = inferred.posterior, inferred.prior
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
             decoded = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)
             terms["token_reconstruction"] = F.mse_loss(full_precision(decoded), video)
+        if self.training:  # context and decoder have read the codebook: only now may it change
+            self.perceiver_io.tokenizer.learn(tokens)
         with span("perceiver_io: predictor"):
             predictor = self.perceiver_io.predictor
             terms["next_token"], terms["token_accuracy"] = predictor.loss(tokens.codes, inferred.context, actions, start, own_tokens)
@@ -208,11 +210,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     forward_sequence = forward = _as_tensordict(infer_and_score)
 
-    def _infer(self, video: Tensor, actions: Tensor, start: Tensor) -> tuple[Tokens, Inference]:
-        """Everything but the losses; only the recurrence in `predict_latents` is sequential."""
+    def _infer(self, video: Tensor, actions: Tensor, start: Tensor, learn: bool = False) -> tuple[Tokens, Inference]:
+        """Everything but the losses; only the recurrence in `predict_latents` is sequential. See `VQPTTokenizer.tokenize` for `learn`."""
         shape, flat = start.shape, video.flatten(0, 1)
         with span("perceiver_io: tokenizer"):
-            tokens = self.perceiver_io.tokenizer.tokenize(video, start)
+            tokens = self.perceiver_io.tokenizer.tokenize(video, start, learn=learn)
         with span("perceiver_io: context"):
             context = self.perceiver_io.context(tokens.codes, start)
         with span("encoder_decoder: encoder"):

@@ -218,6 +218,45 @@ def test_encode_and_extract_context_agree_with_forward_sequence(model):
     torch.testing.assert_close(model.reconstruct(video, actions), out["reconstructions"])
 
 
+INFERENCE = {
+    "predict_future": lambda m, video, actions: m.predict_future(video, actions, actions),
+    "encode": lambda m, video, actions: m.encode(video),
+    "reconstruct": lambda m, video, actions: m.reconstruct(video, actions),
+    "extract_context": lambda m, video, actions: m.extract_context(video),
+    "infer": lambda m, video, actions: m.infer(video, actions),
+    "step": lambda m, video, actions: m.step(video[:, 0], actions[:, 0], m.initial_state(len(video))),
+    "tokenizer": lambda m, video, actions: m.perceiver_io.tokenizer.encode(video),
+    "generate_autoregressive": lambda m, video, actions: m.perceiver_io.generate_autoregressive(video[:, :3], actions, 2),
+}
+
+
+def codebook_state(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.perceiver_io.tokenizer.quantizer.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_inference_in_training_mode_leaves_the_codebook_alone(name, fresh):
+    model = make_model().train()
+    if fresh:
+        model.perceiver_io.tokenizer.quantizer.initialised.zero_()
+    video, actions = make_batch(model, 2, 4, seed=5)
+    before = codebook_state(model)
+    INFERENCE[name](model, video, actions)
+    assert all(torch.equal(before[key], value) for key, value in codebook_state(model).items())
+
+
+def test_forward_sequence_learns_after_context_and_decoder_have_read_the_codebook():
+    model = make_model().train()
+    video, actions = make_batch(model, 2, 4, seed=5)
+    before = codebook_state(model)
+    with torch.no_grad():
+        expected = model.extract_context(video)
+        out = model.forward_sequence(video, actions)
+    assert any(not torch.equal(before[key], value) for key, value in codebook_state(model).items())
+    torch.testing.assert_close(out["context"], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_public_constructor_takes_the_arguments_that_users_type():
     from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 

@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Q heads with V codes of width d each, or one codebook that all heads share.
 
-    In training mode each call updates the codebook. The first call sets every code to a vector of that batch.
+    Quantising never changes the codebook: a training step calls `initialise` before and `learn` after it.
 
     Args: decay of the moving averages; eps, Laplace smoothing of the counts; dead_threshold, the average count below which a code is
     replaced.
@@ -55,15 +55,9 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Quantized:
         """x [N, Q, d] -> `Quantized`."""
-        if self.training:
-            with torch.no_grad():
-                self._initialise(x.detach())
         vectors, codes, commitment = vq.vector_quantize(x, self.codebook)
         with torch.no_grad():
-            if self.training:
-                counts = self._learn(x.detach(), codes)
-            else:
-                counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
+            counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
             perplexity, usage = vq.codebook_usage(counts)
         return Quantized(vectors, codes, commitment, perplexity, usage)
 
@@ -72,18 +66,20 @@ class VectorQuantizer(nn.Module):
         head = torch.arange(self.heads, device=codes.device) % self.codebook.shape[0]
         return self.codebook[head, codes]
 
-    def _initialise(self, x: Tensor) -> None:
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """At the first call, set every code to a vector of x [N, Q, d]."""
         u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
         state = vq.initialise_codebook(x, self.codebook, self.cluster_size, self.embedding_sum, self.initialised, u, self.dead_threshold)
         for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum, self.initialised), state):
             buffer.copy_(value)
 
-    def _learn(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Update the codebook by a batch x [N, Q, d] and its codes; returns how often each code was chosen, int64 [Q|1, V]."""
+    @torch.no_grad()
+    def learn(self, x: Tensor, codes: Tensor) -> None:
+        """Update the codebook by a batch x [N, Q, d] and its codes int64 [N, Q]."""
         u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
-        *state, counts = vq.codebook_update(
+        *state, _ = vq.codebook_update(
             x, codes, self.codebook, self.cluster_size, self.embedding_sum, u, self.decay, self.eps, self.dead_threshold
         )
         for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum), state):
             buffer.copy_(value)
-        return counts

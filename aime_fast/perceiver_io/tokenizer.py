@@ -68,6 +68,7 @@ class Tokens(NamedTuple):
     perplexity: Tensor  # scalar, of the codes of this batch
     usage: Tensor  # scalar, share of codes in use in this batch
     cache: tuple[Tensor, ...]  # [B, C, h, w] each, of the encoder's causal convolutions after the last frame
+    vectors: Tensor  # [B * T * Ht * Wt, Q, d], before quantisation, without gradient
 
 
 class VQPTTokenizer(nn.Module):
@@ -115,10 +116,11 @@ class VQPTTokenizer(nn.Module):
         like = self.quantizer.codebook
         return tuple(torch.zeros(batch, *shape, device=like.device, dtype=like.dtype) for shape in self.cache_shapes)
 
-    def tokenize(self, video: Tensor, start: Tensor, cache: tuple[Tensor, ...] | None = None) -> Tokens:
-        """video [B, T, 3, H, W] in [-1, 1], start bool [B, T] -> `Tokens`. In training mode it updates the codebook.
+    def tokenize(self, video: Tensor, start: Tensor, cache: tuple[Tensor, ...] | None = None, learn: bool = False) -> Tokens:
+        """video [B, T, 3, H, W] in [-1, 1], start bool [B, T] -> `Tokens`.
 
-        With the cache of the frames before, `video` continues them: T frames at once or one by one give the same tokens.
+        With the cache of the frames before, `video` continues them: T frames at once or one by one give the same tokens. With `learn` an
+        uninitialised codebook is initialised by the video; `learn` itself is to be called when nothing reads this codebook any more.
         """
         batch, frames = video.shape[:2]
         x = self.stem(video.flatten(0, 1).contiguous(memory_format=torch.channels_last))
@@ -127,13 +129,19 @@ class VQPTTokenizer(nn.Module):
             x, after = layer(x, start, before)
             caches.append(after)
         vectors = rearrange(self.to_codes(x), "n (q d) h w -> (n h w) q d", q=self.quantizer.heads)
+        if learn:
+            self.quantizer.initialise(vectors.detach())
         quantized = self.quantizer(vectors)
         grid = dict(b=batch, t=frames, h=self.grid, w=self.grid)
         return Tokens(
             rearrange(quantized.codes, "(b t h w) q -> b t h w q", **grid),
             rearrange(quantized.vectors, "(b t h w) q d -> b t h w (q d)", **grid),
-            quantized.commitment, quantized.perplexity, quantized.usage, tuple(caches),
+            quantized.commitment, quantized.perplexity, quantized.usage, tuple(caches), vectors.detach(),
         )  # fmt: skip
+
+    def learn(self, tokens: Tokens) -> None:
+        """Update the codebook by the tokens of a batch."""
+        self.quantizer.learn(tokens.vectors, tokens.codes.flatten(0, -2))
 
     def encode(self, video: Tensor, is_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """video [B, T, 3, H, W] in [-1, 1] -> (tokens int64 [B, T, Ht, Wt, Q], vq_loss scalar, perplexity scalar)."""

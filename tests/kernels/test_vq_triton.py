@@ -317,7 +317,9 @@ def test_quantizer_learns_the_same():
         quantizer = VectorQuantizer(heads=2, codebook_size=9, code_dim=4, decay=0.8).to(DEVICE)
         for _ in range(3):
             x = torch.randn(40, 2, 4, device=DEVICE)
+            quantizer.initialise(x)
             got = quantizer(x)
+            quantizer.learn(x, got.codes)
         results.append((*got, *quantizer.state_dict().values()))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
