@@ -15,6 +15,25 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def to_frames(pixels: Tensor, dtype: torch.dtype = torch.float32, check: bool = True) -> Tensor:
+    """The one rule for pixels: uint8, or float in [-1, 1], of any shape -> `dtype` in [-1, 1]; 0 becomes -1, 255 becomes 1.
+
+    `check` reads the range of floats, which waits for the device: inside a compiled or captured step it is left out.
+
+    Raises:
+        ValueError: another dtype, or floats outside [-1, 1].
+    """
+    if pixels.dtype == torch.uint8:
+        return pixels.to(dtype) / 127.5 - 1.0
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels are {pixels.dtype}, expected uint8, or float in [-1, 1]")
+    if check and not torch.compiler.is_compiling() and pixels.numel():
+        low, high = (x.item() for x in pixels.detach().aminmax())
+        if not (low >= -1.001 and high <= 1.001):
+            raise ValueError(f"pixels are floats in [{low:g}, {high:g}], expected [-1, 1]; give uint8, or divide by 127.5 and subtract 1")
+    return pixels.to(dtype)
+
+
 def outside_autocast(x: Tensor) -> torch.autocast:
     """A context in which matrix products of x's device keep their inputs' precision. Inputs leave through `full_precision`."""
     return torch.autocast(x.device.type, enabled=False)

@@ -32,7 +32,7 @@ from aime_fast.imagination import frame as imagination
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.overshooting import pixel_overshooting
 from aime_fast.imagination.sequence import Inference, predict_latents, sample_latents
-from aime_fast.layers import emphasise_last, full_precision, previous, starts
+from aime_fast.layers import emphasise_last, full_precision, previous, starts, to_frames
 from aime_fast.multi_task_learning import losses
 from aime_fast.perceiver_io import CausalPerceiverIO
 from aime_fast.perceiver_io.context import PerceptionCache
@@ -43,11 +43,11 @@ from aime_fast.temporal_dynamics import ContextPrior, LSTMLayer
 
 
 def _as_tensordict(method: Callable[..., dict[str, Tensor]]) -> Callable[..., TensorDict]:
-    """The method with the same arguments and its dictionary as a TensorDict without batch size."""
+    """The method with the same arguments, its observations checked, its dictionary as a TensorDict without batch size."""
 
     @functools.wraps(method)
-    def wrapped(*arguments: Any, **options: Any) -> TensorDict:
-        return TensorDict(method(*arguments, **options), batch_size=[])
+    def wrapped(self: nn.Module, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
+        return TensorDict(method(self, self._frames(observations), *arguments, **options), batch_size=[])
 
     return wrapped
 
@@ -172,7 +172,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         Raises:
             ValueError: a shape does not fit the model.
         """
-        video = self._frames(observations)
+        video = self._frames(observations, check=False)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
         tokens, inferred = self._infer(video, actions, start, learn=self.training)
@@ -253,7 +253,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
         Returns: (scalar, scalars by name).
         """
-        real, fake, z = self._frames(observations), outputs["reconstructions"].detach(), outputs["latents"].detach()
+        real, fake, z = self._frames(observations, check=False), outputs["reconstructions"].detach(), outputs["latents"].detach()
         real_frames = real.flatten(0, 1).requires_grad_(gradient_penalty > 0)
         image_real, _ = self.image_discriminator(real_frames)
         image_fake, _ = self.image_discriminator(fake.flatten(0, 1))
@@ -374,13 +374,12 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         out, _ = self.roll_out(self, future_actions, match_layout(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 
-    def _frames(self, observations: Tensor) -> Tensor:
-        """uint8 or float frames -> float in [-1, 1], of the model's precision."""
+    def _frames(self, observations: Tensor, check: bool = True) -> Tensor:
+        """uint8 or float frames [B, T, 3, H, W] -> float in [-1, 1], of the model's precision; see `to_frames`."""
         expected = (3, self.image_size, self.image_size)
         if observations.dim() != 5 or tuple(observations.shape[2:]) != expected:
             raise ValueError(f"observations have shape {tuple(observations.shape)}, expected [B, T, {', '.join(map(str, expected))}]")
-        dtype = self.decoder.background.dtype
-        return observations.to(dtype) / 127.5 - 1.0 if observations.dtype == torch.uint8 else observations.to(dtype)
+        return to_frames(observations, self.decoder.background.dtype, check)
 
     def _check_actions(self, actions: Tensor, batch: int, frames: int) -> None:
         expected = (batch, frames, self.action_dim)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
 from aime_fast.encoder_decoder.keypoints import SpatialSoftmax
-from aime_fast.layers import MLP, ResidualCell, downsample, full_precision, group_norm, halvings, outside_autocast
+from aime_fast.layers import MLP, ResidualCell, downsample, full_precision, group_norm, halvings, outside_autocast, to_frames
 
 LOGVAR_BOUND = 8.0  # log-variances are bounded smoothly to [-8, 8]: standard deviations in [0.018, 55]
 MEAN_BOUND = 5.0  # means to [-5, 5]: the prior is relative to the last latent, so nothing else bounds them
@@ -72,7 +72,8 @@ class VAEEncoder(nn.Module):
             self.logvar[0].weight[:, pooled:] = 0.0
 
     def forward(self, frames: Tensor, context: Tensor) -> Posterior:
-        """frames [N, 3, H, W] in [-1, 1], context [N, Dc] -> `Posterior`."""
+        """frames [N, 3, H, W], uint8 or in [-1, 1], context [N, Dc] -> `Posterior`."""
+        frames = to_frames(frames, self.mean.weight.dtype, check=False)
         x = self.stem(frames.contiguous(memory_format=torch.channels_last))
         x = self.levels[0](x)
         features = self.levels[1](x)

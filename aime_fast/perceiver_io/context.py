@@ -121,9 +121,9 @@ class CausalPerceiverIO(nn.Module):
         return self.think(latents).mean(1).unflatten(0, tokens.shape[:2])
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:
-        """video [B, T, 3, H, W] in [-1, 1] -> context [B, T, Dc]."""
-        start = starts(is_init, *video.shape[:2], video.device)
-        return self.context(self.tokenizer.tokenize(video, start).codes, start)
+        """video [B, T, 3, H, W], uint8 or in [-1, 1] -> context [B, T, Dc]."""
+        tokens, _, _ = self.tokenizer.encode(video, is_init)
+        return self.context(tokens, starts(is_init, *video.shape[:2], video.device))
 
     forward = extract_context
 
@@ -162,7 +162,7 @@ class CausalPerceiverIO(nn.Module):
     def generate_autoregressive(
         self, video: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0
     ) -> Tensor:
-        """Continues video [B, Tc, 3, H, W] by `num_frames` frames, any number: [B, num_frames, 3, H, W]; see `generate_tokens`."""
+        """Continues video [B, Tc, 3, H, W], uint8 or in [-1, 1], by `num_frames` frames, any number: [B, num_frames, 3, H, W]; see `generate_tokens`."""
         given, _, _ = self.tokenizer.encode(video)
         future = self.generate_tokens(given, actions, num_frames, temperature, top_p)
         return self.tokenizer.decode(torch.cat([given, future], dim=1))[:, given.shape[1] :]

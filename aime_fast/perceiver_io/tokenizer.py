@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import Upsample, downsample, group_norm, halvings, starts
+from aime_fast.layers import Upsample, downsample, group_norm, halvings, starts, to_frames
 from aime_fast.perceiver_io.quantizer import VectorQuantizer
 
 
@@ -144,8 +144,8 @@ class VQPTTokenizer(nn.Module):
         self.quantizer.learn(tokens.vectors, tokens.codes.flatten(0, -2))
 
     def encode(self, video: Tensor, is_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """video [B, T, 3, H, W] in [-1, 1] -> (tokens int64 [B, T, Ht, Wt, Q], vq_loss scalar, perplexity scalar)."""
-        tokens = self.tokenize(video, starts(is_init, *video.shape[:2], video.device))
+        """video [B, T, 3, H, W], uint8 or in [-1, 1] -> (tokens int64 [B, T, Ht, Wt, Q], vq_loss scalar, perplexity scalar)."""
+        tokens = self.tokenize(to_frames(video, self.from_codes.weight.dtype), starts(is_init, *video.shape[:2], video.device))
         return tokens.codes, tokens.commitment, tokens.perplexity
 
     def embed(self, codes: Tensor) -> Tensor:

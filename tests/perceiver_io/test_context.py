@@ -50,3 +50,25 @@ def test_generation_runs_past_the_trained_length_is_causal_in_actions_and_determ
     assert torch.isfinite(sampled).all()
     with pytest.raises(ValueError, match="20 frames after 3 need 22 actions, got 14"):
         perceiver.generate_tokens(tokens, actions, 20)
+
+
+ENTRANCES = {
+    "model": lambda m, x: m.forward_sequence(x, torch.zeros(1, 3, m.action_dim))["context"],
+    "encode": lambda m, x: m.encode(x)["context"],
+    "context": lambda m, x: m.perceiver_io.extract_context(x),
+    "tokenizer": lambda m, x: m.perceiver_io.tokenizer.encode(x)[0],
+    "generation": lambda m, x: m.perceiver_io.generate_autoregressive(x, torch.zeros(1, 4, m.action_dim), 1, temperature=0.0),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@torch.no_grad()
+def test_every_entrance_takes_bytes_and_refuses_floats_out_of_range(model, entrance):
+    pixels = torch.randint(0, 256, (1, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames = pixels.double() / 127.5 - 1
+    torch.testing.assert_close(ENTRANCES[entrance](model, pixels), ENTRANCES[entrance](model, frames))
+    for wrong in (pixels.double(), frames * float("nan"), frames + 1.0):
+        with pytest.raises(ValueError, match=r"floats in \[.*expected \[-1, 1\]"):
+            ENTRANCES[entrance](model, wrong)
+    with pytest.raises(ValueError, match=r"int64, expected uint8"):
+        ENTRANCES[entrance](model, pixels.long())
