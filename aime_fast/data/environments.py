@@ -87,9 +87,10 @@ def probe_renderer(timeout: float = 60.0) -> str:
 class RenderedTask:
     """A dm_control task observed as pictures, one rendered after every `frame_skip` simulator steps.
 
-    Actions are float [A], clipped to [-1, 1] and rescaled to the bounds of the task. Rewards of the skipped steps are summed, their
-    discounts multiplied. A picture is uint8 [H, W, 3], a new array each time. An OpenGL context belongs to the thread that renders
-    first: use an instance in one thread only.
+    Actions are float [A], clipped to [-1, 1]. dm_control receives `applied(action)`: float64, the action itself wherever the bounds
+    of the task are [-1, 1], so that recorded actions can be replayed without this class and give the same states bit by bit.
+    Rewards of the skipped steps are summed, their discounts multiplied. A picture is uint8 [H, W, 3], a new array each time. An
+    OpenGL context belongs to the thread that renders first: use an instance in one thread only.
 
     Args:
         config: task, frame skip, image size and render quality.
@@ -117,7 +118,7 @@ class RenderedTask:
         if max(np.abs(spec.minimum).max(), np.abs(spec.maximum).max()) > 1e6:  # lqr uses 1e10 for infinity
             raise DataError(f"--domain {config.domain} --task {config.task}: its actions have no bounds; choose another task")
         self.action_dim = spec.shape[0]
-        self._low, self._scale = spec.minimum, (spec.maximum - spec.minimum) / 2
+        self._low, self._high = spec.minimum, spec.maximum  # float64 [A]
 
         physics, fast = self._env.physics, config.render_quality == "fast"
         buffer = physics.model.vis.global_
@@ -153,9 +154,19 @@ class RenderedTask:
         self._env.reset()
         return self._picture()
 
+    def applied(self, action: np.ndarray) -> np.ndarray:
+        """The control, float64 [A], that dm_control receives for an action in [-1, 1], float [A].
+
+        With a = float64(action): a where the bounds are [-1, 1], else low + (a + 1) * (high - low) / 2, in this order of operations.
+        The conversion comes first: in float32 the sum would round, and the recorded action would not be the applied one.
+        """
+        action = np.clip(np.asarray(action, dtype=np.float64), -1, 1)
+        unit = (self._low == -1) & (self._high == 1)
+        return np.where(unit, action, self._low + (action + 1) * (self._high - self._low) / 2)
+
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
         """Take one agent step; returns (picture after it, reward, discount, whether the episode is over)."""
-        action = self._low + (np.clip(action, -1, 1) + 1) * self._scale
+        action = self.applied(action)
         reward, discount = 0.0, 1.0
         for _ in range(self.frame_skip):
             timestep = self._env.step(action)
