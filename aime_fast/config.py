@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from aime_fast.bounds import Bound, Count, Few, HeadedWidth, Layers, Length, OpenShare, Positive, Seed, Share, Steps, Weight, Width, check
+from aime_fast.errors import ConfigError
 
 # Settings under the names that they had in the version before: still read from the command line and from old checkpoints.
 RENAMED = {
@@ -34,75 +37,80 @@ class DataConfig:
     domain: str = "cartpole"  # dm_control domain
     task: str = "swingup"  # dm_control task
     data: str | None = None  # HDF5 file or folder of files; "synthetic" needs no simulator; none: collect first
-    episodes: int = 50  # episodes to collect (or to synthesise)
-    frame_skip: int = 4  # simulator steps for one agent step; one frame is rendered for each agent step
-    image_size: int = 64  # H = W, pixels
+    episodes: Count = 50  # episodes to collect (or to synthesise)
+    frame_skip: Count = 4  # simulator steps for one agent step; one frame is rendered for each agent step
+    image_size: Annotated[int, Bound(16, 1024)] = 64  # H = W, pixels
     render_quality: Literal["fast", "full"] = "fast"  # fast: no anti-aliasing, shadows or reflections
     policy: Literal["random", "ou", "swing", "mixed"] = "ou"  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
-    workers: int = 2  # collector processes
-    validation_fraction: float = 0.1  # share of the episodes held out (at least one)
-    sequence_length: int = 10  # T
-    batch_size: int = 16  # B
-    prefetch: int = 2  # batches made ready ahead of the step
+    workers: Annotated[int, Bound(1, 256)] = 2  # collector processes
+    validation_fraction: OpenShare = 0.1  # share of the episodes held out (at least one)
+    sequence_length: Count = 10  # T
+    batch_size: Count = 16  # B
+    prefetch: Few = 2  # batches made ready ahead of the step
     replay: Literal["auto", "device", "host"] = "auto"  # unpacked frames; auto: on the GPU if a quarter of its free memory holds them
     augment: bool = True  # random zoom and shift, on the device
-    max_shift: float = 0.06  # augmentation: largest shift, as a share of the image
-    max_zoom: float = 0.06  # augmentation: largest zoom, as a share of the image
+    max_shift: Annotated[float, Bound(0, 0.5)] = 0.06  # augmentation: largest shift, as a share of the image
+    max_zoom: OpenShare = 0.06  # augmentation: largest zoom, as a share of the image
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the five pillars. Defaults are those of tiers 2 and 3."""
 
-    latent_dim: int = 36  # Z
-    hidden_dim: int = 512  # Dh
-    context_dim: int = 256  # Dc
-    max_components: int = 15  # K
-    attention_dim: int = 64  # Ds
-    num_attention_slots: int = 5  # S
-    slot_iterations: int = 3  # rounds of slot attention
+    latent_dim: Width = 36  # Z
+    hidden_dim: Width = 512  # Dh
+    context_dim: Width = 256  # Dc
+    max_components: Annotated[int, Bound(2, 4096)] = 15  # K
+    attention_dim: HeadedWidth = 64  # Ds
+    num_attention_slots: Width = 5  # S
+    slot_iterations: Layers = 3  # rounds of slot attention
     attention_fusion: Literal["weighted", "max", "gated"] = "weighted"  # how slot maps become one map
-    attention_prior_dim: int = 64  # width of the top-down attention prior
-    lstm_layers: int = 1  # layers of the recurrence
-    num_latents: int = 128  # Perceiver latent queries a frame
-    num_latent_channels: int = 256  # width of a Perceiver latent
-    context_layers: int = 2  # layers of the causal temporal transformer
-    predictor_dim: int = 256  # width of the token predictor
-    predictor_layers: int = 4  # layers of the token predictor
-    codebook_heads: int = 4  # Q
-    codebook_size: int = 1024  # V
-    code_dim: int = 64  # width of one head's code
+    attention_prior_dim: HeadedWidth = 64  # width of the top-down attention prior
+    lstm_layers: Layers = 1  # layers of the recurrence
+    num_latents: Width = 128  # Perceiver latent queries a frame
+    num_latent_channels: HeadedWidth = 256  # width of a Perceiver latent
+    context_layers: Layers = 2  # layers of the causal temporal transformer
+    predictor_dim: HeadedWidth = 256  # width of the token predictor
+    predictor_layers: Few = 4  # layers of the token predictor
+    codebook_heads: Layers = 4  # Q
+    codebook_size: Annotated[int, Bound(2, 1 << 20)] = 1024  # V
+    code_dim: Width = 64  # width of one head's code
     share_codebook: bool = False  # one codebook for all heads
-    codebook_decay: float = 0.99  # EMA decay of the codebook
-    tokenizer_channels: tuple[int, ...] = (64, 128, 256)  # widths at H/2, H/4, H/8
-    encoder_channels: tuple[int, ...] = (64, 128, 256, 256)  # widths at H/2, H/4, H/8, H/16; the decoder mirrors them
-    blocks_per_level: int = 2  # residual blocks at each resolution of the VAE towers
-    discriminator_channels: tuple[int, ...] = (64, 128, 256)  # widths at H/2, H/4, H/8
-    discriminator_dim: int = 128  # width of the temporal discriminator
+    codebook_decay: OpenShare = 0.99  # EMA decay of the codebook
+    tokenizer_channels: Annotated[tuple[Width, ...], Length(3, 3)] = (64, 128, 256)  # widths at H/2, H/4, H/8
+    encoder_channels: Annotated[tuple[Width, ...], Length(4, 4)] = (
+        64,
+        128,
+        256,
+        256,
+    )  # widths at H/2, H/4, H/8, H/16; the decoder mirrors them
+    blocks_per_level: Few = 2  # residual blocks at each resolution of the VAE towers
+    discriminator_channels: Annotated[tuple[Width, ...], Length(1, 8)] = (64, 128, 256)  # widths at H/2, H/4, H/8
+    discriminator_dim: HeadedWidth = 128  # width of the temporal discriminator
     likelihood: Literal["gaussian", "mol"] = "gaussian"  # p(x | z, A): Gaussian, or mixture of discretised logistics
-    likelihood_std: float = 0.1  # standard deviation of the Gaussian likelihood, pixels in [-1, 1]
-    mol_components: int = 10  # logistics of the mixture likelihood
+    likelihood_std: Positive = 0.1  # standard deviation of the Gaussian likelihood, pixels in [-1, 1]
+    mol_components: Layers = 10  # logistics of the mixture likelihood
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
-    token_corruption: float = 0.1  # share of input tokens replaced by random codes when training the predictor
-    attention_dropout: float = 0.5  # share of training sequences decoded without their attention: z must hold what is predicted
-    overshoot_frames: int = 5  # imagined frames that are scored in training
-    refinement_steps: int = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
+    token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
+    attention_dropout: Share = 0.5  # share of training sequences decoded without their attention: z must hold what is predicted
+    overshoot_frames: Steps = 5  # imagined frames that are scored in training
+    refinement_steps: Few = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the loss terms."""
 
-    lambda_recon: float = 1.0  # reconstruction
-    beta: float = 1.0  # KL terms, after warm-up
-    entropy_weight: float = 0.1  # entropy of the mixture weights
-    lambda_gram: float = 0.05  # Gram distance to the EMA encoder
-    lambda_overshoot: float = 0.5  # scores of imagined frames
-    lambda_commitment: float = 0.25  # VQ commitment
-    lambda_attention_motion: float = 0.1  # attention motion
-    lambda_gan: float = 0.1  # generator GAN loss
-    lambda_fm: float = 1.0  # feature matching
+    lambda_recon: Weight = 1.0  # reconstruction
+    beta: Weight = 1.0  # KL terms, after warm-up
+    entropy_weight: Weight = 0.1  # entropy of the mixture weights
+    lambda_gram: Weight = 0.05  # Gram distance to the EMA encoder
+    lambda_overshoot: Weight = 0.5  # scores of imagined frames
+    lambda_commitment: Weight = 0.25  # VQ commitment
+    lambda_attention_motion: Weight = 0.1  # attention motion
+    lambda_gan: Weight = 0.1  # generator GAN loss
+    lambda_fm: Weight = 1.0  # feature matching
     enforce_diversity: bool = True  # overlap and entropy of slot maps
 
 
@@ -110,54 +118,54 @@ class LossConfig:
 class OptimConfig:
     """Adam, schedules, RGB and the discriminator step."""
 
-    learning_rate: float = 2e-4  # Adam
-    perceiver_lr_scale: float = 1.5  # the perceiver learns at learning_rate times this
-    discriminator_lr: float = 2e-4  # Adam of the discriminators
+    learning_rate: Annotated[float, Bound(0, 1)] = 2e-4  # Adam
+    perceiver_lr_scale: Weight = 1.5  # the perceiver learns at learning_rate times this
+    discriminator_lr: Annotated[float, Bound(0, 1)] = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
-    adam_beta1: float = 0.9  # Adam's momentum; RGB's consensus is a second one, so lower either this or the rate where RGB turns far
-    adversarial_start_epochs: float = 2.0  # until then only the discriminators learn: RGB would give a noisy critic an equal vote
-    lr_warmup_steps: int = 20  # updates over which the learning rate rises: Adam's first steps are all of full size
-    grad_clip: float = 5.0  # global norm
-    beta_warmup_epochs: float = 25.0  # beta rises from 0 over this many epochs
-    overshoot_warmup_epochs: float = 3.0  # lambda_overshoot rises from 0 over this many epochs: reconstruction comes first
-    own_tokens: float = 0.5  # scheduled sampling: share of input frames whose tokens are the predictor's own, after warm-up
-    own_tokens_warmup_epochs: float = 10.0  # that share rises from 0 over this many epochs
-    ema_decay: float = 0.995  # EMA of the weights, every step
-    n_critic: int = 2  # generator steps for one discriminator step
-    gradient_penalty: float = 0.0  # R1 penalty on real frames, 0 turns it off
-    rgb_mu: float = 0.9  # RGB: EMA of the consensus direction
-    rgb_lambda: float = 1.0  # RGB: pull towards the original gradients
-    rgb_alpha_steps: int = 3  # RGB: gradient steps on the angles
-    rgb_lr_inner: float = 0.2  # RGB: size of those steps
+    adam_beta1: OpenShare = 0.9  # Adam's momentum; RGB's consensus is a second one, so lower either this or the rate where RGB turns far
+    adversarial_start_epochs: Weight = 2.0  # until then only the discriminators learn: RGB would give a noisy critic an equal vote
+    lr_warmup_steps: Steps = 20  # updates over which the learning rate rises: Adam's first steps are all of full size
+    grad_clip: Positive = 5.0  # global norm
+    beta_warmup_epochs: Weight = 25.0  # beta rises from 0 over this many epochs
+    overshoot_warmup_epochs: Weight = 3.0  # lambda_overshoot rises from 0 over this many epochs: reconstruction comes first
+    own_tokens: Share = 0.5  # scheduled sampling: share of input frames whose tokens are the predictor's own, after warm-up
+    own_tokens_warmup_epochs: Weight = 10.0  # that share rises from 0 over this many epochs
+    ema_decay: OpenShare = 0.995  # EMA of the weights, every step
+    n_critic: Count = 2  # generator steps for one discriminator step
+    gradient_penalty: Weight = 0.0  # R1 penalty on real frames, 0 turns it off
+    rgb_mu: Share = 0.9  # RGB: EMA of the consensus direction
+    rgb_lambda: Weight = 1.0  # RGB: pull towards the original gradients
+    rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
+    rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    latent_phase_updates: int = 0  # after the joint updates: updates of recurrence and priors alone, on latents inferred once
-    latent_phase_batch_size: int = 32  # sequences of such an update
-    latent_phase_frames: int = 15  # frames imagined in it, after up to 8 observed ones
-    latent_phase_learning_rate: float = 1e-3  # of its Adam, falling as a cosine
-    accumulate: int = 1  # batches whose gradients make one update
+    latent_phase_updates: Steps = 0  # after the joint updates: updates of recurrence and priors alone, on latents inferred once
+    latent_phase_batch_size: Count = 32  # sequences of such an update
+    latent_phase_frames: Count = 15  # frames imagined in it, after up to 8 observed ones
+    latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 1e-3  # of its Adam, falling as a cosine
+    accumulate: Annotated[int, Bound(1, 4096)] = 1  # batches whose gradients make one update
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """How long, where, and what is written."""
 
-    seed: int = 0  # seed of data, weights and noise
-    steps: int | None = None  # generator updates; give this or --epochs
-    epochs: float | None = None  # passes over the training sequences
+    seed: Seed = 0  # seed of data, weights and noise
+    steps: Count | None = None  # generator updates; give this or --epochs
+    epochs: Annotated[float, Bound(0, 1e6, open_low=True)] | None = None  # passes over the training sequences
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
     compile: Literal["off", "on", "graph", "best"] = "off"  # torch.compile; graph: and one CUDA graph; bare: best for the device
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
-    threads: int | None = None  # CPU threads; none: all
+    threads: Annotated[int, Bound(1, 1024)] | None = None  # CPU threads; none: all
     run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>
     resume: bool = False  # go on from the newest checkpoint in run_dir
     logger: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)  # JSONL is always written
-    log_every: int = 10  # steps between log lines
-    validate_every: int = 200  # steps between validations
-    validation_batches: int = 4  # batches of a validation
-    sample_every: int = 200  # steps between sample pictures
-    checkpoint_every: int = 1000  # steps between checkpoints
-    keep_checkpoints: int = 3  # how many of the newest checkpoints stay
+    log_every: Steps = 10  # steps between log lines
+    validate_every: Steps = 200  # steps between validations
+    validation_batches: Count = 4  # batches of a validation
+    sample_every: Steps = 200  # steps between sample pictures
+    checkpoint_every: Steps = 1000  # steps between checkpoints
+    keep_checkpoints: Count = 3  # how many of the newest checkpoints stay
     on_nan: Literal["stop", "skip"] = "stop"  # a non-finite loss or gradient stops the run, or the update is skipped
 
 
@@ -220,11 +228,11 @@ PRESETS: dict[str, Config] = {"1": TIER_1, "2": TIER_2, "3": TIER_3, "debug": DE
 
 
 def preset(tier: int | str) -> Config:
-    """The config of a tier: 1, 2, 3 or "debug". Raises ValueError for any other name."""
+    """The config of a tier: 1, 2, 3 or "debug". Raises ConfigError for any other name."""
     try:
         return PRESETS[str(tier)]
     except KeyError:
-        raise ValueError(f"--tier {tier}: there is no such tier; choose one of {', '.join(PRESETS)}") from None
+        raise ConfigError(f"--tier {tier}: there is no such tier; choose one of {', '.join(PRESETS)}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -233,14 +241,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; fields may have the names of `RENAMED`. Raises ValueError naming any field that is unknown."""
+    """The inverse of `to_dict`; fields may have the names of `RENAMED`. Raises ConfigError naming a bad field."""
 
     def build(cls: type, section: dict[str, Any], where: str):
         section = {RENAMED.get(name, name): value for name, value in section.items()}
         if unknown := sorted(set(section) - {f.name for f in dataclasses.fields(cls)}):
-            raise ValueError(f"config: {where or 'top level'} has no field {', '.join(unknown)}; was it written by another version?")
+            raise ConfigError(f"config: {where or 'top level'} has no field {', '.join(unknown)}; was it written by another version?")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
 
     sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig, "run": RunConfig}
     built = {name: build(sections[name], v, name) if name in sections else v for name, v in values.items()}
-    return build(Config, built, "")
+    config = build(Config, built, "")
+    check(config)
+    return config

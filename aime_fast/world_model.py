@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from aime_fast.attention_schema import AttentionSchema
 from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
+from aime_fast.bounds import check
 from aime_fast.config import Config, ModelConfig
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
@@ -68,10 +69,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     def __init__(self, *, image_size: int = 64, action_dim: int = 6, sequence_length: int = 16, **sizes: Any):
         super().__init__()
         c = ModelConfig(**sizes)
-        if c.prior_context not in ("previous", "current"):
-            raise ValueError(f"prior_context is {c.prior_context!r}, expected 'previous' or 'current'")
-        if not 0.0 <= c.attention_dropout <= 1.0:
-            raise ValueError(f"attention_dropout is {c.attention_dropout}, a share of the sequences: it must lie in [0, 1]")
+        check(c)
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, c.latent_dim
         self.prior_context, self.overshoot_frames, self.attention_dropout = c.prior_context, c.overshoot_frames, c.attention_dropout
         self.perceiver_io = CausalPerceiverIO(

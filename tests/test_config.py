@@ -1,11 +1,18 @@
-"""Presets have the sizes of the specification, and a config survives YAML."""
+"""Presets have the sizes of the specification, a config survives YAML, every field has bounds."""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+import re
 
 import pytest
 import yaml
 
-from aime_fast.config import PRESETS, from_dict, preset, to_dict
+from aime_fast.bounds import check
+from aime_fast.config import PRESETS, Config, from_dict, preset, to_dict
+from aime_fast.errors import ConfigError
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -33,6 +40,68 @@ def test_unknown_tier_and_field_are_named():
     values["model"]["latent_dims"] = 3
     with pytest.raises(ValueError, match="model has no field latent_dims"):
         from_dict(values)
+
+
+NUMERIC = [
+    (section.name, field.name)
+    for section in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(getattr(preset("debug"), section.name))
+    for field in dataclasses.fields(getattr(preset("debug"), section.name))
+    if "Literal" not in str(field.type) and str(field.type) not in ("str", "str | None", "bool")
+]
+EXTREMES = (0, -1, math.nan, math.inf, 1e30)
+
+
+def changed(section: str, name: str, value) -> Config:
+    config = preset("debug")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+
+
+def refusal(config: Config) -> str | None:
+    try:
+        check(config)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("section", "name"), NUMERIC)
+def test_every_number_has_bounds_that_are_checked(section, name):
+    """Of five extreme values none but 0 is inside the bounds of any field; what is refused is named with flag and value."""
+    for value in EXTREMES:
+        default = getattr(getattr(preset("debug"), section), name)
+        entries = (value,) * len(default) if isinstance(default, tuple) else value
+        config = changed(section, name, entries)
+        message = refusal(config)
+        if message is None:
+            assert value == 0
+        else:
+            assert f"--{name.replace('_', '-')} {entries}: expected" in message
+            with pytest.raises(ConfigError, match="expected"):
+                from_dict(_lists(to_dict(config)))
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "says"),
+    [
+        ("model", "attention_dim", 6, "in [4, 65536], a multiple of 4"),
+        ("model", "encoder_channels", (8, 8), "4 to 4 entries"),
+        ("model", "codebook_decay", 1.0, "a number in [0, 1)"),
+        ("optim", "aggregation", "sum", "one of norm_weighted, mean"),
+        ("run", "epochs", "many", "a number in (0, 1e+06]"),
+        ("run", "threads", 10**6, "an integer in [1, 1024]"),
+        ("data", "image_size", 7, "an integer in [16, 1024]"),
+        ("data", "data", 5, "a value of type str"),
+        ("run", "resume", 1, "a value of type bool"),
+    ],
+)
+def test_what_is_wrong_is_said(section, name, value, says):
+    with pytest.raises(ConfigError, match=re.escape(f"--{name.replace('_', '-')} {value}: expected") + ".*" + re.escape(says)):
+        check(changed(section, name, value))
+
+
+def test_a_model_by_hand_is_checked_too():
+    with pytest.raises(ConfigError, match="--latent-dim 0"):
+        DPGMMVariationalRecurrentAutoencoder(latent_dim=0)
 
 
 def _lists(value):
