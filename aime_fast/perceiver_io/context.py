@@ -162,7 +162,7 @@ class CausalPerceiverIO(nn.Module):
     def generate_autoregressive(
         self, video: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0
     ) -> Tensor:
-        """Continues video [B, Tc, 3, H, W], uint8 or in [-1, 1], by `num_frames` frames: [B, num_frames, 3, H, W]; see `generate_tokens`."""
+        """Continues video [B, Tc, 3, H, W], uint8 or in [-1, 1], to [B, num_frames, 3, H, W]; see `generate_tokens`."""
         given, _, _ = self.tokenizer.encode(video)
         future = self.generate_tokens(given, actions, num_frames, temperature, top_p)
         return self.tokenizer.decode(torch.cat([given, future], dim=1))[:, given.shape[1] :]
