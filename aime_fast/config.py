@@ -93,7 +93,7 @@ class ModelConfig:
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
-    attention_dropout: Share = 0.5  # share of training sequences decoded without their attention: z must hold what is predicted
+    attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
     overshoot_frames: Steps = 5  # imagined frames that are scored in training
     refinement_steps: Few = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
 
@@ -123,7 +123,7 @@ class OptimConfig:
     discriminator_lr: Annotated[float, Bound(0, 1)] = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
     adam_beta1: OpenShare = 0.9  # Adam's momentum; RGB's consensus is a second one, so lower either this or the rate where RGB turns far
-    adversarial_start_epochs: Weight = 2.0  # until then only the discriminators learn: RGB would give a noisy critic an equal vote
+    adversarial_start_epochs: Weight = 2.0  # until then only the discriminators learn: RGB weighs an untrained one like any task
     lr_warmup_steps: Steps = 20  # updates over which the learning rate rises: Adam's first steps are all of full size
     grad_clip: Positive = 5.0  # global norm
     beta_warmup_epochs: Weight = 25.0  # beta rises from 0 over this many epochs

@@ -3,7 +3,7 @@
 `forward_sequence` is the time-parallel path of training: everything but the LSTM runs over B*T frames at once. `step` is the
 definition, one frame at a time. The two agree to rounding (tests/test_world_model.py).
 
-One frame, in order (docs/architecture.md draws it):
+One frame, in order (docs/architecture.md shows it):
 
     tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t), with mean m_t
     p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [m_t, m_t - m_{t-1}, c_t, a_t])
@@ -13,8 +13,7 @@ One frame, in order (docs/architecture.md draws it):
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from aime_fast.config import Config, ModelConfig
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
-from aime_fast.imagination import frame as imagination
+from aime_fast.imagination import frame as one_frame
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.overshooting import pixel_overshooting
 from aime_fast.imagination.sequence import Inference, predict_latents, sample_latents
@@ -41,16 +40,6 @@ from aime_fast.perceiver_io.tokenizer import Tokens
 from aime_fast.runtime.roll_out import RollOut, match_layout
 from aime_fast.runtime.spans import span
 from aime_fast.temporal_dynamics import ContextPrior, LSTMLayer
-
-
-def _as_tensordict(method: Callable[..., dict[str, Tensor]]) -> Callable[..., TensorDict]:
-    """The method with the same arguments, its observations checked, its dictionary as a TensorDict without batch size."""
-
-    @functools.wraps(method)
-    def wrapped(self: nn.Module, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
-        return TensorDict(method(self, self._frames(observations), *arguments, **options), batch_size=[])
-
-    return wrapped
 
 
 class DPGMMVariationalRecurrentAutoencoder(nn.Module):
@@ -97,7 +86,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         )  # fmt: skip
         self.image_discriminator = ImageDiscriminator(c.discriminator_channels)
         self.temporal_discriminator = TemporalDiscriminator(image_size, c.latent_dim, c.discriminator_dim, max_frames=sequence_length)
-        self.roll_out = RollOut(imagination.imagine)
+        self.roll_out = RollOut(one_frame.imagine)
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -140,7 +129,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     def compile_imagination(self, mode: str = "on") -> None:
         """How `predict_future` and token generation run a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
-        self.roll_out = RollOut(imagination.imagine, mode)
+        self.roll_out = RollOut(one_frame.imagine, mode)
         self.perceiver_io.compile_generation(mode)
 
     def infer_and_score(
@@ -165,7 +154,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc], slot_maps [B, T, S, Ha, Wa],
             attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa], tokens [B, T, Ht, Wt, Q], and scalars: every name of
             `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame), perplexity, code_usage, token_accuracy, slot_overlap.
-            In a dictionary for compiled code: Dynamo guards TensorDict's global state and recompiles.
+            All in a dictionary: in compiled code Dynamo would guard TensorDict's global state and recompile.
 
         Raises:
             ValueError: a shape does not fit the model.
@@ -206,7 +195,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms |= self._adversarial(out["reconstructions"], video, out["latents"])
         return out | terms
 
-    forward_sequence = forward = _as_tensordict(infer_and_score)
+    def forward_sequence(self, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
+        """`infer_and_score`, with the same arguments, as a TensorDict without batch size. Raises ValueError for pixels out of range too."""
+        return TensorDict(self.infer_and_score(self._frames(observations), *arguments, **options), batch_size=[])
+
+    forward = forward_sequence
 
     def _infer(self, video: Tensor, actions: Tensor, start: Tensor, learn: bool = False) -> tuple[Tokens, Inference]:
         """Everything but the losses; only the recurrence in `predict_latents` is sequential. See `VQPTTokenizer.tokenize` for `learn`."""
@@ -284,7 +277,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     def initial_state(self, batch: int) -> State:
         """The empty state before a first frame."""
-        return imagination.initial_state(self, batch)
+        return one_frame.initial_state(self, batch)
 
     def step(self, observation: Tensor, action: Tensor, state: State, is_init: Tensor | None = None) -> tuple[TensorDict, State]:
         """One frame, with the posterior: the definition of the model.
@@ -297,7 +290,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         batch = frame.shape[0]
         self._check_actions(action.unsqueeze(1), batch, 1)
         init = torch.zeros(batch, dtype=torch.bool, device=frame.device) if is_init is None else is_init.reshape(batch).bool()
-        out, state = imagination.step(self, frame[:, 0], action, state, init)
+        out, state = one_frame.step(self, frame[:, 0], action, state, init)
         return TensorDict(out, batch_size=[batch]), state
 
     def imagine(self, action: Tensor, state: State, sample: bool = False) -> tuple[TensorDict, State]:
@@ -307,7 +300,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
         Returns: (TensorDict: reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa]; next state).
         """
-        out, state = imagination.imagine(self, action, state, sample)
+        out, state = one_frame.imagine(self, action, state, sample)
         return TensorDict(out, batch_size=[action.shape[0]]), state
 
     @torch.no_grad()
@@ -346,7 +339,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         """Open-loop prediction.
 
         Args:
-            observations: [B, Tc, 3, H, W], the frames that are shown.
+            observations: [B, Tc, 3, H, W], the observed frames.
             actions: [B, Tc, A], taken after each of them.
             future_actions: [B, F, A]; future_actions[:, i] is taken after predicted frame i, so frame i depends on those before i.
             sample: sample the priors; otherwise take the mean of the likeliest component.
@@ -358,17 +351,17 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             ValueError: a shape does not fit, or there is no frame to start from.
         """
         video = self._frames(observations)
-        batch, shown = video.shape[:2]
-        if shown == 0:
+        batch, observed = video.shape[:2]
+        if observed == 0:
             raise ValueError("predict_future: observations hold no frame, expected at least one frame of context")
-        self._check_actions(actions, batch, shown)
+        self._check_actions(actions, batch, observed)
         self._check_actions(future_actions, batch, future_actions.shape[1])
         if future_actions.shape[1] == 0:
             raise ValueError("predict_future: future_actions are empty, expected one action for each frame to predict")
-        start, perceiver = starts(None, batch, shown, video.device), self.perceiver_io
+        start, perceiver = starts(None, batch, observed, video.device), self.perceiver_io
         tokens, inferred = self._infer(video, actions, start)
         _, context_cache = perceiver.extend_context(tokens.codes, perceiver.empty_cache(batch).context)
-        state = imagination.state_after(inferred, lambda x: x[:, -1], PerceptionCache(tokens.cache, context_cache))
+        state = one_frame.state_after(inferred, lambda x: x[:, -1], PerceptionCache(tokens.cache, context_cache))
         out, _ = self.roll_out(self, future_actions, match_layout(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 

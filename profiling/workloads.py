@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import backend, kumaraswamy, rgb, vq
 from kernels.rgb.direct import rgb_direct
-from profiling.cases.rgb import SPECIFICATION
+from profiling.cases.rgb import DEFAULTS
 
 Call = Callable[[], Any]
 SEED = 2026
@@ -122,15 +122,15 @@ def _vq_workloads(device: torch.device, rows: int, dtype: torch.dtype, targets: 
     assign = (vq.vector_quantize, vq.vector_quantize_reference)
     update = tuple(functools.partial(function, decay=0.99) for function in (vq.codebook_update, vq.codebook_update_reference))
     averages = codes * (width + 1) * 4  # bytes of one pass over the moving averages
-    moved, labels = vectors * width * item, vectors * 8  # bytes of x, or of the vectors of its codes; of the codes
+    row_bytes, labels = vectors * width * item, vectors * 8  # bytes of x, or of the vectors of its codes; of the codes
     size = f"{vectors:,} head-vectors of {width}, {codes} codes"
-    assign_bytes = 2 * moved + labels + codes * width * 4
-    update_bytes = moved + labels + 5 * averages
+    assign_bytes = 2 * row_bytes + labels + codes * width * 4
+    update_bytes = row_bytes + labels + 5 * averages
     products = 2 * vectors * codes * width
     yield Workload(
         "VQ assign", ("vq_assign",), size, name, assign_bytes, products, "matmul",
         _against_reference(on("x", "codebook"), *assign) | {"vector-quantize-pytorch": lambda: peer(training=False)},
-        (Target(most_us=100, over_eager=20, over_compile=5) if dtype == torch.bfloat16 else Target(most_us=400)) if targets else Target(),
+        Target(most_us=250 if dtype == torch.bfloat16 else 400) if targets else Target(),
     )  # fmt: skip
     yield Workload(
         "VQ update", ("vq_update",), size, name, update_bytes, vectors * width, "copy",
@@ -219,7 +219,7 @@ def _rgb_workloads(device: torch.device, tasks: int, size: int, dtype: torch.dty
             before = backend.selected_kernels()
             backend.select_kernels(choice)
             try:
-                return rgb.rgb_rotate_(d["gradients"], d["direction"], d["angles"], d["has_direction"], **SPECIFICATION, out=out)
+                return rgb.rgb_rotate_(d["gradients"], d["direction"], d["angles"], d["has_direction"], **DEFAULTS, out=out)
             finally:
                 backend.select_kernels(before)
 
@@ -227,7 +227,7 @@ def _rgb_workloads(device: torch.device, tasks: int, size: int, dtype: torch.dty
 
     def direct(function: Callable) -> Call:
         d = data()
-        return lambda: function(d["gradients"].float(), d["direction"], d["angles"], True, **SPECIFICATION)
+        return lambda: function(d["gradients"].float(), d["direction"], d["angles"], True, **DEFAULTS)
 
     def torchjd(name: str) -> Call:
         try:

@@ -83,8 +83,8 @@ class AttentionPosterior(nn.Module):
 
     def seeds(self, hidden: Tensor, context: Tensor) -> Tensor:
         """The slots' initial values, without their identities: hidden [..., Dh], context [..., Dc] -> [..., S, Ds]."""
-        memory = torch.cat([hidden, context.to(hidden.dtype)], dim=-1).detach()
-        return self.seed(memory).unflatten(-1, (self.slots, self.dim))
+        state = torch.cat([hidden, context.to(hidden.dtype)], dim=-1).detach()
+        return self.seed(state).unflatten(-1, (self.slots, self.dim))
 
     def _fuse(self, maps: Tensor, score: Tensor) -> Tensor:  # [N, S, M], [N, S, 1] -> [N, M]
         if self.fusion == "weighted":

@@ -43,7 +43,7 @@ class SlotAttention(nn.Module):
 
 
 def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
-    """`cell`, written out: PyTorch's fused CUDA cell has no meta kernel, so it cannot be compiled. x, h [..., D] -> [..., D]."""
+    """`cell`, written out: PyTorch's fused CUDA cell cannot be traced into a compiled step. x, h [..., D] -> [..., D]."""
     x_reset, x_update, x_new = F.linear(x, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
     h_reset, h_update, h_new = F.linear(h, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
     new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()

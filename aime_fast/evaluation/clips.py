@@ -16,7 +16,7 @@ CONTEXT, HORIZON = 8, 16  # observed and predicted frames in the pictures of tra
 COLUMNS = 8
 
 
-class Clip(NamedTuple):
+class PredictedClip(NamedTuple):
     """An open-loop prediction beside the truth, all on the device, frames in [-1, 1]."""
 
     truth: Tensor  # [F, 3, H, W]
@@ -26,7 +26,9 @@ class Clip(NamedTuple):
 
 
 @torch.no_grad()
-def predict_clip(model: nn.Module, episode: TensorDict, context: int = CONTEXT, horizon: int = HORIZON, first: int | None = None) -> Clip:
+def predict_clip(
+    model: nn.Module, episode: TensorDict, context: int = CONTEXT, horizon: int = HORIZON, first: int | None = None
+) -> PredictedClip:
     """A model's prediction of `horizon` frames of an episode from the `context` frames before them and the actions.
 
     Args:
@@ -47,7 +49,7 @@ def predict_clip(model: nn.Module, episode: TensorDict, context: int = CONTEXT, 
     video, action = normalise(clip["pixels"]).unsqueeze(0), clip["action"].unsqueeze(0)
     past = model.reconstruct(video[:, :observed], action[:, :observed])
     future = model.predict_future(video[:, :observed], action[:, :observed], action[:, observed:])["reconstructions"]
-    return Clip(video[0], torch.cat([past.float(), future.float()], 1)[0], observed, first)
+    return PredictedClip(video[0], torch.cat([past.float(), future.float()], 1)[0], observed, first)
 
 
 @torch.no_grad()
@@ -68,7 +70,7 @@ def spread(count: int, length: int) -> list[int]:
     return [round(i * (length - 1) / max(count - 1, 1)) for i in range(count)]
 
 
-def strip_columns(clip: Clip, columns: int = COLUMNS) -> list[int]:
+def strip_columns(clip: PredictedClip, columns: int = COLUMNS) -> list[int]:
     """Indices of the frames of a filmstrip: the last observed one, then predicted ones, evenly spaced."""
     return [clip.observed - 1, *(clip.observed + i for i in spread(columns - 1, len(clip.truth) - clip.observed))]
 

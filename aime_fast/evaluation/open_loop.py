@@ -145,15 +145,15 @@ def _measure(
 
     tokenizer = model.perceiver_io.tokenizer
     tokens, _, _ = tokenizer.encode(video.to(model.decoder.background.dtype))
-    token_films = predict_tokens(model, tokens, clips.actions, c)
+    token_predictions = predict_tokens(model, tokens, clips.actions, c)
     imagined = torch.cat([video[:, :c], predicted.clamp(-1, 1)], 1).to(model.decoder.background.dtype)
-    token_films["imagined"] = tokenizer.encode(imagined)[0][:, c:]
-    changed = tokens[:, c:] != token_films["repeat_last_frame"]
-    for name, film in token_films.items():
-        right = film == tokens[:, c:]
+    token_predictions["imagined"] = tokenizer.encode(imagined)[0][:, c:]
+    changed = tokens[:, c:] != token_predictions["repeat_last_frame"]
+    for name, guess in token_predictions.items():
+        right = guess == tokens[:, c:]
         yield f"tokens/{name}", torch.stack([x.float().mean((-3, -2, -1)) for x in (right, right & changed, changed)], -1)
     yield "tokenizer/scores", score(tokenizer.decode(tokens)[:, c:])
-    yield "token_model/scores", score(tokenizer.decode(torch.cat([tokens[:, :c], token_films["rolled_out"]], 1))[:, c:])
+    yield "token_model/scores", score(tokenizer.decode(torch.cat([tokens[:, :c], token_predictions["rolled_out"]], 1))[:, c:])
 
     if reader is not None:
         for name, frames in (("model", predicted), ("reader_on_truth", truth), ("repeat_last_frame", last)):

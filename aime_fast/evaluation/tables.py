@@ -4,7 +4,7 @@ from __future__ import annotations
 
 PRINTED_STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 35, 50)  # rows of the printed tables; the file has every step
 # Names in the tables of what predicted the frames.
-FILMS = {
+SOURCES = {
     "model": "model",
     "sample_mean": "mean of samples",
     "sample_best": "best sample",
@@ -28,11 +28,11 @@ def print_tables(result: dict) -> None:
     print(f"\ncalibration of the prior: log p(z) minus that of its own samples {c['log_prob_difference']:+.2f} nats, shares of the ranks")
     print(f"  {' '.join(f'{share:.2f}' for share in c['rank_histogram'])}  (0.10 each where calibrated)")
     print(f"\nopen loop, context {o['context']}, {o['clips']} clips")
-    films = [name for name in FILMS if name in o]
+    sources = [name for name in SOURCES if name in o]
     steps = [step for step in PRINTED_STEPS if step < o["horizon"]] + [o["horizon"]]
     for kind, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
         if kind in o["model"]:
-            _print_curves(kind, {FILMS[name]: o[name][kind] for name in films}, steps, digits)
+            _print_curves(kind, {SOURCES[name]: o[name][kind] for name in sources}, steps, digits)
     _print_curves("token accuracy", {_label(name): curve for name, curve in o["tokens"].items()}, steps, 3)
     if isinstance(o["positions"], dict):
         curves = {_label(name): curve for name, curve in o["positions"].items() if isinstance(curve, list)}
@@ -49,7 +49,7 @@ def print_tables(result: dict) -> None:
 
 def _label(name: str) -> str:
     """A key of the file as the tables call it."""
-    return FILMS.get(name, name.replace("_", " "))
+    return SOURCES.get(name, name.replace("_", " "))
 
 
 def _print_curves(title: str, curves: dict[str, list[float | None]], steps: list[int], digits: int) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.config import ModelConfig
 from kernels.kumaraswamy import kumaraswamy_beta_kl, kumaraswamy_log_mean, kumaraswamy_mean_sticks, kumaraswamy_sticks
 
 LOG_BOUND = 5.0  # log a and log b stay in [-5, 5]
@@ -54,7 +55,7 @@ class AdaptiveStickBreaking(nn.Module):
         sample: bool = True,
         alpha: Tensor | None = None,
         log_alpha: Tensor | None = None,
-        kl: str = "exact",
+        kl: str = ModelConfig.kl,
     ) -> StickBreakingOutput:
         """Mixture weights for features [..., F].
 

@@ -1,6 +1,6 @@
 """Overshooting: a roll-out of a few imagined frames from an inferred state, scored against what was inferred from the true frames.
 
-One-step training never shows the priors a state that they produced themselves, and open-loop prediction shows them nothing else. One loop,
+In one-step training the priors never get a state that they produced; in open-loop prediction they get no other. One loop,
 `imagine_and_score`, serves two uses: `pixel_overshooting` in a joint update, which decodes the imagined frames too, and
 `latent_overshooting` in the latent phase, for sequences whose latents were inferred before. Targets get no gradient, nor does the latent
 where a roll-out begins: the posterior is not bent towards what is easy to predict. Source: latent overshooting (Hafner et al., arXiv

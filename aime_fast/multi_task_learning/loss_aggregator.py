@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from aime_fast.config import RENAMED, LossConfig
+from aime_fast.config import LossConfig
 
+AIME_NAMES = {"lambda_att_dyn": "lambda_attention_motion"}  # keywords of AIME's texts
 OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention", "overshoot_context")
 TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
@@ -34,9 +35,10 @@ class LossAggregator:
     """
 
     def __init__(self, config: LossConfig | None = None, **weights: float | bool):
-        """Args: config, the weights, by default those of `LossConfig`; weights, fields of it to be changed, under old names too."""
-        weights = {RENAMED.get(name, name): weight for name, weight in weights.items()}
-        self.config = dataclasses.replace(config or LossConfig(), **weights)
+        """Args: config, the weights, by default `LossConfig()`; weights, single fields that replace its own; `AIME_NAMES` too."""
+        self.config = config or LossConfig()
+        for name, weight in weights.items():
+            self.config = dataclasses.replace(self.config, **{AIME_NAMES.get(name, name): weight})
 
     def compute_losses(
         self, outputs: Mapping[str, Tensor], beta: float | Tensor = 1.0, adversarial: bool = True, overshoot: float | Tensor = 1.0

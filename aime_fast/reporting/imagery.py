@@ -1,6 +1,6 @@
 """Pictures of a model's predictions, mixture, attention and codes on held-out episodes, as self-contained HTML.
 
-`seen` is what `infer_episode` returns for an episode: a TensorDict [T] of the frames and the model's outputs.
+`inferred` is what `infer_episode` returns for an episode: a TensorDict [T] of the frames and the model's outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aime_fast.evaluation.clips import predict_clip, spread, strip_columns
 from aime_fast.evaluation.pictures import attention_sheet, enlarge, filmstrip, png_bytes, sheet, to_uint8
 from aime_fast.reporting.charts import WIDE, Line, line_chart, number, stacked_chart
 
-CONTEXT, HORIZON = 8, 50  # frames shown and frames predicted, as in the evaluation
+CONTEXT, HORIZON = 8, 50  # observed and predicted frames, as in the evaluation
 COLUMNS = 12  # frames in a row
 CELL = 64  # least height of a cell, pixels
 MAX_VIDEO = 6 << 20  # bytes; a larger video is not inlined
@@ -51,40 +51,40 @@ def open_loop(model: nn.Module, episodes: Sequence[TensorDict]) -> str:
     for i, episode in enumerate(episodes, 1):
         clip = predict_clip(model, episode, CONTEXT, HORIZON)
         columns = strip_columns(clip, COLUMNS)
-        names = ["seen", *(f"+{c - clip.observed + 1}" for c in columns[1:])]
+        names = ["observed", *(f"+{c - clip.observed + 1}" for c in columns[1:])]
         image = filmstrip(clip.truth[columns], clip.decoded[columns], observed=1, smallest=CELL)
-        caption = f"held-out episode {i}: {clip.observed} frames shown from frame {clip.first} on, then the actions alone"
+        caption = f"held-out episode {i}: {clip.observed} observed frames from frame {clip.first} on, then the actions alone"
         parts.append(picture_sheet(image, ("truth", "prediction", "error"), names, caption))
     return "".join(parts)
 
 
-def mixture(seen: TensorDict) -> str:
+def mixture(inferred: TensorDict) -> str:
     """The mixture weights of the prior over an episode as stacked areas, above frames of the episode."""
-    weights = seen["mixture_weights"].float()  # [T, K]
+    weights = inferred["mixture_weights"].float()  # [T, K]
     labels = [f"component {k + 1}" for k in range(weights.shape[1])]
     columns = spread(COLUMNS, len(weights))
-    frames = sheet(enlarge(to_uint8(seen["video"][columns]), CELL)[None])
+    frames = sheet(enlarge(to_uint8(inferred["video"][columns]), CELL)[None])
     chart = stacked_chart(weights.tolist(), "mixture weights of the prior, frame by frame", "frame", labels, WIDE)
     strip = picture_sheet(frames, ("frame",), list(map(str, columns)), "the episode")
     return chart + strip
 
 
-def attention(seen: TensorDict) -> str:
+def attention(inferred: TensorDict) -> str:
     """The attention map and the map of each slot over frames of an episode."""
-    columns = spread(COLUMNS - 2, len(seen["video"]))
-    maps = seen[columns]
+    columns = spread(COLUMNS - 2, len(inferred["video"]))
+    maps = inferred[columns]
     image = attention_sheet(maps["video"], maps["attention"], maps["slot_maps"], smallest=CELL)
     rows = ("frame", "attention", *(f"slot {s + 1}" for s in range(maps["slot_maps"].shape[1])))
     return picture_sheet(image, rows, [str(c) for c in columns], "attention above the mean of each map, in red")
 
 
-def codebook(seen: Sequence[TensorDict], codebook_size: int) -> str:
+def codebook(inferred: Sequence[TensorDict], codebook_size: int) -> str:
     """The share of each code in the tokens of all episodes, the most used first, one line for each head.
 
     Args:
         codebook_size: V, codes of a head.
     """
-    codes = torch.cat([each["tokens"].flatten(0, -2) for each in seen])  # [N, Q]
+    codes = torch.cat([each["tokens"].flatten(0, -2) for each in inferred])  # [N, Q]
     lines, counts = [], [head.bincount(minlength=codebook_size) for head in codes.unbind(1)]
     for q, count in enumerate(counts, 1):
         share = (count / count.sum()).sort(descending=True).values

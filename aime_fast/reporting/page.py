@@ -143,12 +143,12 @@ def _pictures(record: Record, model: Model | str) -> dict[str, str]:
     if isinstance(model, str):
         missing = dict.fromkeys(("open_loop", "mixture", "attention", "codebook"), _missing(f"no picture without the model: {model}"))
         return missing | {"open_loop": missing["open_loop"] + "".join(map(imagery.inline_picture, record.samples()))}
-    seen = [infer_episode(model.model, episode, FRAMES) for episode in model.episodes]
+    inferred = [infer_episode(model.model, episode, FRAMES) for episode in model.episodes]
     return {
         "open_loop": imagery.open_loop(model.model, model.episodes),
-        "mixture": imagery.mixture(seen[0]),
-        "attention": imagery.attention(seen[0]),
-        "codebook": imagery.codebook(seen, model.codebook_size),
+        "mixture": imagery.mixture(inferred[0]),
+        "attention": imagery.attention(inferred[0]),
+        "codebook": imagery.codebook(inferred, model.codebook_size),
     }
 
 
@@ -188,7 +188,7 @@ def _curves(record: Record, marks: list[Mark]) -> str:
             *(chart(f"{words(kind)} of reconstructions", pair, label=last) for kind, pair in compared.items()),
             *(chart(last(n), [n], label=last) for key, n in held_out.items() if key not in losses and key.split("_")[0] not in compared),
         ],
-        "Dynamics phase, held-out episodes, over its own updates": [
+        "Latent phase, held-out episodes, over its own updates": [
             line_chart([Line(last(n), *record.series(n, "latent_phase/update"))], last(n), x_label="update")
             for n in record.names("latent_phase/")
             if n != "latent_phase/update"

@@ -1,4 +1,4 @@
-"""Training: the update, the loop around it, checkpoints, schedules, logging and pictures."""
+"""Training: the update, the loop around it, checkpoints, schedules and logging."""
 
 from aime_fast.training.checkpoint import latest_checkpoint, load_model
 from aime_fast.training.faults import check_tensor

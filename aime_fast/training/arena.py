@@ -102,11 +102,11 @@ class GradientRows:
             return self._flat
         return torch.stack(rows) if before is None else before + torch.stack(rows)
 
-    def _add(self, row: int, gradients: Sequence[Tensor | None], anew: bool) -> None:
+    def _add(self, row: int, gradients: Sequence[Tensor | None], overwrite: bool) -> None:
         if self._flat is None:
             self._flat = self.zeros()
             self._views = [self.arena.split(row) for row in self._flat]
-        if anew:
+        if overwrite:
             self._flat[row].zero_()
         reached = [(view, gradient) for view, gradient in zip(self._views[row], gradients) if gradient is not None]
         if reached:

@@ -14,7 +14,7 @@ from aime_fast.training.arena import Arena
 class EMA:
     """A frozen copy of `model` in eval mode that follows its weights: theta_ema <- decay theta_ema + (1 - decay) theta.
 
-    After n updates the decay is at most (1 + n) / (10 + n), so that the random start has no weight in a short run.
+    After n updates the decay is at most (1 + n) / (10 + n), so that the random start has little weight in a short run.
     Buffers (codebooks, their counts) are averages already and are copied. Make it before `model` is compiled, so that the copy
     stays plain. The copy is `ema.model`: validation and evaluation read it, and the Gram term compares against its encoder.
 

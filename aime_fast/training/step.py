@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -29,7 +29,7 @@ from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
-from aime_fast.training.execution import Execution
+from aime_fast.training.execution import Compile, Execution, Kind
 from aime_fast.training.faults import Faults, first_error
 
 BATCH_KEYS = ("pixels", "action", "is_init")
@@ -48,22 +48,13 @@ CHECKED = (
     *(f"gradient_norm/{name}" for name in ("discriminator", *TASKS, "total")),
 )
 
-Compile = Literal["off", "on", "graph"]
-
 
 class Warmups(NamedTuple):
     """What rises in the course of training, each a scalar on the device."""
 
     beta: Tensor  # factor of the KL terms' weight
-    own_tokens: Tensor  # share of frames whose tokens the predictor reads as it predicted them
+    own_tokens: Tensor  # share of input frames whose tokens are the predictor's own prediction
     overshoot: Tensor  # factor of the weight of imagined frames
-
-
-class Kind(NamedTuple):
-    """What an update includes. Each kind is compiled and captured by itself."""
-
-    train_discriminator: bool  # the discriminators learn too
-    adversarial: bool  # the generator has an adversarial task
 
 
 class Gradients(NamedTuple):
@@ -112,8 +103,7 @@ class TrainingStep:
         self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in parameters]
         self._evidence: list[dict[str, dict[str, Tensor]]] = []  # of the last update, for `diagnose`
         self._gradients = Gradients()
-        mode = {"off": "off", "on": "whole" if self.device.type == "cuda" else "regions", "graph": "graph"}[compile]
-        self.execution = Execution(self, mode)
+        self.execution = Execution(self, compile)
 
     def __call__(
         self,
@@ -133,7 +123,7 @@ class TrainingStep:
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
             adversarial: whether the generator has an adversarial task; if not, that gradient is not computed.
-            own_tokens: share of frames whose tokens the predictor reads as it predicted them.
+            own_tokens: share of input frames whose tokens are the predictor's own prediction.
             overshoot: warm-up factor of the weight of imagined frames.
 
         Returns:
@@ -155,22 +145,22 @@ class TrainingStep:
         return TensorDict(metrics, batch_size=[])
 
     def update(
-        self, run: Execution, kind: Kind, batches: list[dict[str, Tensor]], learning_rate: Tensor, warmups: Warmups
+        self, kind: Kind, batches: list[dict[str, Tensor]], learning_rate: Tensor, warmups: Warmups
     ) -> tuple[dict[str, Tensor], list[dict[str, dict[str, Tensor]]], Gradients]:
-        """From batches to new weights. `run` has the two halves as they are executed.
+        """From batches to new weights; `execution` has the two halves as they are executed.
 
         Returns: (metrics, scalars by name; batch, outputs and losses of each batch; the gradients, before RGB).
         """
         learnt_before = [buffer.clone() for buffer in self._learnt]
         gradients, metrics, evidence = Gradients(), {}, []
-        if run.compiled and len(batches) > 1:  # the first batch adds to zeros: without them it would be compiled by itself
+        if self.execution.whole and len(batches) > 1:  # the first batch adds to zeros: without them it would be compiled by itself
             zeros = self._discriminator_row.zeros() if kind.train_discriminator else None
             gradients = Gradients(self._task_rows.zeros(), zeros)
         for batch in batches:
-            gradients, scalars, outputs = run.compute_gradients(kind, batch, warmups, 1.0 / len(batches), gradients)
+            gradients, scalars, outputs = self.execution.compute_gradients(kind, batch, warmups, 1.0 / len(batches), gradients)
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
-        metrics |= run.apply_gradients(gradients, metrics, learnt_before, learning_rate)
+        metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
         return metrics | {"beta": warmups.beta, "learning_rate": learning_rate}, evidence, gradients
 
     def compute_gradients(

@@ -333,8 +333,8 @@ def sticks_backward_kernel(
                 remainder = _log(w_s * a[:, :, None] / y)
                 integral += weights * remainder
                 integral_la += weights * (1.0 - damped)
-                moved = t * (damped * _rho(t, y, w, z) - 1.0)
-                integral_lb += weights * tl.where(b[:, :, None] >= 1.0, moved, (1.0 - b[:, :, None] * t) * remainder)
+                by_nodes = t * (damped * _rho(t, y, w, z) - 1.0)
+                integral_lb += weights * tl.where(b[:, :, None] >= 1.0, by_nodes, (1.0 - b[:, :, None] * t) * remainder)
             rest = tl.sum(integral, 2) - la - inverse_b
             rest_la = tl.sum(integral_la, 2) - 1.0
             rest_lb = tl.sum(integral_lb, 2)

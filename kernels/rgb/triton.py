@@ -145,8 +145,8 @@ def rotation_kernel(
     ww = tl.where(other, ww * inverse_q[:, None] * inverse_q[None, :], 0.0)
     gg = tl.where(other, cosine, 0.0)
 
-    kept = tl.load(angles + index, mask=task, other=0.0)
-    angle = tl.where(free, kept.to(tl.float64), 0.0)
+    stored = tl.load(angles + index, mask=task, other=0.0)
+    angle = tl.where(free, stored.to(tl.float64), 0.0)
     for _ in tl.static_range(STEPS):
         sin, cos = _sin_cos(angle)
         sin, cos = tl.where(active, sin, 0.0), tl.where(active, cos, 0.0)
@@ -170,7 +170,7 @@ def rotation_kernel(
     tl.store(c_out + index, c, mask=index <= N)
     tl.store(e_out + index, e, mask=index <= N)
     tl.store(norm_out, result_norm)
-    tl.store(angles + index, tl.where(finite, tl.where(active, angle.to(kept.dtype), kept), kept), mask=task)
+    tl.store(angles + index, tl.where(finite, tl.where(active, angle.to(stored.dtype), stored), stored), mask=task)
     tl.store(has_direction, 1, mask=finite)
 
 

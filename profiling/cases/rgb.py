@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aime_fast.config import OptimConfig
 from kernels import rgb
 from kernels.rgb.direct import rgb_direct
 from profiling.cases.case import Case, Inputs, Outputs, unchanged
 
-SPECIFICATION = {"mu": 0.9, "lam": 1.0, "alpha_steps": 3, "lr_inner": 0.2, "aggregation": "norm_weighted"}
+OPTIM = OptimConfig()
+DEFAULTS = {
+    "mu": OPTIM.rgb_mu, "lam": OPTIM.rgb_lambda, "alpha_steps": OPTIM.rgb_alpha_steps, "lr_inner": OPTIM.rgb_lr_inner,
+    "aggregation": OPTIM.aggregation,
+}  # fmt: skip
 STATE = ("direction", "angles", "has_direction")
 
 
@@ -71,7 +76,7 @@ def _rotate_case(
         has_direction = torch.tensor(state != "new")
         return {
             "gradients": given, "direction": direction, "angles": angles, "has_direction": has_direction,
-            "settings": SPECIFICATION | settings, "out": out,
+            "settings": DEFAULTS | settings, "out": out,
         }  # fmt: skip
 
     return Case(
@@ -166,5 +171,5 @@ def operators(device: torch.device) -> list[tuple[str, Any, tuple]]:
         torch.tensor(True),
         torch.zeros(29),
     )
-    arguments = (*(t.to(device) for t in tensors), *SPECIFICATION.values(), 1.0)
+    arguments = (*(t.to(device) for t in tensors), *DEFAULTS.values(), 1.0)
     return [("rgb_rotate_", torch.ops.aime_fast.rgb_rotate_, arguments)]

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
-from aime_fast.training import TrainingStep
-from aime_fast.training.execution import Execution
-from aime_fast.training.step import Gradients, Kind, Warmups
+from aime_fast.training import TrainingStep, execution
+from aime_fast.training.execution import Execution, Kind
+from aime_fast.training.step import Gradients, Warmups
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +77,7 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     torch._dynamo.reset()
     counters.clear()
     step = make_step()
-    step.execution = Execution(step, "whole", backend="aot_eager")
+    step.execution = Execution(step, "on", whole=True, backend="aot_eager")
     assert_same_training(step, batches)
     assert not counters["graph_break"]
     # The gradients, without and with a generator that plays, and the update: three graphs, however the schedules move.
@@ -88,7 +88,7 @@ def test_accumulated_batches_compile_once(batches):
     torch._dynamo.reset()
     counters.clear()
     step = make_step(accumulate=2)
-    step.execution = Execution(step, "whole", backend="aot_eager")
+    step.execution = Execution(step, "on", whole=True, backend="aot_eager")
     assert_same_training(step, batches, 2, eager=make_step(accumulate=2))
     assert counters["stats"]["unique_graphs"] == 3  # as above: the generator plays from the second update on
 
@@ -136,6 +136,28 @@ def test_an_update_reads_nothing_back(batches, accumulate):
         for train_discriminator in (False, True):
             metrics = update(step, group, 1, train_discriminator)
     assert bool(metrics["finite"])
+
+
+def test_every_kind_of_update_goes_through_its_capture(batches, monkeypatch):
+    """The way to a captured update, without CUDA: what would be captured is called."""
+    calls = []
+
+    class Called:
+        def __init__(self, function, device, memory_of=None):
+            self.function = function
+
+        def __call__(self, *inputs):
+            calls.append(self.function.args[0])
+            return self.function(*inputs)
+
+    monkeypatch.setattr(execution, "Captured", Called)
+    step = make_step()
+    monkeypatch.setattr(step.model, "compile_regions", lambda: None)
+    step.execution = Execution(step, "graph", whole=False)
+    for i, kind in enumerate(kinds := [Kind(*flags) for flags in ((False, False), (False, True), (True, False), (True, True))]):
+        one = torch.ones((), device=DEVICE)
+        assert bool(step(batches[i : i + 1], one, 1e-4 * one, *kind)["finite"])
+    assert calls == kinds
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
