@@ -66,7 +66,7 @@ def pixel_overshooting(
 
     Returns: the terms `OVERSHOOT`, in nats a frame, means over imagined frames that lie in the episode of the first; 0 where T is 1.
     """
-    batch, length = start.shape
+    length = start.shape[1]
     frames = min(frames, length - 1)
     if frames < 1:
         return {name: video.new_zeros(()) for name in OVERSHOOT}
@@ -76,15 +76,12 @@ def pixel_overshooting(
     targets = Targets(latents.detach(), inferred.context.detach(), attention.detach(), actions)
     scores, states = imagine_and_score(model, state, first, frames, targets)
 
-    in_episode = torch.ones(batch, dtype=torch.bool, device=start.device)
-    truth, weights = [], []
-    for age in range(1, frames + 1):
-        in_episode = in_episode & ~_at(start, first + age)
-        truth.append(_at(video, first + age))
-        weights.append(in_episode.to(scores["latent"].dtype))
+    times = first + torch.arange(1, frames + 1, device=start.device)
+    truth = video.index_select(1, times).transpose(0, 1).flatten(0, 1)  # [frames * B, 3, H, W]
+    in_episode = (~start.index_select(1, times)).cumprod(1)  # [B, frames], 0 from the next episode on
+    weight = in_episode.t().flatten().to(scores["latent"].dtype)
     z, a = (torch.cat([getattr(state, name) for state in states]) for name in ("latents", "attention"))  # [frames * B, ...]
-    recon = model.decoder.likelihood.nll(model.decoder(z, a), torch.cat(truth))
-    weight = torch.cat(weights)
+    recon = model.decoder.likelihood.nll(model.decoder(z, a), truth)
     terms = torch.stack([recon, *(scores[name].flatten() for name in ("latent", "attention", "context"))])  # [4, frames * B]
     return dict(zip(OVERSHOOT, ((terms * weight).sum(1) / weight.sum().clamp_min(1.0)).unbind()))
 
