@@ -22,9 +22,9 @@ def test_an_old_flag_sets_the_new_field_with_a_message(old, capsys):
 def test_old_flags_are_not_in_the_help(capsys):
     with pytest.raises(SystemExit):
         parse_config("train", "", ["--help"])
-    shown = capsys.readouterr().out
-    assert "--latent-phase-updates" in shown
-    assert "--dynamics-updates" not in shown
+    help_text = capsys.readouterr().out
+    assert "--latent-phase-updates" in help_text
+    assert "--dynamics-updates" not in help_text
 
 
 def test_losses_take_a_weight_under_the_name_of_the_texts():

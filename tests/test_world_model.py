@@ -91,17 +91,17 @@ def test_decoder_sees_nothing_but_latent_and_attention(model):
 
 
 @torch.no_grad()
-def test_attention_dropout_shows_uniform_maps_to_whole_sequences_in_training_alone():
+def test_attention_dropout_gives_uniform_maps_to_whole_sequences_in_training_only():
     model = make_model(attention_dropout=0.5)
     video, actions = make_batch(model, 16, 2)
     start = starts(None, 16, 2, video.device)
     maps = model._infer(video, actions, start)[1].maps.attention
     assert torch.equal(model._with_dropout(maps, start.shape), maps)
-    shown = model.train()._with_dropout(maps, start.shape).unflatten(0, (16, 2))
-    uniform = (shown == model.attention.uniform(1).to(maps.dtype)).flatten(2).all(2)
+    maps_used = model.train()._with_dropout(maps, start.shape).unflatten(0, (16, 2))
+    uniform = (maps_used == model.attention.uniform(1).to(maps.dtype)).flatten(2).all(2)
     assert torch.equal(uniform[:, 0], uniform[:, 1])
     assert 0 < uniform[:, 0].sum() < 16
-    assert torch.equal(shown[~uniform[:, 0]], maps.unflatten(0, (16, 2))[~uniform[:, 0]])
+    assert torch.equal(maps_used[~uniform[:, 0]], maps.unflatten(0, (16, 2))[~uniform[:, 0]])
 
 
 @pytest.mark.parametrize("fusion", ["weighted", "max", "gated"])

@@ -46,10 +46,10 @@ def test_a_check_speaks_on_its_side_of_the_threshold_only(name):
 def test_a_collapse_is_told_once_when_it_begins_and_once_when_it_ends():
     bad = HEALTHY | CASES["kl_at_zero"][0]
     rows = [HEALTHY, bad, HEALTHY, bad, bad, bad, HEALTHY, HEALTHY]
-    told = replay(make_watch(), [{"step": 10 * i} | row for i, row in enumerate(rows)])
-    assert [(f.name, f.step, f.begins) for f in told] == [("kl_at_zero", 40, True), ("kl_at_zero", 60, False)]
-    assert "KL_z is 0.09 nats" in str(told[0])
-    assert "--beta" in str(told[0])
+    findings = replay(make_watch(), [{"step": 10 * i} | row for i, row in enumerate(rows)])
+    assert [(f.name, f.step, f.begins) for f in findings] == [("kl_at_zero", 40, True), ("kl_at_zero", 60, False)]
+    assert "KL_z is 0.09 nats" in str(findings[0])
+    assert "--beta" in str(findings[0])
 
 
 def test_training_rows_are_remembered_until_the_next_validation():
@@ -62,8 +62,8 @@ def test_training_rows_are_remembered_until_the_next_validation():
 
 def test_what_is_no_collapse():
     watch = make_watch(patience=1)
-    critics_still_learn_alone = {"loss/discriminator_image": 0.01, "loss/adversarial": 0.0}
-    assert watch.look(1, HEALTHY | critics_still_learn_alone) == []
+    before_the_adversarial_task = {"loss/discriminator_image": 0.01, "loss/adversarial": 0.0}
+    assert watch.look(1, HEALTHY | before_the_adversarial_task) == []
     single = Watch(latent_dim=10, max_components=1, patience=1)
     assert single.look(1, HEALTHY | CASES["one_component"][0]) == []
 

@@ -16,12 +16,12 @@ from aime_fast.evaluation.positions import PositionReader, position_errors
 def test_psnr_and_ssim_are_those_of_torchmetrics(size):
     generator = torch.Generator().manual_seed(0)
     truth = torch.rand(2, 3, 3, size, size, generator=generator) * 2 - 1
-    drawn = truth + 0.3 * torch.randn(truth.shape, generator=generator)
-    shown = drawn.clamp(-1, 1)
-    theirs = structural_similarity_index_measure(shown.flatten(0, 1), truth.flatten(0, 1), data_range=2.0, reduction="none")
-    torch.testing.assert_close(ssim(drawn, truth).flatten(), theirs, atol=1e-5, rtol=1e-5)
-    expected = peak_signal_noise_ratio(shown, truth, data_range=2.0).item()
-    assert psnr(squared_error(drawn, truth).mean().item()) == pytest.approx(expected, abs=1e-4)
+    decoded = truth + 0.3 * torch.randn(truth.shape, generator=generator)
+    clamped = decoded.clamp(-1, 1)
+    theirs = structural_similarity_index_measure(clamped.flatten(0, 1), truth.flatten(0, 1), data_range=2.0, reduction="none")
+    torch.testing.assert_close(ssim(decoded, truth).flatten(), theirs, atol=1e-5, rtol=1e-5)
+    expected = peak_signal_noise_ratio(clamped, truth, data_range=2.0).item()
+    assert psnr(squared_error(decoded, truth).mean().item()) == pytest.approx(expected, abs=1e-4)
 
 
 def test_equal_frames_reach_the_cap():

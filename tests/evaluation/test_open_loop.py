@@ -70,14 +70,14 @@ def test_a_model_that_copies_the_last_frame_scores_as_repeat_last_frame(model, m
     assert positions["by_point"]["model"]["b"] == pytest.approx(moved[..., 1].mean().item(), rel=1e-5)
 
 
-def test_a_perfect_predictor_reaches_the_cap_and_one_that_hears_its_actions_a_high_ratio(model, monkeypatch):
+def test_a_perfect_predictor_reaches_the_cap_and_one_that_uses_actions_a_high_ratio(model, monkeypatch):
     clips = make_clips(model)
 
     def know(observations, actions, future_actions, sample=False, error=0.0):
         row = (clips.pixels[None, :, 0] == observations[:, None, 0]).flatten(2).all(-1).long().argmax(1)
         wrong = (future_actions - clips.actions[row, CONTEXT:]).abs().mean((1, 2))
-        drawn = normalise(clips.pixels[row, CONTEXT:]) * (1 - error - wrong)[:, None, None, None, None]
-        return TensorDict({"reconstructions": drawn}, batch_size=future_actions.shape[:2])
+        predicted = normalise(clips.pixels[row, CONTEXT:]) * (1 - error - wrong)[:, None, None, None, None]
+        return TensorDict({"reconstructions": predicted}, batch_size=future_actions.shape[:2])
 
     def know_tokens(model, tokens, actions, context):
         last = tokens[:, context - 1 : context].expand_as(tokens[:, context:])
@@ -103,8 +103,8 @@ def test_the_best_sample_is_one_film_and_scores_do_not_depend_on_the_batch(model
 
     def noisy(observations, actions, future_actions, sample=False):
         spread = 0.1 + 0.1 * (next(calls) % 3) if sample else 0.5
-        drawn = normalise(clips.pixels[:, CONTEXT:]) * (1 - spread)
-        return TensorDict({"reconstructions": drawn}, batch_size=future_actions.shape[:2])
+        predicted = normalise(clips.pixels[:, CONTEXT:]) * (1 - spread)
+        return TensorDict({"reconstructions": predicted}, batch_size=future_actions.shape[:2])
 
     monkeypatch.setattr(model, "predict_future", noisy)
     result = evaluate(model, clips, samples=3, batch=8)
@@ -120,7 +120,7 @@ def test_the_best_sample_is_one_film_and_scores_do_not_depend_on_the_batch(model
         assert without[name]["psnr"] == pytest.approx(small[name]["psnr"], rel=1e-5), name
 
 
-def test_rolled_out_tokens_hang_on_what_was_shown_alone(model):
+def test_rolled_out_tokens_depend_on_observed_frames_alone(model):
     shape = (2, 6, model.perceiver_io.tokenizer.grid, model.perceiver_io.tokenizer.grid, 2)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 32, shape, generator=generator)

@@ -30,18 +30,18 @@ def test_overlay_shows_where_attention_is_and_nothing_where_it_is_even():
     assert peaked[:, -1, -1].std() == 0
 
 
-def test_prediction_frames_mark_what_was_seen_and_what_was_made_up():
-    truth, drawn = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
-    film = pictures.prediction_frames(truth, drawn, context=2, smallest=16)  # [3, 16, 48, 3]
+def test_prediction_frames_mark_observed_and_predicted_frames():
+    truth, decoded = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    film = pictures.prediction_frames(truth, decoded, context=2, smallest=16)  # [3, 16, 48, 3]
     assert film.shape == (3, 16, 48, 3)
     assert [tuple(frame[0, 16].tolist()) for frame in film] == [pictures.GREEN, pictures.GREEN, pictures.RED]
     assert film[0, 8, 8].tolist() == [128] * 3  # truth
-    assert film[0, 8, 24].tolist() == film[0, 8, 40].tolist() == [255] * 3  # drawn, and an error of 1
+    assert film[0, 8, 24].tolist() == film[0, 8, 40].tolist() == [255] * 3  # decoded, and an error of 1
 
 
-def test_filmstrip_has_a_column_a_frame_and_marks_what_was_made_up():
-    truth, drawn = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
-    strip = pictures.filmstrip(truth, drawn, observed=1, smallest=16)
+def test_filmstrip_has_a_column_a_frame_and_marks_predicted_frames():
+    truth, decoded = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    strip = pictures.filmstrip(truth, decoded, observed=1, smallest=16)
     cell = 16 + pictures.GAP
     assert strip.shape == (3 * cell, 3 * cell, 3)
     assert [tuple(strip[cell, i * cell].tolist()) for i in range(3)] == [pictures.GREEN, pictures.RED, pictures.RED]

@@ -31,8 +31,8 @@ def test_starts_uniform_in_expectation():
     sticks = AdaptiveStickBreaking(4, 8)
     out = sticks(torch.zeros(1, 4), sample=False)
     torch.testing.assert_close(out.pi, torch.full((1, 8), 1 / 8), atol=1e-4, rtol=0)
-    drawn = sticks(torch.zeros(4000, 4)).pi.mean(0)
-    torch.testing.assert_close(drawn, torch.full((8,), 1 / 8), atol=0.01, rtol=0)
+    sampled = sticks(torch.zeros(4000, 4)).pi.mean(0)
+    torch.testing.assert_close(sampled, torch.full((8,), 1 / 8), atol=0.01, rtol=0)
     count, perplexity = get_effective_components(out.pi)
     assert count.item() == 8
     assert perplexity.item() == pytest.approx(8, abs=1e-2)

@@ -23,8 +23,8 @@ FRAMES = 14  # more than the window of 5 frames and than two layers of attention
 @torch.no_grad()
 def predict_without_caches(model, video, actions, future):
     """`predict_future` by the parallel functions alone, each run over the whole video again for every frame."""
-    seen = model.forward_sequence(video, actions)
-    z, attention, h = seen["latents"], seen["attention"][:, -1], seen["hidden"]
+    inferred = model.forward_sequence(video, actions)
+    z, attention, h = inferred["latents"], inferred["attention"][:, -1], inferred["hidden"]
     context = model.extract_context(video)
     decoded = []
     for t in range(future.shape[1]):
@@ -142,8 +142,8 @@ def test_captured_imagination_equals_the_plain_one():
         tokens = model.perceiver_io.tokenizer.encode(video)[0]
         plain, replayed = (m.perceiver_io.generate_tokens(tokens, future, 5, temperature=0) for m in (model, captured))
         assert (plain == replayed).float().mean() > 0.9  # codes are discrete: the nearest of two may change with rounding
-        drawn = captured.predict_future(video, actions, future, sample=True)["latents"]
-        assert (drawn[:, 1:] - drawn[:, :-1]).abs().amax(-1).min() > 0
+        sampled = captured.predict_future(video, actions, future, sample=True)["latents"]
+        assert (sampled[:, 1:] - sampled[:, :-1]).abs().amax(-1).min() > 0
         for parameter, twin in zip(model.parameters(), captured.parameters()):
             noise = 0.02 * torch.randn_like(parameter)
             parameter += noise

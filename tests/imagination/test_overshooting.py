@@ -20,42 +20,42 @@ def infer(model, video, actions, is_init=None):
 @torch.no_grad()
 def test_the_first_frame_is_the_one_step_prior(model):
     video, actions = make_batch(model, 2, 2)
-    seen, start = infer(model, video, actions)
-    found = pixel_overshooting(model, seen, video, actions, start, 1)
-    p, z = seen.prior, seen.latents.unflatten(0, (2, 2))[:, 1]
+    inferred, start = infer(model, video, actions)
+    found = pixel_overshooting(model, inferred, video, actions, start, 1)
+    p, z = inferred.prior, inferred.latents.unflatten(0, (2, 2))[:, 1]
     rows = [1, 3]  # frame 1 of both sequences
     expected = -mixture_log_prob(z, p.log_weights[rows], p.means[rows], p.logvars[rows]).mean()
     torch.testing.assert_close(found["overshoot_latent"], expected)
-    drawn = model.predict_future(video[:, :1], actions[:, :1], actions[:, 1:])["reconstructions"][:, 0]
-    torch.testing.assert_close(found["overshoot_recon"], model.decoder.likelihood.nll(drawn, video[:, 1]).mean())
+    decoded = model.predict_future(video[:, :1], actions[:, :1], actions[:, 1:])["reconstructions"][:, 0]
+    torch.testing.assert_close(found["overshoot_recon"], model.decoder.likelihood.nll(decoded, video[:, 1]).mean())
 
 
 @torch.no_grad()
 def test_frames_after_a_cut_do_not_count(model):
     video, actions = make_batch(model, 1, 4)
     cut = torch.tensor([[False, False, True, False]])
-    seen, start = infer(model, video, actions, cut)
-    found = pixel_overshooting(model, seen, video, actions, start, 3)
+    inferred, start = infer(model, video, actions, cut)
+    found = pixel_overshooting(model, inferred, video, actions, start, 3)
     other = video.clone()
     other[:, 2:] += 0.5
-    assert pixel_overshooting(model, seen, other, actions, start, 3)["overshoot_recon"] == found["overshoot_recon"]
+    assert pixel_overshooting(model, inferred, other, actions, start, 3)["overshoot_recon"] == found["overshoot_recon"]
     other[:, 1] += 0.5
-    assert pixel_overshooting(model, seen, other, actions, start, 3)["overshoot_recon"] != found["overshoot_recon"]
+    assert pixel_overshooting(model, inferred, other, actions, start, 3)["overshoot_recon"] != found["overshoot_recon"]
 
 
 def test_it_teaches_every_predictor_and_targets_get_no_gradient():
     model = make_model().train()
     video, actions = make_batch(model, 2, 5)
-    seen, start = infer(model, video, actions)
+    inferred, start = infer(model, video, actions)
     loss = sum(
-        pixel_overshooting(model, seen, video, actions, start, 4)[name] for name in OVERSHOOT
+        pixel_overshooting(model, inferred, video, actions, start, 4)[name] for name in OVERSHOOT
     )  # from frame 0, all others are targets
     names = dict(model.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(loss, list(names.values()), allow_unused=True, retain_graph=True)))
     taught = {name.partition(".")[0] for name, g in gradients.items() if g is not None and g.any()}
     assert {"prior", "recurrence", "attention", "context_prior", "decoder"} <= taught
     assert "encoder" not in taught  # the latent is where it is: neither as a start nor as a target is it bent to what is easy to predict
-    maps = torch.autograd.grad(loss, seen.maps.attention)[0].unflatten(0, start.shape)
+    maps = torch.autograd.grad(loss, inferred.maps.attention)[0].unflatten(0, start.shape)
     assert maps[:, 0].any()
     assert not maps[:, 1:].any()
 
@@ -78,11 +78,11 @@ def test_own_tokens_are_those_of_the_frame_before(model, frames):
 def test_a_roll_out_begins_after_the_first_frames(model):
     """The attention map of the frame it begins at is the only one with gradient."""
     video, actions = make_batch(model, 2, 8)
-    seen, start = infer(model, video, actions)
+    inferred, start = infer(model, video, actions)
     begun = set()
     for seed in range(30):
         torch.manual_seed(seed)
-        loss = sum(pixel_overshooting(model, seen, video, actions, start, 3).values())
-        (gradient,) = torch.autograd.grad(loss, seen.maps.attention, retain_graph=True)
+        loss = sum(pixel_overshooting(model, inferred, video, actions, start, 3).values())
+        (gradient,) = torch.autograd.grad(loss, inferred.maps.attention, retain_graph=True)
         begun |= set(gradient.unflatten(0, start.shape).flatten(2).any(2).any(0).nonzero().flatten().tolist())
     assert begun == {BURN_IN - 1, BURN_IN, BURN_IN + 1}  # and the last one leaves three frames

@@ -24,8 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def few_cases(monkeypatch):
     """RGB with two small cases."""
-    kept = [case for case in cases.REGISTRY["rgb"]() if case.name in ("n=3, P=1009", "clipped")]
-    monkeypatch.setitem(cases.REGISTRY, "rgb", lambda: kept)
+    chosen = [case for case in cases.REGISTRY["rgb"]() if case.name in ("n=3, P=1009", "clipped")]
+    monkeypatch.setitem(cases.REGISTRY, "rgb", lambda: chosen)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ STEPS = 5
 def config_of(accumulate: int = 1) -> Config:
     config = preset("debug")
     data = dataclasses.replace(config.data, data="synthetic", prefetch=0)
-    model = dataclasses.replace(config.model, overshoot_frames=2)  # each imagined frame is traced anew: two show a loop
+    model = dataclasses.replace(config.model, overshoot_frames=2)  # each imagined frame is traced by itself: two show a loop
     return dataclasses.replace(config, data=data, model=model, optim=dataclasses.replace(config.optim, accumulate=accumulate))
 
 
@@ -43,7 +43,7 @@ def make_step(compile: str = "off", accumulate: int = 1) -> TrainingStep:
 
 
 def update(step: TrainingStep, group, i: int, train_discriminator: bool = True) -> dict[str, torch.Tensor]:
-    """Update i, with a beta, a learning rate and an overshooting of its own; from update 1 on the generator plays."""
+    """Update i, with a beta, a learning rate and an overshooting of its own; from update 1 on the adversarial task counts."""
     beta, rate = torch.tensor(0.1 * i, device=DEVICE), torch.tensor(1e-4 * (i + 1), device=DEVICE)
     torch.manual_seed(i)
     metrics = step(group, beta, rate, train_discriminator, adversarial=i > 0, overshoot=0.2 * i)
@@ -80,7 +80,7 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     step.execution = Execution(step, "on", whole=True, backend="aot_eager")
     assert_same_training(step, batches)
     assert not counters["graph_break"]
-    # The gradients, without and with a generator that plays, and the update: three graphs, however the schedules move.
+    # The gradients, without and with the adversarial task, and the update: three graphs, whatever the schedules.
     assert counters["stats"]["unique_graphs"] == 3
 
 
@@ -90,7 +90,7 @@ def test_accumulated_batches_compile_once(batches):
     step = make_step(accumulate=2)
     step.execution = Execution(step, "on", whole=True, backend="aot_eager")
     assert_same_training(step, batches, 2, eager=make_step(accumulate=2))
-    assert counters["stats"]["unique_graphs"] == 3  # as above: the generator plays from the second update on
+    assert counters["stats"]["unique_graphs"] == 3  # as above: the adversarial task begins with the second update
 
 
 def test_without_discriminators_there_is_no_graph_break_either(batches):

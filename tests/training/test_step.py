@@ -89,19 +89,19 @@ def test_step_is_the_loop_of_the_specification(batches):
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
 
 
-def test_a_generator_that_does_not_play_gets_no_adversarial_gradient(batches):
-    config, seen = config_of(), {}
+def test_without_the_adversarial_task_its_gradient_is_zero(batches):
+    config, results = config_of(), {}
     for adversarial in (True, False):
         step = TrainingStep(make_model(config), config)
         torch.manual_seed(0)
         metrics = step(batches[:1], torch.tensor(0.5), torch.tensor(0.0), False, adversarial=adversarial)
-        seen[adversarial] = step._gradients.tasks.clone(), metrics
-    (playing, told), (apart, metrics) = seen[True], seen[False]
-    assert playing[3].any()
-    assert not apart[3].any()
-    torch.testing.assert_close(apart[:3], playing[:3])
+        results[adversarial] = step._gradients.tasks.clone(), metrics
+    (with_task, others), (without, metrics) = results[True], results[False]
+    assert with_task[3].any()
+    assert not without[3].any()
+    torch.testing.assert_close(without[:3], with_task[:3])
     assert metrics["loss/adversarial"] == 0
-    assert metrics["loss/generator"] == told["loss/generator"]  # still there to be looked at
+    assert metrics["loss/generator"] == others["loss/generator"]  # still logged
 
 
 def test_discriminators_learn_only_when_told_and_the_generator_never_moves_them(batches):
@@ -122,7 +122,7 @@ def test_accumulated_gradient_is_the_mean_over_the_batches(batches):
     config = config_of()
     rows = []
     for group in (batches[:1], batches[1:2], batches[:2]):
-        step = TrainingStep(make_model(config).eval(), config)  # in eval mode nothing is drawn and the codebook stays
+        step = TrainingStep(make_model(config).eval(), config)  # in eval mode nothing is sampled and the codebook does not change
         update(step, group, train_discriminator=False, beta=0.0)  # the KL is taken at a sample
         rows.append(step._gradients.tasks.clone())
     torch.testing.assert_close(rows[2], (rows[0] + rows[1]) / 2, rtol=1e-3, atol=1e-6)
