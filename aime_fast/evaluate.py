@@ -48,8 +48,6 @@ class EvaluateConfig:
 
 def evaluate(options: EvaluateConfig) -> dict:
     """Runs the evaluation and writes its files. Returns the content of evaluation.json."""
-    import torch
-
     from aime_fast.data import make_batches
     from aime_fast.evaluation.clips import cut_clips
     from aime_fast.evaluation.lpips import find_lpips
@@ -67,7 +65,6 @@ def evaluate(options: EvaluateConfig) -> dict:
     choose_kernels(None)
     if device.type == "cpu":
         keep_freed_memory()
-    torch.manual_seed(options.seed)
     model, config, info = load_model(options.run, device, ema=options.ema)
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
@@ -83,7 +80,7 @@ def evaluate(options: EvaluateConfig) -> dict:
         missing = {name: found for name, found in (("lpips", lpips), ("positions", reader)) if isinstance(found, str)}
         open_loop = evaluate_prediction(
             model, clips, mean_frame, options.samples, options.batch,
-            reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips,
+            reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips, seed=options.seed,
         )  # fmt: skip
         result = {
             "checkpoint": str(info["checkpoint"]),
@@ -96,7 +93,7 @@ def evaluate(options: EvaluateConfig) -> dict:
             "device": str(device),
             "torch": version("torch"),
             "commit": git_commit(),
-            **evaluate_sequences(model, validation.one_pass(), mean_frame, config.model.codebook_size),
+            **evaluate_sequences(model, validation.one_pass(), mean_frame, config.model.codebook_size, options.seed),
             "open_loop": open_loop | missing,
             "seconds": time.perf_counter() - began,
         }

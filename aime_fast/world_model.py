@@ -13,7 +13,7 @@ One frame, in order (docs/architecture.md shows it):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from aime_fast.config import Config, ModelConfig
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
+from aime_fast.generative_prior.dpgmm_prior import prior_noise
 from aime_fast.imagination import frame as one_frame
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.overshooting import pixel_overshooting
@@ -171,8 +172,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         if self.training:  # context and decoder have read the codebook: only now may it change
             self.perceiver_io.tokenizer.learn(tokens)
         with span("perceiver_io: predictor"):
-            predictor = self.perceiver_io.predictor
-            terms["next_token"], terms["token_accuracy"] = predictor.loss(tokens.codes, inferred.context, actions, start, own_tokens)
+            terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(
+                tokens.codes, inferred.context, actions, start, own_tokens, self.perceiver_io.context
+            )
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(inferred.decoded, video.flatten(0, 1)).mean()
         with span("generative_prior: KL"):
@@ -335,7 +337,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return self.perceiver_io.extract_context(self._frames(observations))
 
     @torch.no_grad()
-    def predict_future(self, observations: Tensor, actions: Tensor, future_actions: Tensor, sample: bool = False) -> TensorDict:
+    def predict_future(
+        self, observations: Tensor, actions: Tensor, future_actions: Tensor, sample: bool = False, seeds: Sequence[int] | None = None
+    ) -> TensorDict:
         """Open-loop prediction.
 
         Args:
@@ -343,6 +347,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             actions: [B, Tc, A], taken after each of them.
             future_actions: [B, F, A]; future_actions[:, i] is taken after predicted frame i, so frame i depends on those before i.
             sample: sample the priors; otherwise take the mean of the likeliest component.
+            seeds: of a sample, one a row: a row's sample does not depend on the others. None draws from the default generator.
 
         Returns:
             TensorDict [B, F]: reconstructions [B, F, 3, H, W], latents [B, F, Z], mixture_weights [B, F, K], attention [B, F, Ha, Wa].
@@ -362,7 +367,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         tokens, inferred = self._infer(video, actions, start)
         _, context_cache = perceiver.extend_context(tokens.codes, perceiver.empty_cache(batch).context)
         state = one_frame.state_after(inferred, lambda x: x[:, -1], PerceptionCache(tokens.cache, context_cache))
-        out, _ = self.roll_out(self, future_actions, match_layout(state, self.initial_state(batch)), sample)
+        given: Any = future_actions
+        if sample and seeds is not None:
+            given = (
+                future_actions,
+                prior_noise(seeds, future_actions.shape[1], self.prior.components, self.latent_dim, self.decoder.background),
+            )
+        out, _ = self.roll_out(self, given, match_layout(state, self.initial_state(batch)), sample)
         return TensorDict(out, batch_size=future_actions.shape[:2])
 
     def _frames(self, observations: Tensor, check: bool = True) -> Tensor:

@@ -82,6 +82,7 @@ class Clips:
     pixels: Tensor  # uint8 [N, F, 3, H, W]
     actions: Tensor  # [N, F, A]
     context: int
+    episodes: Tensor  # int64 [N], which episode each clip is of
     positions: Tensor | None = None  # [N, F, n, 2], pixels
 
     def __len__(self) -> int:
@@ -93,12 +94,13 @@ class Clips:
         return self.pixels.shape[1] - self.context
 
     def __getitem__(self, rows: slice) -> Clips:
-        return Clips(self.pixels[rows], self.actions[rows], self.context, None if self.positions is None else self.positions[rows])
+        positions = None if self.positions is None else self.positions[rows]
+        return Clips(self.pixels[rows], self.actions[rows], self.context, self.episodes[rows], positions)
 
     def to(self, device: torch.device) -> Clips:
         """The clips on a device."""
         positions = None if self.positions is None else self.positions.to(device)
-        return Clips(self.pixels.to(device), self.actions.to(device), self.context, positions)
+        return Clips(self.pixels.to(device), self.actions.to(device), self.context, self.episodes, positions)
 
 
 def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_episode: int) -> Clips:
@@ -112,15 +114,16 @@ def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_ep
     """
     if context < 1 or horizon < 1 or per_episode < 1:
         raise ValueError(f"--context {context}, --horizon {horizon}, --clips {per_episode}: each must be at least 1")
-    frames, longest, clips = context + horizon, 0, []
-    for episode in episodes:
+    frames, longest, clips, owners = context + horizon, 0, [], []
+    for number, episode in enumerate(episodes):
         length = episode.shape[0]
         longest = max(longest, length)
         count = min(per_episode, length - frames + 1)
         for i in range(count):
             first = round(i * (length - frames) / max(count - 1, 1))
+            owners.append(number)
             clips.append(episode[first : first + frames].select("pixels", "action", "positions", strict=False).clone())
     if not clips:
         raise ValueError(f"--context {context} --horizon {horizon}: the longest held-out episode has {longest} frames, ask for fewer")
     cut = torch.stack(clips)
-    return Clips(cut["pixels"], cut["action"], context, cut.get("positions", None))
+    return Clips(cut["pixels"], cut["action"], context, torch.tensor(owners), cut.get("positions", None))

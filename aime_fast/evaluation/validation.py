@@ -48,12 +48,15 @@ def validate(
 
 
 @torch.no_grad()
-def evaluate_sequences(model: nn.Module, batches: Iterable[TensorDict], mean_frame: Tensor, codebook_size: int) -> dict[str, dict]:
-    """Measures of held-out sequences of the trained length; arguments as in `validate`.
+def evaluate_sequences(
+    model: nn.Module, batches: Iterable[TensorDict], mean_frame: Tensor, codebook_size: int, seed: int = 0
+) -> dict[str, dict]:
+    """Measures of held-out sequences of the trained length; arguments as in `validate`; seed of all random numbers.
 
     Returns: `reconstruction` (see `measures.Reconstruction`, and the teacher-forced token_accuracy), `calibration` of the one-step prior
     (see `measures.Calibration`).
     """
+    torch.manual_seed(seed)  # posterior samples of the KL and of the calibration
     reconstruction, calibration, correct = Reconstruction(mean_frame, codebook_size), Calibration(), 0.0
     for batch in batches:
         video = normalise(batch["pixels"])

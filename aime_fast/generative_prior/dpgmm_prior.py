@@ -5,18 +5,27 @@ Sources: Sethuraman 1994 (stick-breaking); Nalisnick and Smyth, arXiv 1605.06197
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.encoder_decoder.encoder import bounded_logvar
+from aime_fast.encoder_decoder.encoder import MEAN_BOUND, bounded_logvar
 from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import MLP, full_precision
 
 OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets; their weights add 0.6
+
+
+class PriorNoise(NamedTuple):
+    """The random numbers of samples of the prior, for N frames or with other leading axes."""
+
+    sticks: Tensor  # [N, K-1], uniform
+    choice: Tensor  # [N, K], Gumbel
+    latents: Tensor  # [N, Z], normal
 
 
 class Mixture(NamedTuple):
@@ -27,26 +36,38 @@ class Mixture(NamedTuple):
     logvars: Tensor  # [N, K, Z]
     kl_hierarchical: Tensor  # [N], nats: sticks and concentration
 
-    def sample(self, sample: bool = True) -> Tensor:
+    def sample(self, sample: bool = True, noise: PriorNoise | None = None) -> Tensor:
         """z [N, Z]: the mean of the likeliest component, or a sample. No gradient passes the choice of the component."""
         if not sample:
             chosen = self.log_weights.argmax(-1)
         else:
-            gumbel = -torch.empty_like(self.log_weights).exponential_().log()
+            gumbel = -torch.empty_like(self.log_weights).exponential_().log() if noise is None else noise.choice
             chosen = (self.log_weights + gumbel).argmax(-1)
         index = chosen[:, None, None].expand(-1, 1, self.means.shape[-1])
         mean = self.means.gather(1, index)[:, 0]
         if not sample:
             return mean
-        return mean + torch.randn_like(mean) * (0.5 * self.logvars.gather(1, index)[:, 0]).exp()
+        normal = torch.randn_like(mean) if noise is None else noise.latents
+        return mean + normal * (0.5 * self.logvars.gather(1, index)[:, 0]).exp()
+
+
+def prior_noise(seeds: Sequence[int], frames: int, components: int, latent_dim: int, like: Tensor) -> PriorNoise:
+    """Noise [B, frames, ...] whose row b is a function of seeds[b] alone, drawn on the CPU, with the dtype and device of `like`."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        uniform, exponential = torch.rand(2, frames, components, generator=generator, dtype=torch.float64).clamp_min(1e-12)
+        normal = torch.randn(frames, latent_dim, generator=generator, dtype=torch.float64)
+        rows.append((uniform[:, 1:], -(-exponential.log()).log(), normal))
+    return PriorNoise(*(torch.stack(part).to(like) for part in zip(*rows)))
 
 
 class DPGMMPrior(nn.Module):
     """Weights, widths, offsets and gates are network outputs of the concatenated [h, c].
 
     Means are offsets from an extrapolation of the latent, m_{t-1} + g (m_{t-1} - m_{t-2}), where m is the mean of q(z) (in imagination z
-    itself) and g in (0, 1) a gate for each dimension. Objects in a video have inertia; a network that had to find speed in h by itself did
-    not within 750 updates (docs/log.md).
+    itself) and g in (0, 1) a gate for each dimension; they have the bound of posterior means. Objects in a video have inertia; a network
+    that had to find speed in h by itself did not within 750 updates (docs/log.md).
 
     Args:
         hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
@@ -71,16 +92,20 @@ class DPGMMPrior(nn.Module):
                 torch.cat([torch.randn(max_components * latent_dim) * OFFSET_STD, torch.zeros(max_components * latent_dim)])
             )
 
-    def forward(self, hidden: Tensor, context: Tensor, latents: Tensor, delta: Tensor, sample: bool = True) -> Mixture:
+    def forward(
+        self, hidden: Tensor, context: Tensor, latents: Tensor, delta: Tensor, sample: bool = True, noise: PriorNoise | None = None
+    ) -> Mixture:
         """Predicts a frame's latent from the frame before.
 
         Args: hidden [N, Dh]; context [N, Dc]; latents, delta [N, Z], the latent and its difference from the one before it; sample: False
-            takes mean sticks.
+            takes mean sticks; noise: of a sample; None draws it.
         """
         features = self.trunk(torch.cat([hidden, context.to(hidden.dtype)], dim=-1))
         concentration, rate, alpha, log_alpha = self.alpha(hidden)
-        sticks = self.sticks(features, None, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
+        sticks = self.sticks(
+            features, None if noise is None else noise.sticks, sample, alpha[..., None], log_alpha[..., None], self.kl_method
+        )
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
         extrapolated = latents + self.inertia(features).sigmoid() * delta
-        means = full_precision(extrapolated).unsqueeze(-2) + full_precision(means)
+        means = (full_precision(extrapolated).unsqueeze(-2) + full_precision(means)).clamp(-MEAN_BOUND, MEAN_BOUND)
         return Mixture(sticks.log_pi, means, bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate))

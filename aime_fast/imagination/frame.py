@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aime_fast.generative_prior.dpgmm_prior import Mixture
+from aime_fast.generative_prior.dpgmm_prior import Mixture, PriorNoise
 from aime_fast.imagination.sequence import Inference, recurrent_input, sample_latents
 from aime_fast.perceiver_io.context import PerceptionCache
 from aime_fast.runtime.roll_out import match_layout
@@ -52,12 +52,12 @@ def initial_state(model: nn.Module, batch: int) -> State:
 
 
 def state_after(inferred: Inference, pick: Callable[[Tensor], Tensor], cache: PerceptionCache | None = None) -> State:
-    """The state after one of the inferred frames; `pick` takes that frame out of [B, T, ...]. Latents get no gradient."""
+    """The state after one of the inferred frames; `pick` takes that frame out of [B, T, ...]. Latents and context get no gradient."""
     shape = inferred.hidden.shape[:2]
     flat = (inferred.posterior.mean.detach(), inferred.delta, inferred.maps.attention)
     latents, delta, attention = (pick(x.unflatten(0, shape)) for x in flat)
     fresh = torch.zeros(shape[0], dtype=torch.bool, device=latents.device)
-    return State(pick(inferred.lstm), pick(inferred.hidden), latents, delta, fresh, pick(inferred.context), attention, cache)
+    return State(pick(inferred.lstm), pick(inferred.hidden), latents, delta, fresh, pick(inferred.context.detach()), attention, cache)
 
 
 def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Tensor) -> tuple[dict[str, Tensor], State]:
@@ -85,18 +85,21 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     return out, match_layout(State(lstm, hidden, mean, delta, torch.zeros_like(init), context, maps.attention, cache), given)
 
 
-def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False) -> tuple[dict[str, Tensor], State]:
+def imagine(
+    model: nn.Module, given: Tensor | tuple[Tensor, PriorNoise], state: State, sample: bool = False
+) -> tuple[dict[str, Tensor], State]:
     """One frame without observing it: `imagine_latents`, then the decoder.
 
     With `prior_context="current"` too the prior is given c_{t-1}: c_t is predicted only after z_t. The cache of perception stays that of
     the last observed frame.
 
-    Args: action [B, A], taken after the imagined frame; state of the frame before; sample: sample the prior, otherwise take the mean of
-    the likeliest component.
+    Args: given: action [B, A], taken after the imagined frame, alone or with the noise of a sample; state of the frame before; sample:
+    sample the prior, otherwise take the mean of the likeliest component.
 
     Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
     """
-    prior, _, after = imagine_latents(model, action, state, sample)
+    action, noise = given if isinstance(given, tuple) else (given, None)
+    prior, _, after = imagine_latents(model, action, state, sample, noise=noise)
     decoded = model.decoder(after.latents, after.attention)
     out = dict(
         reconstructions=model.decoder.likelihood.mean(decoded), latents=after.latents, mixture_weights=prior.log_weights.exp(),
@@ -106,15 +109,15 @@ def imagine(model: nn.Module, action: Tensor, state: State, sample: bool = False
 
 
 def imagine_latents(
-    model: nn.Module, action: Tensor, state: State, sample: bool = False, attends: bool = True
+    model: nn.Module, action: Tensor, state: State, sample: bool = False, attends: bool = True, noise: PriorNoise | None = None
 ) -> tuple[Mixture, Tensor | None, State]:
     """`imagine` in latent space, differentiable: (prior of z_t, log of the predicted attention [B, Ha, Wa], the next state).
 
     Without `attends` the map stays as it is and its log is None. In training, delta is a difference of means; the delta of sampled latents
     contains their noise, which the prior was not trained on.
     """
-    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample=sample)
-    z = prior.sample(sample)
+    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise)
+    z = prior.sample(sample, noise)
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
     context = model.context_prior(state.hidden, state.context, z)
     delta = _delta(state, z)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -99,28 +100,38 @@ class PerceiverTokenPredictor(nn.Module):
         return logits.scatter_add(-1, tokens.unsqueeze(-1), stay)
 
     def loss(
-        self, tokens: Tensor, context: Tensor, actions: Tensor, start: Tensor, own_tokens: Tensor | float = 0.0
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        start: Tensor,
+        own_tokens: Tensor | float = 0.0,
+        context_of: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced cross-entropy (nats a token) and accuracy of frames 1..T-1; a frame after a cut is not predicted.
 
         In training, a share `own_tokens` of the input frames is what the model itself predicts for them from the frame before
-        (scheduled sampling; Bengio et al., arXiv 1506.03099), and `corruption` of the input tokens are random codes.
+        (scheduled sampling; Bengio et al., arXiv 1506.03099), and `corruption` of the input tokens are random codes. Then the context is
+        computed from these inputs too: that of the true tokens would tell what was replaced.
 
-        Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1].
+        Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1]; context_of:
+            (tokens, start) -> context, used in training; None takes the given context.
         """
-        given, target = tokens[:, :-1], tokens[:, 1:]
+        given, target, context = tokens[:, :-1], tokens[:, 1:], context[:, :-1]
         partial = None
         weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
         if self.training:
             given = self._mix_in_own(given, context, actions, start, own_tokens)
             noise = torch.rand(given.shape, device=tokens.device)
             given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
+            if context_of is not None:
+                context = context_of(given, start[:, :-1])
             if self.partial is not None:
                 ratio = torch.cos(0.5 * math.pi * torch.rand(target.shape[:2], device=tokens.device))
                 hidden = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
                 partial = torch.where(hidden, self.mask_token, target)
                 weight = weight * hidden
-        logits = full_precision(self(given, context[:, :-1], actions[:, :-1], partial))
+        logits = full_precision(self(given, context, actions[:, :-1], partial))
         total = weight.sum().clamp_min(1.0)
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)

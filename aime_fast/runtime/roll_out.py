@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from aime_fast.runtime.cuda_graph import Captured
@@ -59,31 +59,34 @@ class RollOut:
     def __reduce__(self) -> tuple:
         return RollOut, (self.frame, self.mode)
 
-    def __call__(self, module: nn.Module, actions: Tensor, state: Any, *options: Any) -> tuple[Any, Any]:
+    def __call__(self, module: nn.Module, actions: Any, state: Any, *options: Any) -> tuple[Any, Any]:
         """Runs F frames.
 
-        Args: actions [B, F, A]; state before the first frame, tensors [B, ...]; options of the frame, hashable.
+        Args: actions [B, F, A], or nested tensors [B, F, ...]; state before the first frame, [B, ...]; options of the frame, hashable.
 
         Returns: (outputs of all frames, stacked on axis 1: [B, F, ...]; the last state). With "graph" no gradient passes.
         """
-        if actions.shape[1] == 0:
+        count = pytree.tree_leaves(actions)[0].shape[1]
+        if count == 0:
             raise ValueError("roll-out: there are no actions, expected one for each frame")
-        captured = self._graph_for(module, actions, state, options) if self.mode == "graph" else None
+        by_frame = pytree.tree_map(lambda x: x.transpose(0, 1).contiguous(), actions)  # strides that do not depend on F
+        captured = self._graph_for(module, by_frame, state, options) if self.mode == "graph" else None
         frames = []
-        for action in actions.transpose(0, 1).contiguous():  # strides that do not depend on F
+        for action in (pytree.tree_map(lambda x, i=i: x[i], by_frame) for i in range(count)):
             outputs, state = captured(action, state) if captured else self._advance(module, action, state, *options)
             frames.append(_clone(outputs) if captured else outputs)
         return pytree.tree_map(lambda *tensors: torch.stack(tensors, dim=1), *frames), _clone(state) if captured else state
 
-    def _graph_for(self, module: nn.Module, actions: Tensor, state: Any, options: tuple) -> Captured:
+    def _graph_for(self, module: nn.Module, by_frame: Any, state: Any, options: tuple) -> Captured:
         """The graph for these shapes and for the present addresses of the weights; captured at the first calls."""
-        if not actions.is_cuda:
-            raise ValueError(f"roll-out mode 'graph' needs a CUDA device, the actions are on {actions.device}; use 'on'")
-        inputs = pytree.tree_leaves((actions[:, 0], state))
+        device = pytree.tree_leaves(by_frame)[0].device
+        if device.type != "cuda":
+            raise ValueError(f"roll-out mode 'graph' needs a CUDA device, the actions are on {device}; use 'on'")
+        inputs = pytree.tree_leaves((pytree.tree_map(lambda x: x[0], by_frame), state))
         weights = tuple(tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers()))
         amp = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = weights, tuple((tensor.shape, tensor.dtype) for tensor in inputs), options, module.training, amp
         if key not in self._captured:
             frame = torch.no_grad()(lambda action, before: self._advance(module, action, before, *options))
-            self._captured[key] = Captured(frame, actions.device)
+            self._captured[key] = Captured(frame, device)
         return self._captured[key]
