@@ -52,13 +52,13 @@ class AttentionSchema(nn.Module):
     def motion_loss(self, attention: Tensor, before: Tensor, movement: Tensor, start: Tensor) -> Tensor:
         """Smooth L1 between the predicted movement, averaged under the map of the frame before, and that of the centre of mass.
 
-        The target gets no gradient: maps must not learn to stand still.
+        Only the predicted movement gets gradient: maps must not learn to stand still.
 
         Args: attention, before [B, T, Ha, Wa]; movement [B, T, 2, Ha, Wa]; start bool [B, T], frames without a past.
         """
         target = (self.centre(attention) - self.centre(before)).detach()
         with outside_autocast(before):
-            predicted = torch.einsum("bthw,btchw->btc", before, movement)
+            predicted = torch.einsum("bthw,btchw->btc", before.detach(), movement)
         error = F.smooth_l1_loss(predicted, target, reduction="none", beta=0.05).sum(-1)
         weight = (~start).to(error.dtype)
         return (error * weight).sum() / weight.sum().clamp_min(1.0)

@@ -54,11 +54,10 @@ class TemporalDiscriminator(nn.Module):
     ):
         super().__init__()
         patch = 8
+        grid = -(-image_size // patch)
+        self.missing = grid * patch - image_size  # rows and columns of zeros that complete the last patches
         self.frame = nn.Sequential(
-            nn.Conv2d(3, dim // 2, patch, stride=patch),
-            nn.LeakyReLU(0.2),
-            nn.Flatten(),
-            nn.Linear(dim // 2 * (image_size // patch) ** 2, dim),
+            nn.Conv2d(3, dim // 2, patch, stride=patch), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(dim // 2 * grid**2, dim)
         )
         self.latent = nn.Linear(latent_dim, dim)
         self.time = nn.Parameter(torch.randn(max_frames, dim) * 0.02)
@@ -68,7 +67,8 @@ class TemporalDiscriminator(nn.Module):
     def forward(self, video: Tensor, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """video [B, T, 3, H, W], latents [B, T, Z] -> (logits [B, T], features [B, T, dim] of each layer)."""
         position = torch.arange(video.shape[1], device=video.device).clamp_max(self.time.shape[0] - 1)
-        x = self.frame(video.flatten(0, 1)).unflatten(0, video.shape[:2]) + self.latent(latents) + self.time[position]
+        frames = F.pad(video.flatten(0, 1), (0, self.missing, 0, self.missing))
+        x = self.frame(frames).unflatten(0, video.shape[:2]) + self.latent(latents) + self.time[position]
         features = []
         for block in self.blocks:
             x = block(x)

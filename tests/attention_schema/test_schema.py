@@ -21,3 +21,15 @@ def test_attention_kl_and_diversity_have_the_right_ends():
     for measure in (slot_overlap, map_entropy):
         assert measure(corners) == pytest.approx(0, abs=1e-5)
         assert measure(alike) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_motion_loss_trains_the_predicted_movement_alone(model):
+    torch.manual_seed(0)
+    schema, grid = model.attention, model.attention.grid
+    attention, before = (torch.rand(2, 3, grid, grid, dtype=torch.float64).requires_grad_() for _ in range(2))
+    movement = torch.rand(2, 3, 2, grid, grid, dtype=torch.float64).requires_grad_()
+    loss = schema.motion_loss(attention, before, movement, torch.zeros(2, 3, dtype=torch.bool))
+    gradients = torch.autograd.grad(loss, (attention, before, movement), allow_unused=True)
+    assert gradients[0] is None
+    assert gradients[1] is None
+    assert gradients[2].any()

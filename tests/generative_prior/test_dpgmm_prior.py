@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from aime_fast.encoder_decoder.encoder import MEAN_BOUND
 from aime_fast.generative_prior import DPGMMPrior
 
 
@@ -17,3 +18,11 @@ def test_the_prior_extrapolates_the_latent():
     shifted = prior(hidden, context, latents + 1.0, delta, sample=False)
     torch.testing.assert_close(shifted.means, going.means + 1.0)
     assert (still.means - latents[:, None]).std(1).min() > 0.05  # components start apart
+
+
+def test_prior_means_have_the_bound_of_posterior_means():
+    torch.manual_seed(0)
+    prior = DPGMMPrior(hidden_dim=8, context_dim=6, latent_dim=3, max_components=4).double()
+    hidden, context, delta = (torch.randn(5, n, dtype=torch.float64) for n in (8, 6, 3))
+    means = prior(hidden, context, torch.full((5, 3), 4.9, dtype=torch.float64), 3.0 + delta.abs(), sample=False).means
+    assert means.abs().max() <= MEAN_BOUND

@@ -60,6 +60,15 @@ def test_it_teaches_every_predictor_and_targets_get_no_gradient():
     assert not maps[:, 1:].any()
 
 
+def test_the_first_context_gets_no_gradient_but_through_the_recurrence():
+    model = make_model().train()
+    video, actions = make_batch(model, 2, 5)
+    inferred, start = infer(model, video, actions)
+    without_recurrence = inferred._replace(hidden=inferred.hidden.detach(), lstm=inferred.lstm.detach())
+    loss = sum(pixel_overshooting(model, without_recurrence, video, actions, start, 4).values())
+    assert torch.autograd.grad(loss, inferred.context, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("frames", [1, 5])
 def test_own_tokens_are_those_of_the_frame_before(model, frames):
     predictor = model.perceiver_io.predictor

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import make_model
+from models import make_batch, make_model
 
+from aime_fast.layers import starts
 from aime_fast.perceiver_io.predictor import sample_codes
 
 
@@ -38,3 +39,26 @@ def test_top_p_keeps_the_nucleus_and_zero_temperature_the_mode():
     torch.testing.assert_close(frequency, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
     with pytest.raises(ValueError, match="top_p"):
         sample_codes(logits, top_p=0.0)
+
+
+def test_the_context_of_replaced_tokens_is_computed_from_them(monkeypatch):
+    """With own tokens and random ones the predictor must not read the true frame through the context."""
+    model = make_model().train()
+    perceiver, predictor = model.perceiver_io, model.perceiver_io.predictor
+    predictor.corruption = 0.3
+    video, actions = make_batch(model, 2, 5)
+    with torch.no_grad():
+        tokens, _, _ = perceiver.tokenizer.encode(video)
+        start = starts(None, 2, 5, video.device)
+        context = perceiver.context(tokens, start)
+    calls, forward = [], predictor.forward
+    monkeypatch.setattr(predictor, "forward", lambda *given: calls.append(given) or forward(*given))
+    predictor.loss(tokens, context, actions, start, 1.0, perceiver.context)
+    given, read, *_ = calls[-1]
+    assert not torch.equal(given, tokens[:, :-1])
+    torch.testing.assert_close(read, perceiver.context(given, start[:, :-1]))
+    assert not torch.allclose(read, context[:, :-1])
+    model.eval()
+    predictor.loss(tokens, context, actions, start, 1.0, perceiver.context)
+    assert torch.equal(calls[-1][0], tokens[:, :-1])
+    assert torch.equal(calls[-1][1], context[:, :-1])
