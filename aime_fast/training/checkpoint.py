@@ -1,21 +1,26 @@
 """Checkpoints: everything needed to resume, in one file that is either whole or absent.
 
 A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries, so `torch.load(weights_only=True)` reads it and
-it cannot run code. It is written to a temporary name, flushed to the disk and renamed: a kill at any moment leaves the
-previous checkpoints untouched. Python's and NumPy's global generators are not in it: nothing in a training step draws from them.
+it cannot run code. It is written to a temporary name, flushed to the disk and renamed: a kill at any moment leaves the previous
+checkpoints untouched. The checksums that `torch.save` writes are verified before anything is loaded. Python's and NumPy's global
+generators are not in it: nothing in a training step draws from them.
 """
 
 from __future__ import annotations
 
-import os
+import io
 import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aime_fast.config import RENAMED, Config, from_dict, to_dict
-from aime_fast.errors import CheckpointError
+from aime_fast.errors import CheckpointError, DamagedError, UserError, explain
+from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 
 # 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads deltas, a latent phase; 5: other names
 FORMAT = 5
@@ -27,7 +32,7 @@ MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
         "steps", "epochs", "device", "precision", "compile", "threads", "run_dir", "resume", "logger", "log_every",
-        "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints", "on_nan",
+        "validate_every", "validation_batches", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nan",
     )
 ) | {
     "data.data", "data.workers", "data.prefetch", "data.replay", "optim.latent_phase_updates", "optim.latent_phase_batch_size",
@@ -51,38 +56,88 @@ def latest_checkpoint(run_dir: str | Path) -> Path:
 def save_checkpoint(run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `checkpoint_<step>.pt` atomically, then delete all but the `keep` newest. Returns its path.
 
-    Raises OSError if the disk is full or read-only; earlier checkpoints are then still there.
+    Raises OSError, naming the file, if the disk is full or read-only; earlier checkpoints are then still there.
     """
     run_dir = Path(run_dir)
     path = run_dir / f"checkpoint_{step:08d}.pt"
-    for stale in run_dir.glob("checkpoint_*.pt.tmp"):  # left by a kill in the middle of a write
+    for stale in run_dir.glob(f"checkpoint_*.pt{TEMPORARY}"):  # left by a kill in the middle of a write
         stale.unlink()
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, "step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(run_dir)
-    for old in list_checkpoints(run_dir)[: -max(1, keep)]:
+    with replacing(path) as file:
+        try:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+        except RuntimeError as error:
+            raise _cause(error) from None
+    others = [old for old in list_checkpoints(run_dir) if old != path]
+    for old in others[: max(0, len(others) + 1 - max(1, keep))]:
         old.unlink()
     return path
 
 
+def _cause(error: RuntimeError) -> Exception:
+    """The failed write behind an error of torch's archive writer, which replaces it with one about positions in the file."""
+    context: BaseException | None = error
+    while context is not None:
+        if isinstance(context, OSError):
+            return context
+        context = context.__context__
+    return error
+
+
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The contents of one checkpoint. Raises CheckpointError if it is missing, truncated or of another format."""
+    """The contents of one checkpoint, every byte of which has been compared with its checksum.
+
+    Raises:
+        DamagedError: truncated or damaged.
+        CheckpointError: missing, unreadable, or of another format: an older one would not help, or should not be taken unasked.
+    """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        found = "a folder lies in its place" if path.is_dir() else "not a regular file" if path.exists() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {found}; name another one, or move it away")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch reports a damaged archive through half a dozen types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a whole checkpoint, truncated or damaged ({reason}); use an older one") from error
+        data = path.read_bytes()  # once: what is verified is what is loaded
+        state = _unpack(path, data, device)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {explain(error)}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: too little memory to read it ({path.stat().st_size / 1e6:.0f} MB); free some") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found not in (4, FORMAT):
-        raise CheckpointError(f"{path}: checkpoint format is {found}, expected {FORMAT}; it was written by another version")
-    return _rename_format_4(state) if found == 4 else state
+        raise CheckpointError(
+            f"{path}: checkpoint format is {found}, this version reads {FORMAT}; run it with the version that wrote it "
+            "(git_commit in run.json), or start anew in another --run-dir"
+        )
+    with fitting(path):
+        state = _rename_format_4(state) if found == 4 else state
+    return state
+
+
+def _unpack(path: Path, data: bytes, device: torch.device | str) -> Any:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except Exception as error:  # zipfile and torch report a damaged archive through a dozen types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+            raise MemoryError from error
+        raise DamagedError(f"{path}: not a whole checkpoint, truncated or damaged ({reason})") from error
+
+
+@contextmanager
+def fitting(path: str | Path) -> Iterator[None]:
+    """Turns the errors of a state that lacks keys, has others, or other shapes, into a CheckpointError that says so."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = f"no {error}" if isinstance(error, KeyError) else lines[min(1, len(lines) - 1)]  # torch's first line is a heading
+        raise CheckpointError(
+            f"{path}: its content does not fit this version of aime_fast ({reason}); use the version that wrote it (git_commit in run.json)"
+        ) from error
 
 
 def _rename_format_4(state: dict[str, Any]) -> dict[str, Any]:
@@ -102,26 +157,35 @@ def _rename_format_4(state: dict[str, Any]) -> dict[str, Any]:
     return state | names
 
 
-def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=print) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that can be read; each damaged one on the way is reported through `report(message)`.
+def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=print, aside: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is whole; each damaged one on the way is reported through `report(message)`.
 
-    Raises CheckpointError if there is none at all, or every one is damaged.
+    `aside` renames those to `checkpoint_*.pt.damaged`, so that a run that goes on from an older one does not count them.
+    Raises CheckpointError if there is none at all, every one is damaged, or one cannot be read for another reason.
     """
+    run_dir, damaged = Path(run_dir), []
+    if not list_checkpoints(run_dir) and any(run_dir.glob(f"checkpoint_*.pt{DAMAGED}*")):
+        raise CheckpointError(f"{run_dir}: every checkpoint is damaged; start again in another --run-dir")
     latest_checkpoint(run_dir)
     for path in reversed(list_checkpoints(run_dir)):
         try:
-            return path, read_checkpoint(path, device)
-        except CheckpointError as error:
+            state = read_checkpoint(path, device)
+        except DamagedError as error:
             report(f"{error}; trying the one before")
+            damaged.append(path)
+            continue
+        for bad in damaged if aside else ():
+            report(f"{bad.name} is now {move_aside(bad).name}")
+        return path, state
     raise CheckpointError(f"{run_dir}: every checkpoint is damaged; start again in another --run-dir")
 
 
 def check_same_config(saved: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError naming each field in which a resumed run differs from the one that wrote the checkpoint.
 
-    Fields in `MAY_CHANGE` may differ.
+    Fields in `MAY_CHANGE` may differ. A field that the checkpoint does not know yet counts as its default.
     """
-    old, new = _flatten(saved), _flatten(to_dict(config))
+    old, new = _flatten(to_dict(from_dict(saved))), _flatten(to_dict(config))
     differing = [
         f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -161,7 +225,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         `latent_phase_updates`, those of the latent phase that the weights went through.
 
     Raises:
-        CheckpointError: nothing there, damaged, or of another version.
+        CheckpointError: nothing there, damaged, or of another version (of which the names or shapes of weights may tell).
     """
     from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
@@ -169,12 +233,13 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
     if not path.exists():
         raise CheckpointError(f"{path}: neither a run's folder nor a checkpoint file")
     path, state = read_latest(path, "cpu", report) if path.is_dir() else (path, read_checkpoint(path, "cpu"))
-    config = from_dict(state["config"])
-    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, state["action_dim"])
-    model.load_state_dict(state["ema" if ema else "model"])
-    phase = state["latent_phase"] if ema else None
-    info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
-    info["latent_phase_updates"] = phase["made"]["latent_phase_updates"] if phase else 0
+    with fitting(path):
+        config = from_dict(state["config"])
+        model = DPGMMVariationalRecurrentAutoencoder.from_config(config, state["action_dim"])
+        model.load_state_dict(state["ema" if ema else "model"])
+        phase = state["latent_phase"] if ema else None
+        info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
+        info["latent_phase_updates"] = phase["made"]["latent_phase_updates"] if phase else 0
     return model.to(device).eval(), config, info
 
 
@@ -186,12 +251,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = tuple(value) if isinstance(value, list) else value
     return flat
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from aime_fast.config import RENAMED, preset, to_dict
-from aime_fast.errors import CheckpointError
+from aime_fast.errors import CheckpointError, DamagedError
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training import checkpoint as ck
 
@@ -117,3 +120,73 @@ def test_format_4_is_read_under_the_present_names(tmp_path):
     assert all(torch.equal(value, new["ema"][name]) for name, value in model.state_dict().items())
     resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True, steps=2))
     assert DMCVBTrainer(resumed).train()["step"] == 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run with checkpoints after steps 1, 2, 3 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = preset("debug")
+    run = dataclasses.replace(config.run, run_dir=str(folder), steps=4, checkpoint_every=1, keep_checkpoints=9, validate_every=0)
+    DMCVBTrainer(dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic"), run=run)).train()
+    return folder
+
+
+def assert_same(first, second):
+    """Equal dictionaries of tensors and values, to the bit."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert_same(value, second[name])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second):
+            assert_same(one, other)
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing(trained, tmp_path):
+    """Anywhere, in the headers between the records, and in the table of contents at the end."""
+    whole = ck.latest_checkpoint(trained)
+    data, expected = whole.read_bytes(), ck.read_checkpoint(whole)
+    with zipfile.ZipFile(whole) as archive:
+        table = archive.start_dir
+        headers = [info.header_offset for info in archive.infolist()]
+    draw = random.Random(0)
+    places = [draw.randrange(len(data)) for _ in range(50)]
+    places += [draw.choice(headers) + draw.randrange(30) for _ in range(25)]
+    places += [draw.randrange(table, len(data)) for _ in range(25)] + [draw.randrange(len(data) - 22, len(data)) for _ in range(10)]
+    path, refused = tmp_path / whole.name, 0
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            found = ck.read_checkpoint(path)
+        except DamagedError:
+            refused += 1
+        else:
+            assert_same(found, expected)
+    assert refused >= 60
+
+
+@pytest.mark.parametrize("damage", ["zeros", "doubled", "swapped"])
+def test_other_damage_inside_a_file_of_the_right_length_is_refused(trained, tmp_path, damage):
+    """A block that was never written, one written in another's place, two exchanged."""
+    whole = ck.latest_checkpoint(trained)
+    data = bytearray(whole.read_bytes())
+    one, other = slice(4096, 8192), slice(81920, 86016)
+    if damage == "zeros":
+        data[other] = bytes(4096)
+    elif damage == "doubled":
+        data[other] = data[one]
+    else:
+        data[one], data[other] = data[other], data[one]
+    path = tmp_path / whole.name
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="damaged"):
+        ck.read_checkpoint(path)
