@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import shlex
 import signal
 import sys
+import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from contextlib import suppress
+from typing import NoReturn, TextIO, TypeVar
 
 from aime_fast.config import PRESETS, RENAMED, Config, preset
-from aime_fast.errors import UserError
+from aime_fast.errors import Interrupted, UserError, explain
 
 T = TypeVar("T")
 
@@ -68,27 +75,135 @@ def parse_config(prog: str, description: str, argv: Sequence[str] | None = None,
 
 def fail(message: object, status: int = UserError.status) -> NoReturn:
     """Print `error: message` on stderr and leave with `status`."""
-    print(f"error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     sys.exit(status)
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Call `main()`; turn errors that the user can fix into one line on stderr and their exit status, Ctrl-C into status 130.
+    """Call `main()` as the whole of a program: one line on stderr and an exit status for whatever ends it early, and no traceback.
 
-    These are `UserError` and `FileNotFoundError`; any other error is a fault of the program and keeps its traceback. SIGTERM, which
-    batch systems send, is treated like Ctrl-C unless `main` installs a handler of its own.
+    Status 2: `UserError` (or its own), an error of the operating system, too little memory. 130, 143, 129: Ctrl-C, SIGTERM, SIGHUP, unless
+    `main` has handlers of its own. 141: nobody reads the output. 1: any other error is a fault of the program; the line says in which file
+    its traceback is.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals = _Signals()
+    status = 1
     try:
-        main()
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        fail(error, error.status)
-    except FileNotFoundError as error:
-        fail(error)
+        with signals:
+            main()
+        status = 0
+    except SystemExit:
+        raise
+    except BaseException as error:
+        status, line = _end(error, signals.received)
+        if line:
+            _say(line)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+    if status:
+        sys.exit(status)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _end(error: BaseException, received: int | None) -> tuple[int, str]:
+    """The exit status and the line for an error that ends a command; `received` is the signal that came before it, if any."""
+    if received is not None or isinstance(error, KeyboardInterrupt):  # what follows a signal, as of workers that it ended, is its effect
+        status = getattr(error, "status", 128 + signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 128 + received
+        said = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        return status, f"interrupted by {signal.Signals(status - 128).name}{f': {said}' if said else ''}"
+    if isinstance(error, UserError):
+        return error.status, f"error: {error}"
+    if isinstance(error, OSError) and error.filename is None and _is_dead(sys.stdout):
+        return 128 + (signal.SIGPIPE if isinstance(error, BrokenPipeError) else signal.SIGHUP), ""
+    if isinstance(error, OSError):
+        return UserError.status, f"error: {explain(error)}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        reason = (str(error).splitlines() or [""])[0]
+        less = "free some, or take a smaller --batch-size, or --accumulate"
+        return UserError.status, f"error: too little memory{f' ({reason})' if reason else ''}; {less}"
+    return 1, f"error: {_describe(error)}"
+
+
+def _describe(error: BaseException) -> str:
+    """A fault of the program as one line, its traceback written to a file in the temporary folder."""
+    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{what} ({where.filename}, line {where.lineno})"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="aime_fast_error_", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(shlex.join(sys.argv) + "\n" + "".join(traceback.format_exception(error)))
+    except OSError as failed:
+        return f"{what}; a fault of the program, whose full traceback could not be written ({explain(failed)})"
+    return f"{what}; this is a fault of the program, the full traceback is in {file.name}"
+
+
+class _Signals:
+    """While entered, SIGTERM, SIGHUP and Ctrl-C raise `Interrupted` once; a second one ends the program at once.
+
+    Signals that the process was started to ignore (nohup) are ignored further.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._ignored_errors = sys.unraisablehook
+        self._heeded: list[int] = []
+        self._repeat: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            self._heeded = [s for s in (getattr(signal, name) for name in names) if signal.getsignal(s) is not signal.SIG_IGN]
+            sys.unraisablehook = self._again
+            for signum in self._heeded:
+                signal.signal(signum, self._stop)
+
+    def __exit__(self, *_) -> None:
+        self._cancel()
+        sys.unraisablehook = self._ignored_errors
+        for signum in self._heeded:  # the program is at its end, where an exception would only be printed
+            signal.signal(signum, signal.SIG_DFL)
+
+    def _stop(self, signum: int, _frame: object) -> None:
+        self.received = signum
+        self._cancel()
+        for other in self._heeded:
+            signal.signal(other, signal.SIG_DFL)
+        raise Interrupted(signum)
+
+    def _again(self, ignored) -> None:
+        """Python drops an exception that is raised in a finaliser or a callback of a weak reference: raise it again outside of it."""
+        if not isinstance(ignored.exc_value, Interrupted):
+            self._ignored_errors(ignored)
+            return
+        signum = self.received
+        signal.signal(signum, self._stop)
+        self._repeat = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+        self._repeat.start()
+
+    def _cancel(self) -> None:
+        if self._repeat is not None:
+            self._repeat.cancel()
+
+
+def _say(line: str) -> None:
+    """Print on stderr, which may be gone."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _is_dead(stream: TextIO) -> bool:
+    """Whether the other end of a pipe or a terminal is gone."""
+    with suppress(OSError, ValueError, AttributeError):
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0))
+    return False
+
+
+def _flush(stream: TextIO) -> None:
+    """Write what is left in a stream; one that cannot be written any more is replaced by nothing, or Python would fail at its end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,12 +1,14 @@
 """Train AIME on a task: `python -m aime_fast.train [--tier N] [--data PATH] [--domain D --task T --seed S] ...`.
 
-Exit status: 0 done; 2 wrong settings or data; 3 a loss or gradient is not finite; 130 after Ctrl-C, 143 after SIGTERM.
+Exit status: 0 done; 2 wrong settings, data or files; 3 a loss, gradient or weight is not finite; 130 after Ctrl-C, 143 after SIGTERM, 129
+after SIGHUP or a closed terminal, 141 when nobody reads the output any more; 1 a fault of the program, whose traceback is in a file.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from aime_fast.cli import parse_config, run_command
 
@@ -20,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         result = DMCVBTrainer(config).train()
     except TrainingInterrupted as interrupt:
-        print(interrupt, file=sys.stderr)
+        with suppress(OSError):  # a closed terminal
+            print(interrupt, file=sys.stderr, flush=True)
         sys.exit(interrupt.status)
     print_result(result)
     report(ReportConfig(str(result["run_dir"]), device=config.run.device))

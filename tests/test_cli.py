@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
 import pytest
+import torch
 
 from aime_fast.cli import parse_config, run_command
 from aime_fast.config import RENAMED
 from aime_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aime_fast.multi_task_learning import LossAggregator
+from aime_fast.runtime.files import replacing
 
 
 @pytest.mark.parametrize("old", RENAMED)
@@ -46,6 +55,108 @@ def test_errors_that_a_user_can_mend_are_one_line_and_a_status(error, status, ca
     assert capsys.readouterr().err == "error: --latent-dim 0: expected at least 1\n"
 
 
-def test_a_fault_of_the_program_is_not_caught():
-    with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 / 0)
+def leave(main, capsys) -> tuple[int, str]:
+    """The exit status and the standard error of a command."""
+    with pytest.raises(SystemExit) as leaving:
+        run_command(main)
+    return leaving.value.code, capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_says_where_its_traceback_is(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    status, said = leave(lambda: 1 / 0, capsys)
+    assert status == 1
+    (file,) = tmp_path.iterdir()
+    assert said.startswith("error: ZeroDivisionError: division by zero (")
+    assert said.count("\n") == 1
+    assert str(file) in said
+    assert "Traceback" in file.read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    status, said = leave(lambda: 1 / 0, capsys)
+    assert (status, said.count("\n")) == (1, 1)
+    assert "could not be written" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("ENOSPC", "free some space"),
+        ("EROFS", "read-only"),
+        ("EACCES", "change its permissions"),
+        ("ENOTDIR", "a file and not a folder"),
+        ("EISDIR", "move it away"),
+        ("ENAMETOOLONG", "shorter name"),
+        ("EIO", "the disk or the network reports a fault"),
+        ("EXDEV", "check the disk"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_and_the_remedy(name, remedy, capsys, tmp_path):
+    number = getattr(errno, name)
+
+    def main():
+        with replacing(tmp_path / "a"):
+            raise OSError(number, os.strerror(number))  # as of a write, which names no file
+
+    status, said = leave(main, capsys)
+    assert status == 2
+    assert said.startswith(f"error: {tmp_path / 'a'}: {os.strerror(number)}; ")
+    assert remedy in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), torch.OutOfMemoryError()]
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    status, said = leave(main, capsys)
+    assert status == 2
+    assert "--batch-size" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("place", ["plain", "finaliser", "replaced"])
+def test_a_signal_ends_a_command_with_its_status_wherever_it_comes(signum, place, tmp_path):
+    """Also where Python drops the exception, and where another error takes its place."""
+    program = f"""
+import os, signal, time
+from aime_fast.cli import run_command
+class Object:
+    def __del__(self):
+        os.kill(os.getpid(), {int(signum)})
+        time.sleep(1)
+def main():
+    if {place!r} == "finaliser":
+        Object()
+    try:
+        os.kill(os.getpid(), {int(signum)})
+        time.sleep(10)
+    except BaseException:
+        if {place!r} == "replaced":
+            raise RuntimeError("a worker died")
+        raise
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signum, done.stderr
+    assert done.stderr == f"interrupted by {signum.name}\n"
+
+
+def test_signals_that_a_process_was_started_to_ignore_are_ignored():
+    program = "import os, signal; from aime_fast.cli import run_command; run_command(lambda: os.kill(os.getpid(), signal.SIGHUP))"
+    done = subprocess.run([sys.executable, "-c", f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {program}"], timeout=60)
+    assert done.returncode == 0
+
+
+def test_a_pipe_that_nobody_reads_ends_a_command_in_silence():
+    program = "from aime_fast.cli import run_command; run_command(lambda: [print('x' * 1000, flush=True) for _ in range(10000)])"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert said == ""
