@@ -39,11 +39,13 @@ class DataConfig:
     data: str | None = None  # HDF5 file or folder of files; "synthetic" needs no simulator; none: collect first
     episodes: Count = 50  # episodes to collect (or to synthesise)
     frame_skip: Count = 4  # simulator steps for one agent step; one frame is rendered for each agent step
-    image_size: Annotated[int, Bound(16, 1024)] = 64  # H = W, pixels
+    image_size: Annotated[int, Bound(8, 1024)] = 64  # H = W, pixels
     render_quality: Literal["fast", "full"] = "fast"  # fast: no anti-aliasing, shadows or reflections
     policy: Literal["random", "ou", "swing", "mixed"] = "ou"  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
     workers: Annotated[int, Bound(1, 256)] = 2  # collector processes
-    validation_fraction: OpenShare = 0.1  # share of the episodes held out (at least one)
+    validation_fraction: OpenShare = 0.1  # share of the episodes that validate (at least one)
+    test_fraction: OpenShare = 0.1  # share of the episodes that are tested (at least one); nothing in training reads them
+    split_seed: Seed = 0  # of the split into training, validation and test episodes
     sequence_length: Count = 10  # T
     batch_size: Count = 16  # B
     prefetch: Few = 2  # batches made ready ahead of the step
@@ -164,7 +166,8 @@ class RunConfig:
     validate_every: Steps = 200  # steps between validations
     validation_batches: Count = 4  # batches of a validation
     sample_every: Steps = 200  # steps between sample pictures
-    checkpoint_every: Steps = 1000  # steps between checkpoints
+    checkpoint_every: Steps = 1000  # steps between checkpoints; one more is saved at the first log line
+    checkpoint_minutes: Annotated[float, Bound(0, 1e6)] = 10.0  # minutes between checkpoints, at most; 0: no such limit
     keep_checkpoints: Count = 3  # how many of the newest checkpoints stay
     on_nan: Literal["stop", "skip"] = "stop"  # a non-finite loss or gradient stops the run, or the update is skipped
 

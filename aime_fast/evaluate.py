@@ -1,4 +1,4 @@
-"""Evaluate a run on its held-out episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT [--context 8 --horizon 50 --samples 10 ...]`.
+"""Evaluate a run on its test episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT [--context 8 --horizon 50 --samples 10 ...]`.
 
 Writes evaluation.json, prediction.png and prediction.mp4, and prints the tables. docs/evaluation.md says what each number means.
 """
@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from aime_fast.config import DataConfig
     from aime_fast.data import SequenceBatches
+    from aime_fast.data.split import Split
     from aime_fast.evaluation.open_loop import Clips
     from aime_fast.evaluation.positions import PositionReader
 
@@ -32,7 +34,8 @@ class EvaluateConfig:
     """What to evaluate, and on how much."""
 
     run: Positional[str]  # run directory, or one of its checkpoints
-    episodes: int | None = None  # held-out episodes; none: all
+    part: Literal["test", "validation"] = "test"  # episodes: those that nothing in training has read, or those that validate
+    episodes: int | None = None  # number of episodes; none: all
     clips: int = 8  # open-loop clips cut from each episode
     context: int = 8  # observed frames
     horizon: int = 50  # frames predicted from actions alone
@@ -40,7 +43,7 @@ class EvaluateConfig:
     seed: int = 0  # of the samples
     batch: int = 16  # clips predicted at once
     out: str | None = None  # folder for the results; none: evaluation/ in the run directory
-    data: str | None = None  # other data of the same task; none: those of the run
+    data: str | None = None  # other data of the same task, split alike, without training episodes of the run; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
     compile: Literal["off", "on", "graph", "best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
     ema: bool = True  # the moving average of the weights, or the weights themselves
@@ -49,6 +52,7 @@ class EvaluateConfig:
 def evaluate(options: EvaluateConfig) -> dict:
     """Runs the evaluation and writes its files. Returns the content of evaluation.json."""
     from aime_fast.data import make_batches
+    from aime_fast.data.split import Split, split_by_place
     from aime_fast.evaluation.clips import cut_clips
     from aime_fast.evaluation.lpips import find_lpips
     from aime_fast.evaluation.open_loop import evaluate_prediction
@@ -68,10 +72,13 @@ def evaluate(options: EvaluateConfig) -> dict:
     model, config, info = load_model(options.run, device, ema=options.ema)
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
-    training, validation = make_batches(data, config.run.seed, device)
+    run_split = info["split"] or partial(split_by_place, validation_fraction=data.validation_fraction, seed=config.run.seed)
+    names = Split._fields if options.data or info["split"] else ("training", "validation")
+    parts = dict(zip(names, make_batches(data, config.run.seed, device, None if options.data else run_split, names)))
     try:
+        training, evaluated, part = choose_part(parts, options, info["split"])
         mean_frame = training.mean_frame()
-        episodes, reader = held_out(data, training, validation, options.episodes)
+        episodes, reader = held_out(data, training, evaluated, options.episodes)
         try:
             clips = cut_clips(episodes, options.context, options.horizon, options.clips)
         except ValueError as error:
@@ -88,12 +95,13 @@ def evaluate(options: EvaluateConfig) -> dict:
             "latent_phase_updates": info["latent_phase_updates"],
             "ema": options.ema,
             "data": data.data,
-            "held_out_episodes": len(episodes),
+            "part": part,
+            "episodes": len(episodes),
             "seed": options.seed,
             "device": str(device),
             "torch": version("torch"),
             "commit": git_commit(),
-            **evaluate_sequences(model, validation.one_pass(), mean_frame, config.model.codebook_size, options.seed),
+            **evaluate_sequences(model, evaluated.one_pass(), mean_frame, config.model.codebook_size, options.seed),
             "open_loop": open_loop | missing,
             "seconds": time.perf_counter() - began,
         }
@@ -103,8 +111,8 @@ def evaluate(options: EvaluateConfig) -> dict:
         write_clip(model, clips, out / "prediction.png")
         write_prediction(model, episodes[:4], out / "prediction.mp4", device, options.context, options.horizon)
     finally:
-        training.close()
-        validation.close()
+        for batches in parts.values():
+            batches.close()
     print_tables(result)
     print(f"\nwritten to {out}: evaluation.json, prediction.png, prediction.mp4")
     return result
@@ -118,18 +126,32 @@ def check(options: EvaluateConfig) -> None:
             raise ConfigError(f"--{name} {value}: expected at least {least}")
 
 
+def choose_part(
+    parts: dict[str, SequenceBatches], options: EvaluateConfig, run_split: Split | None
+) -> tuple[SequenceBatches, SequenceBatches, str]:
+    """(training episodes, those to evaluate, their part). Raises DataError where other data hold training episodes of the run."""
+    from aime_fast.data.split import check_disjoint
+
+    if options.data and run_split is not None:
+        check_disjoint([identity for part in parts["training"].split for identity in part], run_split, options.data)
+    part = options.part if options.part in parts else "validation"
+    if part != options.part:
+        print("this run has no test episodes: its checkpoint is older than the split in three; its validation episodes are evaluated")
+    return parts["training"], parts[part], part
+
+
 def held_out(
-    data: DataConfig, training: SequenceBatches, validation: SequenceBatches, limit: int | None
+    data: DataConfig, training: SequenceBatches, evaluated: SequenceBatches, limit: int | None
 ) -> tuple[list[TensorDict], PositionReader | str]:
-    """The first `limit` held-out episodes, or all, on the host, and a reader of positions, or why there is none: "not measured: ..." """
+    """The first `limit` episodes to evaluate, or all, on the host, and a reader of positions, or why there is none: "not measured: ..." """
     from aime_fast.data import DMCVBDataset
     from aime_fast.evaluation.positions import make_reader
 
-    chosen = range(len(validation.episodes))[:limit]
+    chosen = range(len(evaluated.episodes))[:limit]
     if data.data == "synthetic":
-        return [validation.episode(i).cpu() for i in chosen], "not measured: synthetic data have no positions"
+        return [evaluated.episode(i).cpu() for i in chosen], "not measured: synthetic data have no positions"
     dataset = DMCVBDataset(data.data, data.sequence_length)
-    episodes = [dataset.read_episode(validation.episodes[i]) for i in chosen]
+    episodes = [dataset.read_episode(evaluated.episodes[i]) for i in chosen]
     if not dataset.position_names:
         return episodes, f"not measured: {data.data} has no 'positions'; collect the data again with this version"
     return episodes, make_reader(dataset, training.episodes, training.device)

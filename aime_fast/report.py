@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -41,6 +42,7 @@ def report(options: ReportConfig) -> Path:
 def _model(options: ReportConfig):
     """The model of the newest checkpoint with validation episodes, or the reason why there is none; the report is written either way."""
     from aime_fast.data import make_batches
+    from aime_fast.data.split import split_by_place
     from aime_fast.errors import CheckpointError, DataError
     from aime_fast.reporting.page import EPISODES, Model
     from aime_fast.runtime.machine import choose_device, choose_kernels
@@ -49,14 +51,15 @@ def _model(options: ReportConfig):
     device = choose_device(options.device)
     choose_kernels(None)
     try:
-        model, config, _ = load_model(latest_checkpoint(options.run), device, ema=options.ema)
+        model, config, info = load_model(latest_checkpoint(options.run), device, ema=options.ema)
         data = replace(config.data, data=options.data or config.data.data, replay="host")
-        training, validation = make_batches(data, config.run.seed, device)
+        by_place = partial(split_by_place, validation_fraction=data.validation_fraction, seed=config.run.seed)
+        split = None if options.data else info["split"] or by_place
+        (validation,) = make_batches(data, config.run.seed, device, split, parts=("validation",))
     except (CheckpointError, ConfigError, DataError, FileNotFoundError) as error:
         return str(error)
     except (RuntimeError, ValueError) as error:  # weights or settings of another version of the model
         return f"the checkpoint does not fit this version of aime_fast ({str(error).splitlines()[0]}); use the commit in run.json"
-    training.close()
     try:
         episodes = [validation.episode(i) for i in range(min(EPISODES, len(validation.episodes)))]
         return Model(model, episodes, config.model.codebook_size)

@@ -89,7 +89,7 @@ def test_every_number_has_bounds_that_are_checked(section, name):
         ("optim", "aggregation", "sum", "one of norm_weighted, mean"),
         ("run", "epochs", "many", "a number in (0, 1e+06]"),
         ("run", "threads", 10**6, "an integer in [1, 1024]"),
-        ("data", "image_size", 7, "an integer in [16, 1024]"),
+        ("data", "image_size", 7, "an integer in [8, 1024]"),
         ("data", "data", 5, "a value of type str"),
         ("run", "resume", 1, "a value of type bool"),
     ],

@@ -1,14 +1,14 @@
 """Training batches: episodes are unpacked once into a replay of uint8 frames, and a thread gathers sequences ahead of the step.
 
 HDF5 keeps data small. A memory map is twenty times faster to sample, and frames stored on the GPU need no copy from the host.
-`make_batches` splits a data set by episode and unpacks it into two `SequenceBatches`. The frames of batch n depend only on the seed
-and on n (`windows.py`), not on where they are stored, so a run resumes from the number of batches taken.
+`make_batches` splits a data set by episode (`split.py`) and unpacks parts of it into `SequenceBatches`. The frames of batch n depend only
+on the seed and on n (`windows.py`), not on where they are stored, so a run resumes from the number of batches taken.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,41 +17,49 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from aime_fast.bounds import check
 from aime_fast.config import DataConfig
 from aime_fast.data.augment import normalise
 from aime_fast.data.dataset import DMCVBDataset
-from aime_fast.data.episodes import check_positive
 from aime_fast.data.prefetch import Prefetcher
 from aime_fast.data.replay import EpisodeSource, Replay, as_tensor, replay_bytes, replay_on_device
+from aime_fast.data.split import Split, find_episodes, split_episodes
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
 from aime_fast.errors import DataError
 
 
-def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cpu") -> tuple[SequenceBatches, SequenceBatches]:
-    """Training and validation batches of `config.data`: an HDF5 file, a folder of them, or "synthetic".
+def make_batches(
+    config: DataConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+    split: Split | Callable[[Sequence[str]], Split] | None = None,
+    parts: Sequence[str] = ("training", "validation"),
+) -> tuple[SequenceBatches, ...]:
+    """Batches of parts of `config.data`: an HDF5 file, a folder of them, or "synthetic".
 
     Args:
-        config: the data, how they must have been recorded, and the sizes of sequences and batches.
-        seed: of the split, of the order of sequences and of synthetic episodes.
+        config: the data, how they must have been recorded, how they are split, and the sizes of sequences and batches.
+        seed: of the order of sequences and of synthetic episodes.
         device: of the batches; `config.replay` says whether all frames are stored there too (`replay.replay_on_device`).
+        split: that of a run, whose very episodes are taken, in its order, or a function from identities to one; None splits the data by
+            `split_episodes`.
+        parts: of the split.
     Returns:
-        (training, validation); no episode is in both.
+        one for each of `parts`; no episode is in two. `split` of each names the episodes of all parts.
     Raises:
-        DataError: the data are unusable, do not match the config, are too few to split, or too many for `--replay device`.
+        ConfigError: a setting is out of bounds.
+        DataError: the data are unusable, do not match the config or the split, are too few to split, or too many for `--replay device`.
     """
-    check_positive(config, "sequence_length", "batch_size", "episodes", "image_size")
-    if not 0 <= config.validation_fraction < 1:
-        raise DataError(f"--validation-fraction {config.validation_fraction}: expected a share in [0, 1)")
+    check(config)
     source = _open_source(config, seed)
     try:
-        n = source.num_episodes
-        if n < 2:
-            raise DataError(f"--data {config.data}: it holds {n} episode, expected at least 2, one to train on and one to validate on")
-        num_validation = min(max(1, round(config.validation_fraction * n)), n - 1)
-        order = np.random.default_rng(seed).permutation(n)
-        split = sorted(order[num_validation:].tolist()), sorted(order[:num_validation].tolist())
-        needed = replay_bytes(sum(source.lengths), source.image_size, source.action_dim)
+        if split is None:
+            split = split_episodes(source.identities, config.validation_fraction, config.test_fraction, config.split_seed)
+        elif callable(split):
+            split = split(source.identities)
+        chosen = [find_episodes(getattr(split, part), source.identities, str(config.data)) for part in parts]
+        needed = replay_bytes(sum(source.lengths[i] for part in chosen for i in part), source.image_size, source.action_dim)
         resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
         return tuple(
             SequenceBatches(
@@ -63,8 +71,9 @@ def make_batches(config: DataConfig, seed: int, device: torch.device | str = "cp
                 device=device,
                 prefetch=config.prefetch,
                 resident=resident,
+                split=split,
             )
-            for episodes in split
+            for episodes in chosen
         )
     finally:
         source.close()
@@ -109,10 +118,11 @@ class SequenceBatches:
         seed: of offsets and order.
         device: of the batches.
         prefetch: batches prepared ahead; 0 prepares each in the calling thread.
+        split: of the source, for the records of a run.
         resident: store the frames on `device` instead of in a memory map on the host; the batches are bit-identical.
     Attributes:
         episodes: indices into the source. lengths: frames of each. steps_per_epoch: batches of every epoch.
-        action_dim, image_size: A; H = W. resident: as passed.
+        action_dim, image_size: A; H = W. resident, split: as passed.
     Raises:
         DataError: an episode is damaged, or the disk is too small for the memory map. RuntimeError: used after `close`.
     """
@@ -128,8 +138,9 @@ class SequenceBatches:
         device: torch.device | str = "cpu",
         prefetch: int = 2,
         resident: bool = False,
+        split: Split | None = None,
     ):
-        self.episodes = list(episodes)
+        self.episodes, self.split = list(episodes), split
         self.action_dim, self.image_size = source.action_dim, source.image_size
         self.device = torch.device(device)
         self.prefetch = prefetch
@@ -167,13 +178,13 @@ class SequenceBatches:
         """The epoch that the next batch belongs to, from 0."""
         return self._consumed // self.steps_per_epoch
 
-    def one_pass(self) -> Iterator[TensorDict]:
+    def one_pass(self, limit: int | None = None) -> Iterator[TensorDict]:
         """Every episode once, in order, as sequences that start at its first frame and do not overlap.
 
-        The last batch may be smaller than B; an episode's remainder, shorter than T, is left out. The endless iterator does not
-        advance.
+        The last batch may be smaller than B; an episode's remainder, shorter than T, is left out. With `limit` these are at most so many
+        batches, of sequences spread evenly over all episodes. The endless iterator does not advance.
         """
-        for rows in self._windows.in_order():
+        for rows in self._windows.in_order(limit):
             yield self._batch(rows)
 
     def episode(self, index: int) -> TensorDict:

@@ -42,10 +42,16 @@ class Windows:
         index = np.arange(position * self.batch_size, (position + 1) * self.batch_size) % len(self._starts)
         return self._rows(self._starts[index])
 
-    def in_order(self) -> Iterator[Tensor]:
-        """Rows int64 [<= B, T] of the sequences that start at 0, T, 2T, ... in each episode, in order."""
+    def in_order(self, limit: int | None = None) -> Iterator[Tensor]:
+        """Rows int64 [<= B, T] of the sequences that start at 0, T, 2T, ... in each episode, in order.
+
+        With `limit`, at most so many batches, of sequences spread evenly over all of them.
+        """
         t = self.sequence_length
         starts = np.concatenate([first + np.arange(0, n - t + 1, t) for first, n in zip(self._first, self.lengths)])
+        if limit is not None:
+            count = min(limit * self.batch_size, len(starts))
+            starts = starts[np.linspace(0, len(starts) - 1, count).round().astype(np.int64)]
         for begin in range(0, len(starts), self.batch_size):
             yield self._rows(starts[begin : begin + self.batch_size])
 

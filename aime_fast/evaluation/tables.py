@@ -18,7 +18,7 @@ SOURCES = {
 def print_tables(result: dict) -> None:
     """Print the result of `aime_fast.evaluate` as tables."""
     r, o, c = result["reconstruction"], result["open_loop"], result["calibration"]
-    print(f"{result['checkpoint']}, step {result['step']}, {result['held_out_episodes']} held-out episodes, {result['seconds']:.0f} s\n")
+    print(f"{result['checkpoint']}, step {result['step']}, {result['episodes']} {result['part']} episodes, {result['seconds']:.0f} s\n")
     print("reconstruction        PSNR dB    SSIM")
     print(f"  model              {r['psnr']:8.2f}  {r['ssim']:6.3f}")
     print(f"  mean frame         {r['psnr_mean_frame']:8.2f}  {r['ssim_mean_frame']:6.3f}")

@@ -15,7 +15,7 @@ from recordings import SMALL, equal
 from aime_fast.data import SyntheticEpisodes, make_batches, normalise
 from aime_fast.data.batches import SequenceBatches
 from aime_fast.data.windows import Windows
-from aime_fast.errors import DataError
+from aime_fast.errors import DataError, UserError
 
 
 @pytest.fixture
@@ -100,11 +100,33 @@ def test_resume_with_other_data_is_refused(batches):
 
 
 def test_split_is_by_episode_and_seeded(batches):
-    splits = [[each.episodes for each in batches(seed=seed)] for seed in (0, 0, 1)]
-    train, validation = splits[0]
-    assert sorted(train + validation) == list(range(6))
-    assert len(validation) == 2
+    config = dataclasses.replace(SMALL, split_seed=3)
+    parts = ("training", "validation", "test")
+    splits = [[each.episodes for each in make_batches(c, 0, parts=parts)] for c in (SMALL, SMALL, config)]
+    train, validation, test = splits[0]
+    assert sorted(train + validation + test) == list(range(6))
+    assert (len(validation), len(test)) == (2, 1)
     assert splits[0] == splits[1] != splits[2]
+
+
+def test_a_run_takes_its_very_episodes_from_grown_data(batches):
+    (first, _) = batches()
+    (grown, _) = make_batches(dataclasses.replace(SMALL, episodes=9), 0, split=first.split)
+    assert [grown.episodes, grown.split] == [first.episodes, first.split]
+    assert equal(next(grown), next(first))
+    grown.close()
+    with pytest.raises(DataError, match="episodes that this run was split into are missing"):
+        make_batches(dataclasses.replace(SMALL, episodes=3), 0, split=first.split)
+
+
+def test_a_limited_pass_is_spread_over_all_episodes(batches):
+    validation = batches(episodes=30)[1]
+    few = torch.cat([batch["action"] for batch in validation.one_pass(limit=3)])
+    everything = torch.cat([batch["action"] for batch in validation.one_pass()])
+    assert len(few) == 3 * SMALL.batch_size
+    places = [(everything == sequence).flatten(1).all(1).nonzero()[0].item() for sequence in few]
+    assert places == sorted(places)
+    assert {place // 14 for place in places} == set(range(len(validation.episodes)))  # 14 sequences an episode
 
 
 def test_one_pass_is_finite_in_order_and_does_not_advance_the_iterator(batches):
@@ -147,14 +169,14 @@ def test_an_error_in_the_thread_reaches_the_consumer_and_threads_end(batches, mo
     [
         ({"data": None}, "--data is not given"),
         ({"data": "/nowhere.h5"}, "/nowhere.h5: there is no such file"),
-        ({"episodes": 1}, "expected at least 2"),
+        ({"episodes": 2}, "expected at least 3"),
         ({"sequence_length": 101}, "synthetic episodes have 100 frames"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
     ],
 )
 def test_unusable_settings(changed, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         make_batches(dataclasses.replace(SMALL, **changed), 0)
 
 
