@@ -22,7 +22,8 @@ from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.config import DataConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
-from aime_fast.data.episodes import EpisodeWriter, check_positive
+from aime_fast.data.episodes import check_positive
+from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError
 
 if TYPE_CHECKING:

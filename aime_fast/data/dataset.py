@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ import torch
 from tensordict import TensorDict
 from torch.utils.data import Dataset
 
-from aime_fast.data.episodes import SHARED, check_positive, check_shard, open_shard, read_episode
+from aime_fast.data.checksums import episode_sha256, identity
+from aime_fast.data.episodes import (
+    FORMAT_VERSION,
+    SHARED,
+    check_positive,
+    check_shard,
+    open_shard,
+    read_attributes,
+    read_episode,
+    recorded_sha256,
+)
+from aime_fast.data.files import explain
 from aime_fast.errors import DataError
 
 SUFFIXES = (".h5", ".hdf5")
@@ -35,11 +47,14 @@ class DMCVBDataset(Dataset):
             None takes the value of the first shard. All shards must agree.
     Attributes:
         action_dim, image_size: A; H = W.
-        num_episodes, lengths: episodes in all shards; frames of each.
+        num_episodes, lengths: episodes in all shards of at least T frames; frames of each.
+        skipped: names of the shorter episodes, which are left out; one printed line counts them.
+        identities: short checksum of the content of each episode, the same in every file that holds it.
+        verified: whether every shard has checksums over content and attributes; one printed line names the first that has none.
         attributes: of the first shard, as Python values; `versions` is a dictionary.
         position_names: of the n points in `positions`; empty unless all shards have the same names.
     Raises:
-        DataError: a shard is damaged, has other settings, or holds an episode shorter than T.
+        DataError: a shard is damaged, has other settings, or no episode has T frames.
     """
 
     def __init__(
@@ -64,13 +79,20 @@ class DMCVBDataset(Dataset):
         self.attributes: dict[str, Any] = {}
         position_names: set[tuple[str, ...]] = set()
         self._episodes: list[tuple[Path, str]] = []
+        self._sha256: list[str | None] = []
         self.lengths: list[int] = []
+        self.skipped: list[str] = []
+        unverified: list[Path] = []
+        longest = 0
         for shard in self.paths:
             with open_shard(shard) as file:
-                lengths = check_shard(file, shard, expected, sequence_length)
-                attributes = {key: _to_python(value) for key, value in file.attrs.items()}
+                lengths = check_shard(file, shard, expected)
+                attributes = read_attributes(file, shard)
                 has_positions = all("positions" in file[name] for name in lengths)
-            position_names.add(tuple(attributes.get("position_names", ())) if has_positions else ())
+                has_checksums = attributes["format_version"] == FORMAT_VERSION
+                checksums = {name: recorded_sha256(file[name], shard) if has_checksums else None for name in lengths}
+            position_names.add(attributes["position_names"] if has_positions else ())
+            unverified += [] if has_checksums else [shard]
             self.attributes = self.attributes or attributes
             for key in SHARED:
                 if attributes[key] != self.attributes[key]:
@@ -78,9 +100,19 @@ class DMCVBDataset(Dataset):
                         f"{shard}: attribute '{key}' is {attributes[key]}, expected {self.attributes[key]} as in "
                         f"{self.paths[0]}; shards of different recordings cannot be mixed, give them one at a time"
                     )
-            self._episodes += [(shard, name) for name in lengths]
-            self.lengths += lengths.values()
-        self.attributes["versions"] = json.loads(self.attributes.get("versions", "{}"))
+            longest = max(longest, *lengths.values())
+            long = [name for name, length in lengths.items() if length >= sequence_length]
+            self.skipped += [f"{shard}: {name}" for name in lengths if name not in long]
+            self._episodes += [(shard, name) for name in long]
+            self._sha256 += [checksums[name] for name in long]
+            self.lengths += [lengths[name] for name in long]
+        if not self.lengths:
+            raise DataError(
+                f"{self.paths[0]}: the longest episode has {longest} frames, expected at least {sequence_length} (--sequence-length); "
+                f"pass a shorter --sequence-length or collect with a smaller --frame-skip"
+            )
+        self.verified = not unverified
+        self._say(unverified)
         self.action_dim, self.image_size = self.attributes["action_dim"], self.attributes["image_size"]
         self.position_names = position_names.pop() if len(position_names) == 1 else ()
         self.num_episodes = len(self._episodes)
@@ -90,6 +122,25 @@ class DMCVBDataset(Dataset):
             for start in range(0, length - sequence_length + 1, sequence_length)
         ]
         self._open: dict[tuple[int, Path], h5py.File] = {}
+
+    def _say(self, unverified: list[Path]) -> None:
+        """Print what the user should know about the files."""
+        if unverified:
+            more = f" and {len(unverified) - 1} more" if len(unverified) > 1 else ""
+            print(f"{unverified[0]}{more}: an older format without checksums over its content; it is read unverified", file=sys.stderr)
+        if self.skipped:
+            n, total = len(self.skipped), len(self.skipped) + len(self.lengths)
+            print(
+                f"{n} of {total} episodes {'is' if n == 1 else 'are'} left out, shorter than {self.sequence_length} frames "
+                f"(--sequence-length); the first is {self.skipped[0]}",
+                file=sys.stderr,
+            )
+
+    @cached_property
+    def identities(self) -> list[str]:
+        """16 hexadecimal digits for each episode. They are stored in the file; for a file of format 1 its episodes are read."""
+        stored = zip(self._sha256, self._episodes)
+        return [identity(sha256 or episode_sha256(self._arrays(*episode, 0, None))) for sha256, episode in stored]
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -103,14 +154,16 @@ class DMCVBDataset(Dataset):
         return self._read(index, 0, None)
 
     def _read(self, episode: int, start: int, stop: int | None) -> TensorDict:
-        path, name = self._episodes[episode]
+        arrays = self._arrays(*self._episodes[episode], start, stop)
+        if not self.position_names:  # only some shards have them, and sequences to be stacked need the same keys
+            arrays.pop("positions", None)
+        return to_tensordict(arrays)
+
+    def _arrays(self, path: Path, name: str, start: int, stop: int | None) -> dict[str, np.ndarray]:
         key = (os.getpid(), path)  # an HDF5 handle does not survive a fork
         if key not in self._open:
             self._open[key] = open_shard(path)
-        episode = read_episode(self._open[key][name], path, start, stop)
-        if not self.position_names:  # only some shards have them, and sequences to be stacked need the same keys
-            episode.pop("positions", None)
-        return to_tensordict(episode)
+        return read_episode(self._open[key][name], path, start, stop)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -136,15 +189,12 @@ def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
             raise DataError("--data: the list of HDF5 files is empty, expected at least one")
         return [Path(p) for p in path]
     path = Path(path)
-    if not path.is_dir():
-        return [path]
-    shards = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+    try:
+        if not path.is_dir():
+            return [path]
+        shards = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({explain(error)})") from error
     if not shards:
         raise DataError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`")
     return shards
-
-
-def _to_python(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return tuple(value.tolist())
-    return value.item() if isinstance(value, np.generic) else value

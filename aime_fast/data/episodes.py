@@ -1,8 +1,8 @@
 """Episodes in HDF5: one file a shard, one group an episode, attributes that describe the recording.
 
     shard.h5                    attributes: format_version, domain, task, seed, frame_skip, image_size, render_quality,
-    |                           render_backend, policy, action_dim, position_names, versions (JSON), complete
-    |- episode_00000/
+    |                           render_backend, policy, action_dim, position_names, versions (JSON), complete, attributes_sha256
+    |- episode_00000/           attribute: sha256
     |    pixels    uint8   [T, H, W, 3]    picture at step t
     |    action    float32 [T, A]          taken after seeing pixels[t]; the last picture, which no action follows, is not stored
     |    reward    float32 [T]             received for action[t]
@@ -12,23 +12,30 @@
     |- episode_00001/ ...
 
 Pixels are stored in chunks of 16 frames: a training sequence reads few chunks, and a chunk compresses well because neighbouring
-frames are similar. Every chunk has a checksum.
+frames are similar. Every chunk has a checksum, and so has HDF5's own metadata. `sha256` is over the content of the episode, and
+`attributes_sha256` over the attributes of the file and over the checksums of its episodes (`checksums.py`). Files of format 1 have
+neither: they are read, and marked as unverified.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Container, Mapping
+import json
+import math
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
 import numpy as np
 
+from aime_fast.data.checksums import attributes_sha256, episode_sha256
+from aime_fast.data.files import explain
 from aime_fast.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+UNVERIFIED_VERSION = 1  # no checksums over content and attributes
+LIBVER = ("v110", "v110")  # the newest HDF5 layout that version 1.10 of the library reads; its metadata have checksums
 CHUNK_FRAMES = 16
 DTYPES = {"pixels": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "is_init": np.bool_}
 OPTIONAL = {"positions": np.float32}  # absent from files of other sources and from older files
@@ -41,7 +48,9 @@ SHARED = {
     "render_quality": "--render-quality",
     "action_dim": None,
 }
+ATTRIBUTE_TYPES = {key: int if key in ("frame_skip", "image_size", "action_dim") else str for key in SHARED}
 RECOLLECT = "re-collect it with `python -m aime_fast.collect --overwrite --out FILE`"
+COPY_AGAIN = f"copy the file again or {RECOLLECT}"
 
 
 def check_positive(settings: Any, *names: str) -> None:
@@ -51,132 +60,144 @@ def check_positive(settings: Any, *names: str) -> None:
             raise DataError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected at least 1")
 
 
-class EpisodeWriter:
-    """Writes a shard episode by episode to a temporary file in the same folder.
-
-    Use it as a context manager. A normal exit gives the file its final name; an exception, or an exit without episodes, deletes it.
-    So a file under the final name is always complete.
-
-    Args:
-        path: final name; its folder is created.
-        attributes: file attributes; every key of `SHARED` must be among them.
-    Raises:
-        DataError: the attributes are incomplete, or the file cannot be written.
-    """
-
-    def __init__(self, path: str | Path, attributes: Mapping[str, Any]):
-        if missing := sorted(set(SHARED) - set(attributes)):
-            raise DataError(f"{path}: attributes {', '.join(missing)} are not given; an episode file must name them")
-        self.path = Path(path)
-        if self.path.is_dir():
-            raise DataError(f"{path}: this is a folder, expected the name of a file to write")
-        self._part = self.path.with_name(f".{self.path.name}.part-{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = h5py.File(self._part, "w")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error}); name a file in a folder that you can write to") from error
-        self._file.attrs.update({**attributes, "format_version": FORMAT_VERSION, "complete": False})
-        self.episodes = 0
-
-    def write(self, episode: Mapping[str, np.ndarray]) -> None:
-        """Append an episode: arrays with the names, dtypes and shapes of the module's table. Raises DataError if one differs."""
-        name = f"episode_{self.episodes:05d}"
-        group = self._file.create_group(name)
-        for key, dtype in _dtypes(episode).items():
-            value = np.asarray(episode[key])
-            if value.dtype != dtype:
-                raise DataError(f"{self.path}: dataset '{name}/{key}' would be {value.dtype}, expected {np.dtype(dtype)}")
-            if key == "pixels":
-                chunks = (min(CHUNK_FRAMES, len(value)), *value.shape[1:])
-                group.create_dataset(key, data=value, chunks=chunks, compression="gzip", compression_opts=1, fletcher32=True)
-            else:
-                group.create_dataset(key, data=value, fletcher32=True)
-        check_episode(group, self.path, self._file.attrs)
-        self.episodes += 1
-
-    def annotate(self, **attributes: Any) -> None:
-        """Add attributes that are known only after recording."""
-        self._file.attrs.update(attributes)
-
-    def __enter__(self) -> EpisodeWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None and self.episodes:
-            self._file.attrs["complete"] = True
-            self._file.close()
-            os.replace(self._part, self.path)
-        else:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+@contextmanager
+def readable(path: str | Path, what: str) -> Iterator[None]:
+    """Turn what HDF5 raises on damaged files into a DataError that names the file and the part of it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: {what} is damaged ({reason}); {COPY_AGAIN}") from error
 
 
 def open_shard(path: str | Path) -> h5py.File:
     """Open a shard for reading. Raises DataError if it is missing, empty, damaged, unfinished or of another format."""
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file; give an HDF5 file or a folder of them, or collect one")
-    if path.stat().st_size == 0:
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise DataError(f"{path}: this is not a regular file; give an HDF5 file or a folder of them")
+        with open(path, "rb"):
+            pass  # HDF5's own message for a file that may not be read does not say so
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file; give an HDF5 file or a folder of them, or collect one") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({explain(error)})") from error
+    if size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes), expected HDF5 episodes; {RECOLLECT}")
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+    except (OSError, RuntimeError, LookupError, ValueError) as error:
+        if isinstance(error, BlockingIOError):
+            raise DataError(f"{path}: another process is writing this file; wait until it has ended") from error
         if not h5py.is_hdf5(path):
             raise DataError(f"{path}: this is not an HDF5 file; give a file written by aime_fast.collect, or {RECOLLECT}") from error
         raise DataError(f"{path}: the file is truncated or damaged ({error}); copy it again or {RECOLLECT}") from error
     try:
-        version = file.attrs.get("format_version")
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: attribute 'format_version' is {version}, expected {FORMAT_VERSION}; this file was written by another "
-                f"program or version, {RECOLLECT}"
-            )
-        if not file.attrs.get("complete", False):
-            raise DataError(f"{path}: attribute 'complete' is not set, the collection did not finish; {RECOLLECT}")
-        for key in SHARED:
-            if key not in file.attrs:
-                raise DataError(f"{path}: attribute '{key}' is missing; {RECOLLECT}")
+        read_attributes(file, path)
     except DataError:
         file.close()
         raise
     return file
 
 
-def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any], sequence_length: int = 1) -> dict[str, int]:
-    """Check the attributes of a shard and the type and shape of every data set in it.
+def read_attributes(file: h5py.File, path: str | Path) -> dict[str, Any]:
+    """The attributes of an open shard as Python values, arrays as tuples.
+
+    Raises DataError if one cannot be read, is missing or of another type, or if they differ from their checksum.
+    """
+    values: dict[str, Any] = {}
+    with readable(path, "the list of attributes"):
+        names = list(file.attrs)
+    for name in names:
+        with readable(path, f"attribute '{name}'"):
+            values[name] = to_python(file.attrs[name])
+    known = (UNVERIFIED_VERSION, FORMAT_VERSION)
+    if values.get("format_version") not in known:
+        raise DataError(
+            f"{path}: attribute 'format_version' is {values.get('format_version')}, expected {known[0]} or {known[1]}; this file was "
+            f"written by another program or version, {RECOLLECT}"
+        )
+    if values["format_version"] == FORMAT_VERSION and values.get("attributes_sha256") != file_sha256(file, path, values):
+        raise DataError(f"{path}: the attributes or the list of episodes differ from the checksum 'attributes_sha256'; {COPY_AGAIN}")
+    if values.get("complete") is not True:
+        raise DataError(f"{path}: attribute 'complete' is not set, the collection did not finish; {RECOLLECT}")
+    for key, kind in ATTRIBUTE_TYPES.items():
+        if key not in values:
+            raise DataError(f"{path}: attribute '{key}' is missing; {RECOLLECT}")
+        if type(values[key]) is not kind or (kind is int and values[key] < 1):
+            wanted = "text" if kind is str else "a whole number of at least 1"
+            raise DataError(f"{path}: attribute '{key}' is {values[key]!r}, expected {wanted}; {RECOLLECT}")
+    names = values.setdefault("position_names", ())
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: attribute 'position_names' is {names!r}, expected a list of names; {RECOLLECT}")
+    try:
+        values["versions"] = dict(json.loads(values.get("versions", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: attribute 'versions' is {values['versions']!r}, expected a JSON object; {RECOLLECT}") from error
+    return values
+
+
+def file_sha256(file: h5py.File, path: str | Path, attributes: Mapping[str, Any]) -> str:
+    """The checksum that `attributes_sha256` of an open shard must have, for these attributes of it."""
+    covered = {key: value for key, value in attributes.items() if key != "attributes_sha256"}
+    return attributes_sha256(covered, {name: recorded_sha256(file[name], path) for name in _episode_names(file, path)})
+
+
+def recorded_sha256(group: h5py.Group, path: str | Path) -> str:
+    """The checksum stored with an episode. Raises DataError if there is none."""
+    with readable(path, f"attribute 'sha256' of '{group.name.strip('/')}'"):
+        return to_python(group.attrs["sha256"])
+
+
+def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any]) -> dict[str, int]:
+    """Check the attributes of a shard and the type, shape and storage of every data set in it, without reading the data.
 
     Args:
         file: an open shard.
         path: its name in messages.
         expected: values that attributes in `SHARED` must have; None or absent means any.
-        sequence_length: smallest number of frames of an episode.
     Returns:
         frames of each episode, by group name, in order.
     Raises:
         DataError: names the file, the data set or attribute, its value, the expected value and the remedy.
     """
+    attributes = read_attributes(file, path)
     for key, flag in SHARED.items():
-        recorded, wanted = file.attrs[key], expected.get(key)
+        recorded, wanted = attributes[key], expected.get(key)
         if wanted is not None and recorded != wanted:
             remedy = f"pass {flag} {recorded}" if flag else "use the settings of the task it was recorded with"
             raise DataError(f"{path}: attribute '{key}' is {recorded}, expected {wanted}; {remedy}, or give another file with --data")
-    names = sorted(name for name in file if name.startswith("episode_"))
+    names = _episode_names(file, path)
     if not names:
         raise DataError(f"{path}: there is no group 'episode_00000', expected at least one episode; {RECOLLECT}")
-    lengths = {}
-    for name in names:
-        lengths[name] = check_episode(file[name], path, file.attrs)
-        if lengths[name] < sequence_length:
-            raise DataError(
-                f"{path}: '{name}' has {lengths[name]} frames, expected at least {sequence_length} (--sequence-length); "
-                f"pass a shorter --sequence-length or collect with a smaller --frame-skip"
-            )
-    return lengths
+    return {name: check_episode(file[name], path, attributes) for name in names}
+
+
+def _episode_names(file: h5py.File, path: str | Path) -> list[str]:
+    with readable(path, "the list of episodes"):
+        names = sorted(name for name in file if name.startswith("episode_"))
+        for name in names:
+            _check_link(file, name, path)
+            file[name]  # raises here, where the error is caught, if the group is damaged
+        return names
+
+
+def _check_link(group: h5py.Group, name: str, path: str | Path) -> None:
+    """Raise DataError if `name` is not stored in this file: a soft or external link can name any file that the user may read."""
+    link = group.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        kind = "an external link" if isinstance(link, h5py.ExternalLink) else "a soft link"
+        raise DataError(
+            f"{path}: '{f'{group.name}/{name}'.strip('/')}' is {kind} to {link.path}, expected data in this file; "
+            f"copy the data with `h5copy`, or {RECOLLECT}"
+        )
 
 
 def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, Any]) -> int:
-    """Check dtypes and shapes of an episode against the attributes of its file; returns its frames. Raises DataError."""
+    """Check dtypes, shapes and storage of an episode against the attributes of its file; returns its frames. Raises DataError."""
     name = group.name.strip("/")
     size, action_dim = int(attributes["image_size"]), int(attributes["action_dim"])
     points = len(attributes.get("position_names", ()))
@@ -184,35 +205,59 @@ def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, 
         "pixels": (size, size, 3), "action": (action_dim,), "reward": (), "discount": (), "is_init": (), "positions": (points, 2),
     }  # fmt: skip
     frames: int | None = None
-    present = set(group) if isinstance(group, h5py.Group) else set()
-    for key, dtype in _dtypes(present).items():
+    with readable(path, f"'{name}'"):
+        present = set(group) if isinstance(group, h5py.Group) else set()
+    for key, dtype in dtypes(present).items():
         where = f"{path}: dataset '{name}/{key}'"
-        if key not in present or not isinstance(group[key], h5py.Dataset):
-            raise DataError(f"{where} is missing; {RECOLLECT}")
-        dataset = group[key]
-        shape = [frames if frames is not None else "T", *trailing[key]]
-        wanted = f"expected {np.dtype(dtype)} [{', '.join(map(str, shape))}]"
-        if dataset.dtype != dtype:
-            raise DataError(f"{where} is {dataset.dtype}, {wanted}; {RECOLLECT}")
-        frames = dataset.shape[0] if frames is None and dataset.ndim else frames
-        if dataset.shape != (frames, *trailing[key]) or not frames:
-            raise DataError(f"{where} has shape {list(dataset.shape)}, {wanted}; {RECOLLECT}")
+        with readable(path, f"dataset '{name}/{key}'"):
+            if key in present:
+                _check_link(group, key, path)
+            if key not in present or not isinstance(group[key], h5py.Dataset):
+                raise DataError(f"{where} is missing; {RECOLLECT}")
+            dataset = group[key]
+            shape = [frames if frames is not None else "T", *trailing[key]]
+            wanted = f"expected {np.dtype(dtype)} [{', '.join(map(str, shape))}]"
+            if dataset.dtype != dtype:
+                raise DataError(f"{where} is {dataset.dtype}, {wanted}; {RECOLLECT}")
+            if dataset.shape is None:
+                raise DataError(f"{where} is empty, {wanted}; {RECOLLECT}")
+            frames = dataset.shape[0] if frames is None and dataset.ndim else frames
+            if dataset.shape != (frames, *trailing[key]) or not frames:
+                raise DataError(f"{where} has shape {list(dataset.shape)}, {wanted}; {RECOLLECT}")
+            check_storage(dataset, where)
     return frames
 
 
-def _dtypes(names: Container[str]) -> dict[str, type]:
+def check_storage(dataset: h5py.Dataset, where: str) -> None:
+    """Raise DataError unless all values of a data set are stored in its own file. Missing ones would be read as zeros."""
+    if dataset.is_virtual or dataset.external is not None:
+        kind = "a virtual dataset" if dataset.is_virtual else "stored in another file"
+        raise DataError(f"{where} is {kind}, expected data in this file; copy the data with `h5repack`, or {RECOLLECT}")
+    if dataset.chunks is None:
+        stored, needed, unit = dataset.id.get_storage_size(), dataset.nbytes, "bytes"
+    else:
+        needed = math.prod(-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks))
+        stored, unit = dataset.id.get_num_chunks(), "chunks"
+    if stored < needed:
+        raise DataError(f"{where} has {stored} of {needed} {unit}, the rest was never written; {COPY_AGAIN}")
+
+
+def dtypes(names: Container[str]) -> dict[str, type]:
     """Dtypes of all required data sets, and of the optional ones among `names`."""
     return DTYPES | {key: dtype for key, dtype in OPTIONAL.items() if key in names}
 
 
 def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
-    """Frames [start, stop) of an episode as arrays. Raises DataError if a chunk is damaged or a value is out of range."""
+    """Frames [start, stop) of an episode as arrays.
+
+    Raises DataError if a chunk is damaged, a value is out of range, or a whole episode differs from its checksum.
+    """
     name, episode = group.name.strip("/"), {}
-    for key in _dtypes(group):
-        try:
+    for key in dtypes(group):
+        with readable(path, f"dataset '{name}/{key}'"):
             episode[key] = group[key][start:stop]
-        except OSError as error:
-            raise DataError(f"{path}: dataset '{name}/{key}' is damaged ({error}); copy the file again or {RECOLLECT}") from error
+    if start == 0 and stop is None and "sha256" in group.attrs and episode_sha256(episode) != recorded_sha256(group, path):
+        raise DataError(f"{path}: the frames of '{name}' differ from its checksum 'sha256'; {COPY_AGAIN}")
     ranges = (("action", -1.0, 1.0), ("reward", -np.inf, np.inf), ("discount", 0.0, 1.0), ("positions", -np.inf, np.inf))
     for key, low, high in ranges:
         value = episode.get(key, np.zeros(0))
@@ -227,3 +272,13 @@ def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int 
     if starts.tolist() != [0] * (start == 0):
         raise DataError(f"{path}: dataset '{name}/is_init' is true at frames {starts.tolist()}, expected at frame 0 only; {RECOLLECT}")
     return episode
+
+
+def to_python(value: Any) -> Any:
+    """An attribute as a Python value: arrays as tuples, bytes as text."""
+    if isinstance(value, np.ndarray):
+        return tuple(to_python(each) for each in value.tolist())
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, list):
+        return tuple(to_python(each) for each in value)
+    return value.decode() if isinstance(value, bytes) else value

@@ -19,10 +19,12 @@ DEVICE_SHARE = 0.25  # largest share of free device memory that "auto" gives to 
 
 
 class EpisodeSource(Protocol):
-    """Episodes to fill a replay with: `DMCVBDataset` or `SyntheticEpisodes`. `lengths` are in frames."""
+    """Episodes to fill a replay with: `DMCVBDataset` or `SyntheticEpisodes`. `lengths` are in frames, `identities` are short
+    checksums of their content, each a name that an episode keeps in every file and order."""
 
     num_episodes: int
     lengths: list[int]
+    identities: list[str]
     action_dim: int
     image_size: int
 

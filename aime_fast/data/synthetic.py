@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 from tensordict import TensorDict
 
+from aime_fast.data.checksums import identity
 from aime_fast.data.dataset import to_tensordict
 
 FRAMES = 100
@@ -18,12 +20,14 @@ class SyntheticEpisodes:
 
     The action accelerates a bright disc, with friction and elastic walls, so a frame depends on all actions before it. A dark
     square moves on a circle at constant speed. The reward is high where the disc is near the centre. The interface is that of
-    `DMCVBDataset`, without a file: `num_episodes`, `lengths`, `action_dim`, `image_size`, `attributes`, `read_episode`, `close`.
+    `DMCVBDataset`, without a file: `num_episodes`, `lengths`, `identities`, `action_dim`, `image_size`, `attributes`, `read_episode`,
+    `close`. The identities depend on seed, index and image size only.
     """
 
     def __init__(self, num_episodes: int, image_size: int, seed: int):
         self.num_episodes, self.image_size, self.action_dim = num_episodes, image_size, ACTION_DIM
         self.lengths = [FRAMES] * num_episodes
+        self.identities = [identity(hashlib.sha256(f"disc {seed} {i} {image_size}".encode()).hexdigest()) for i in range(num_episodes)]
         self.seed = seed
         self.attributes: dict[str, Any] = {"domain": "synthetic", "task": "disc", "seed": seed, "image_size": image_size}
 

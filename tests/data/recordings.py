@@ -1,10 +1,15 @@
 """Shared by the data tests: small settings, random episodes, the attributes of their file, and equality of batches."""
 
+from pathlib import Path
+
+import h5py
 import numpy as np
 import torch
 from tensordict import TensorDict
 
 from aime_fast.config import DataConfig
+from aime_fast.data.checksums import episode_sha256
+from aime_fast.data.episodes import DTYPES, FORMAT_VERSION, OPTIONAL, UNVERIFIED_VERSION, file_sha256, to_python
 from aime_fast.data.replay import KEYS
 
 SMALL = DataConfig(data="synthetic", episodes=6, image_size=16, sequence_length=7, batch_size=4, validation_fraction=0.3)
@@ -29,6 +34,27 @@ def random_episode(frames: int, seed: int = 0, image_size: int = 8, action_dim: 
         "discount": np.ones(frames, dtype=np.float32),
         "is_init": np.arange(frames) == 0,
     }
+
+
+def seal(path: Path) -> None:
+    """Give a changed file the checksums of its present content, so that a test meets what is checked besides them."""
+    with h5py.File(path, "r+") as file:
+        for group in file.values():
+            if isinstance(group, h5py.Group):
+                arrays = {key: value[()] for key, value in group.items() if key in DTYPES | OPTIONAL}
+                group.attrs["sha256"] = np.bytes_(episode_sha256(arrays))
+        attributes = {key: to_python(value) for key, value in file.attrs.items()}
+        if attributes.get("format_version") == FORMAT_VERSION:
+            file.attrs["attributes_sha256"] = file_sha256(file, path, attributes)
+
+
+def unseal(path: Path) -> None:
+    """Make a file one of format 1, without checksums over content and attributes."""
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = UNVERIFIED_VERSION
+        del file.attrs["attributes_sha256"]
+        for group in file.values():
+            del group.attrs["sha256"]
 
 
 def equal(a: TensorDict, b: TensorDict) -> bool:
