@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aime_fast.errors import ConfigError
-from aime_fast.training.logging import whole_rows
+from aime_fast.training.metrics import whole_rows
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ def read_record(folder: str | Path) -> Record:
     def read(name: str, parse: Callable[[str], Any]) -> Any:
         path = folder / name
         try:
-            return parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (ValueError, yaml.YAMLError) as error:
+            found = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if not isinstance(found, list if parse is whole_rows else dict) and path.is_file():
+                raise ValueError(f"it holds a {type(found).__name__}")
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]}); move it away and run the report again") from None
+        return found
 
     videos = (folder / "evaluation" / "prediction.mp4", folder / "prediction.mp4")
     return Record(

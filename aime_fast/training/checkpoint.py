@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from aime_fast.config import RENAMED, Config, from_dict, to_dict
-from aime_fast.errors import CheckpointError, DamagedError, UserError, explain
+from aime_fast.data.split import saved_split
+from aime_fast.errors import CheckpointError, ConfigError, DamagedError, NonFiniteError, UserError, explain
 from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 
 # 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads deltas, a latent phase; 5: other names
@@ -131,7 +132,7 @@ def fitting(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = f"no {error}" if isinstance(error, KeyError) else lines[min(1, len(lines) - 1)]  # torch's first line is a heading
@@ -180,12 +181,31 @@ def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=
     raise CheckpointError(f"{run_dir}: every checkpoint is damaged; start again in another --run-dir")
 
 
+def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
+    """The newest whole checkpoint and its state if a run is to go on and there is one; (None, None) for a run that starts.
+
+    Raises:
+        ConfigError: the run is not to go on, and the folder holds one.
+        CheckpointError: see `read_latest`.
+    """
+    if resume and (list_checkpoints(run_dir) or any(run_dir.glob(f"checkpoint_*.pt{DAMAGED}*"))):
+        return read_latest(run_dir, report=report, aside=True)
+    if resume:
+        report(f"{run_dir}: no checkpoint here yet; the run starts from step 0")
+    elif found := list_checkpoints(run_dir):
+        raise ConfigError(
+            f"{run_dir} holds a run already (newest: {found[-1].name}); add --resume to go on with it, or name another folder with "
+            "--run-dir"
+        )
+    return None, None
+
+
 def check_same_config(saved: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError naming each field in which a resumed run differs from the one that wrote the checkpoint.
 
     Fields in `MAY_CHANGE` may differ. A field that the checkpoint does not know yet counts as its default.
     """
-    old, new = _flatten(to_dict(from_dict(saved))), _flatten(to_dict(config))
+    old, new = flatten(to_dict(from_dict(saved))), flatten(to_dict(config))
     differing = [
         f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -197,6 +217,19 @@ def check_same_config(saved: dict[str, Any], config: Config) -> None:
             "--resume: these settings differ from the run that wrote the checkpoint: " + "; ".join(differing)
             + f". Give the same flags again (run.json in the run's folder has the command); only these may change: {allowed}"
         )  # fmt: skip
+
+
+def check_finite(state: dict[str, Any], step: int) -> None:
+    """Raise NonFiniteError, naming the tensors of a state (weights, averages, buffers, moments) that are not finite."""
+    tensors = {name: value for name, value in flatten(state).items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    bad: list[str] = []
+    for device in {value.device for value in tensors.values()}:  # one wait for each device
+        names = [name for name, value in tensors.items() if value.device == device]
+        finite = torch.stack([torch.isfinite(tensors[name]).all() for name in names]).tolist()
+        bad += [name for name, good in zip(names, finite) if not good]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteError(f"{', '.join(bad[:3])}{more} at step {step}: not finite; this step was not saved")
 
 
 def rng_state() -> dict[str, Any]:
@@ -221,8 +254,8 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         report: called with a message for each damaged checkpoint that is passed over.
 
     Returns:
-        (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`, and
-        `latent_phase_updates`, those of the latent phase that the weights went through.
+        (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`,
+        `split` (`Split` or None, see `saved_split`), and `latent_phase_updates`, those of the latent phase that the weights went through.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another version (of which the names or shapes of weights may tell).
@@ -239,15 +272,17 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         model.load_state_dict(state["ema" if ema else "model"])
         phase = state["latent_phase"] if ema else None
         info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
+        info["split"] = saved_split(state)
         info["latent_phase_updates"] = phase["made"]["latent_phase_updates"] if phase else 0
     return model.to(device).eval(), config, info
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with names like `optim.learning_rate`; lists as tuples."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = tuple(value) if isinstance(value, list) else value
     return flat

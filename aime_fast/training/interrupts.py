@@ -1,14 +1,19 @@
-"""Stopping a run by a signal, after its checkpoint is saved."""
+"""Ending a run early, after its checkpoint is saved: by a signal, or because its output cannot be written any more."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
+from contextlib import suppress
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+TWINS = 2.0  # seconds: launchers and terminals send a signal twice, to the process and to its group
 
 
 class TrainingInterrupted(Exception):
-    """A signal ended the run after its checkpoint was saved. `status` is the exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+    """A signal ended the run after its checkpoint was saved. `status` is the exit status, 128 plus the signal's number."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -16,27 +21,39 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignals:
-    """While entered, Ctrl-C and SIGTERM set `signum` instead of ending the program; a second one ends it at once.
+    """While entered, Ctrl-C, SIGTERM and SIGHUP set `signum` instead of ending the program.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    A second Ctrl-C or SIGTERM, more than two seconds later, ends it at once. Signals that the process was started to ignore (nohup) are
+    ignored further. Outside the main thread, where Python allows no handlers, only `request` stops.
     """
 
     def __init__(self):
         self.signum: signal.Signals | None = None
+        self._since = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            heeded = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+            self._previous = {s: signal.signal(s, self._stop) for s in heeded}
         return self
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        self._previous = {}
+
+    def request(self, signum: int) -> None:
+        """Stop as after this signal. The first request counts."""
+        if self.signum is None:
+            self.signum, self._since = signal.Signals(signum), time.monotonic()
 
     def _stop(self, signum: int, _frame) -> None:
-        self.signum = signal.Signals(signum)
-        for s in self._previous:
-            signal.signal(s, signal.SIG_DFL)
-        # Written past Python's buffers: a handler may have interrupted a print.
-        os.write(2, f"\n{self.signum.name}: finishing this step and saving; once more ends at once, without saving\n".encode())
+        if self.signum is None:
+            self.request(signum)
+            # Written past Python's buffers: a handler may have interrupted a print. A closed terminal takes nothing.
+            with suppress(OSError):
+                os.write(2, f"\n{self.signum.name}: finishing this step and saving; once more ends at once, without saving\n".encode())
+        elif signum != getattr(signal, "SIGHUP", None) and time.monotonic() - self._since > TWINS:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)

@@ -9,31 +9,43 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from aime_fast.config import OptimConfig
 from aime_fast.data import SequenceBatches
-from aime_fast.errors import NonFiniteError
+from aime_fast.errors import ConfigError, NonFiniteError
 from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import Latents, infer_latents
+from aime_fast.training.schedules import Every
 
 CONTEXT = 8  # observed frames before the first imagined one, at most: as many as in the evaluation
 ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter of the sequences: it costs more than all the rest
 WARMUP = 20  # updates in which the learning rate rises
 CLIP = 1.0  # global gradient norm
+REPORTS = 20  # lines that a phase writes
+
+
+class _Stopped(Exception):
+    """The run is to end while latents are inferred."""
 
 
 class LatentReplay:
     """`Latents` of every episode of `batches`, each inferred as one sequence, in fp32 whatever the run's precision.
 
-    Args: model in eval mode; batches with at least one episode of `length` frames.
+    Args: model in eval mode; batches with at least one episode of `length` frames; `stopped` is asked before each episode.
+    Raises _Stopped once `stopped()` is true.
     """
 
-    def __init__(self, model: nn.Module, batches: SequenceBatches, length: int):
-        episodes = (batches.episode(i).unsqueeze(0) for i in range(len(batches.episodes)))
-        inferred = [infer_latents(model, episode["pixels"], episode["action"]) for episode in episodes]
+    def __init__(self, model: nn.Module, batches: SequenceBatches, length: int, stopped: Callable[[], bool] = lambda: False):
+        inferred = []
+        for i in range(len(batches.episodes)):
+            if stopped():
+                raise _Stopped
+            episode = batches.episode(i).unsqueeze(0)
+            inferred.append(infer_latents(model, episode["pixels"], episode["action"]))
         self.length, self.frames = length, Latents(*(torch.cat(parts, dim=1)[0] for parts in zip(*inferred)))
         ends = itertools.accumulate(batches.lengths)
         firsts = [torch.arange(end - n, max(end - n, end - length + 1)) for end, n in zip(ends, batches.lengths)]
@@ -43,6 +55,16 @@ class LatentReplay:
         """`batch` random sequences of `length` frames."""
         first = self.firsts[torch.randint(len(self.firsts), (batch, 1), device=self.firsts.device)]
         return Latents(*(part[first + torch.arange(self.length, device=first.device)] for part in self.frames))
+
+
+def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
+    """Raises ConfigError where one of the parts has no episode as long as a sequence of the phase."""
+    frames, longest = optim.latent_phase_frames, min(max(part.lengths) for part in parts)
+    if optim.latent_phase_updates and CONTEXT + frames > longest:
+        raise ConfigError(
+            f"--latent-phase-frames {frames}: with {CONTEXT} frames before them longer than any held-out or training episode "
+            f"({longest} frames); take fewer, or --latent-phase-updates 0"
+        )
 
 
 def trained_modules(model: nn.Module) -> nn.ModuleDict:
@@ -109,3 +131,42 @@ class LatentPhase:
                 f"latent phase, update {self.made + 1}: {bad} not finite; the checkpoint from before the phase is intact: go on "
                 "from it with --resume and a lower --latent-phase-learning-rate"
             )
+
+
+def train_latent_phase(
+    model: nn.Module,
+    training: SequenceBatches,
+    held_out: SequenceBatches,
+    optim: OptimConfig,
+    report: Callable[[int, dict[str, float]], None],
+    stopped: Callable[[], bool],
+) -> dict[str, Tensor] | None:
+    """A whole latent phase on `model`, in place, with torch's current random numbers.
+
+    Args:
+        model: in eval mode, without gradients.
+        training, held_out: episodes.
+        optim: its fields `latent_phase_*` are read.
+        report: called some 20 times with the updates made and the measures of held-out episodes.
+        stopped: asked before each update; once true, the phase ends and the weights are those from before it.
+
+    Returns:
+        the weights of `trained_modules` from before the phase, by name; None if it was stopped.
+    """
+    modules = trained_modules(model)
+    before = {name: value.clone() for name, value in modules.state_dict().items()}
+    length = CONTEXT + optim.latent_phase_frames
+    try:
+        phase = LatentPhase(model, *(LatentReplay(model, batches, length, stopped) for batches in (training, held_out)), optim)
+    except _Stopped:
+        return None
+    should_report = Every(max(1, phase.updates // REPORTS))
+    while phase.made < phase.updates and not stopped():
+        phase.update()
+        if should_report(phase.made) or phase.made == phase.updates:
+            report(phase.made, phase.measure())
+    phase.close()
+    if phase.made < phase.updates:
+        modules.load_state_dict(before)
+        return None
+    return before

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.util
 import json
 import math
 import os
 import platform
+import re
+import signal
 import sys
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,9 @@ import torch
 
 from aime_fast.config import Config, to_dict
 from aime_fast.errors import ConfigError
+from aime_fast.runtime.files import move_aside, naming, write_text
 from aime_fast.runtime.provenance import command_line, git_commit, version
+from aime_fast.training.metrics import Report, ResumePoint, cut_rows, kind
 
 PACKAGES = (
     "torch", "triton", "torchrl", "tensordict", "dm_control", "mujoco", "numpy", "h5py", "einops", "imageio-ffmpeg",
@@ -36,141 +44,169 @@ def check_loggers(names: Iterable[str]) -> None:
 class Logger:
     """Writes the metrics of a run to every place that `run.logger` names.
 
+    A row's x is its `step`; that of a row of the latent phase is `latent_phase/update`. Rows that wandb has got already, before a resume
+    repeated their steps, are not sent again.
+
     Args:
         run_dir: folder of the run; `metrics.jsonl` is appended to.
-        config: `run.logger` names the places besides `metrics.jsonl`: `tensorboard` (files under `run_dir/tensorboard`), `wandb`
-            (`WANDB_MODE=offline` works without a network).
-        resume_step: metrics after this step are dropped from `metrics.jsonl`, since the resumed run writes them again.
+        config: `run.logger` names the places besides `metrics.jsonl`: `tensorboard` (files under `run_dir/tensorboard`, the latent phase
+            as a run of its own), `wandb` (`WANDB_MODE=offline` works without a network).
+        point: where the run goes on; rows that it writes again are dropped from `metrics.jsonl`.
+        report: called with messages about damaged files.
+
+    Attributes: rows: of `metrics.jsonl`.
 
     Raises:
-        ConfigError: wandb cannot start.
+        ConfigError: wandb cannot start. OSError: the folder cannot be written to.
     """
 
-    def __init__(self, run_dir: Path, config: Config, resume_step: int = 0):
+    def __init__(self, run_dir: Path, config: Config, point: ResumePoint = ResumePoint(), report: Report = print):  # noqa: B008
         self.path = run_dir / "metrics.jsonl"
-        keep_until(self.path, resume_step)
+        self.rows, dropped = cut_rows(self.path, point, report)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._tensorboard = self._wandb = None
+        self._boards: dict[bool, Any] | None = None
+        self._wandb, self._sent = None, set()
         if "tensorboard" in config.run.logger:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+            purge = {False: point.step + 1 if point.step else None, True: 0}
+            self._boards, self._purge, self._board_dir = {}, purge, run_dir / "tensorboard"
         if "wandb" in config.run.logger:
-            self._wandb = self._start_wandb(run_dir, config)
-
-    @staticmethod
-    def _start_wandb(run_dir: Path, config: Config):
-        import wandb
-
-        identity = run_dir / "wandb_id"  # a resumed run continues the same wandb run
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8])
-        try:
-            return wandb.init(
-                project="aime_fast", name=run_dir.name, id=identity.read_text(), resume="allow", dir=run_dir, config=to_dict(config)
-            )
-        except wandb.Error as error:
-            raise ConfigError(f"--logger wandb: {error}; log in with: wandb login, or set WANDB_MODE=offline") from error
+            if (run_dir / "wandb_id").exists():
+                self._sent = {(row["step"], kind(row)) for row in dropped if kind(row) != "latent_phase"}
+            self._wandb = start_wandb(run_dir, config, report)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line: `{"step": step, **metrics}`. Non-finite numbers become null, which every JSON reader accepts."""
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
+        with naming(self.path):
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+        self.rows += 1
+        if self._boards is not None:
+            update = metrics.get("latent_phase/update")
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, metrics.get("latent_phase/update", step))
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+                self._board(update is not None).add_scalar(name, value, step if update is None else update)
+        if self._wandb is not None and (step, kind(metrics)) not in self._sent:
+            self._wandb.log({"step": step, **metrics})
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show a PNG in the places that show pictures."""
-        if self._tensorboard is not None:
+        if self._boards is not None:
             from PIL import Image
 
-            self._tensorboard.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+            self._board(False).add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+            self._wandb.log({"step": step, name: wandb.Image(str(path))})
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Close everything; each row is in its file already."""
+        with suppress(OSError):
+            self._file.close()
+        for board in (self._boards or {}).values():
+            board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _board(self, latent_phase: bool):
+        """The TensorBoard writer of joint updates or of the latent phase, whose x starts anew and replaces that of an earlier phase."""
+        if latent_phase not in self._boards:
+            from torch.utils.tensorboard import SummaryWriter
 
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; none where it is not there yet."""
-    path = run_dir / "metrics.jsonl"
-    return whole_rows(path.read_text(encoding="utf-8")) if path.is_file() else []
+            folder = self._board_dir / "latent_phase" if latent_phase else self._board_dir
+            with naming(folder):
+                self._boards[latent_phase] = SummaryWriter(str(folder), purge_step=self._purge[latent_phase])
+        return self._boards[latent_phase]
 
 
-def whole_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that is being written, or that a kill cut short, is left out."""
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
+def start_wandb(run_dir: Path, config: Config, report: Report):
+    """A wandb run, or the continuation of the one that `wandb_id` names. Raises ConfigError if wandb cannot start.
+
+    Every row gets a step of wandb's own, so that none is refused or merged with another; charts have the run's step, or the update of the
+    latent phase, as x.
+    """
+    import wandb
+
+    path, identity = run_dir / "wandb_id", ""
+    if os.path.lexists(path):
+        with suppress(OSError, ValueError):
+            identity = path.read_text(encoding="utf-8").strip()
+        if not re.fullmatch(r"[\w-]{1,64}", identity, re.ASCII):
+            report(f"{path}: damaged; it is now {move_aside(path).name}, and the run gets a new identity in wandb")
+            identity = ""
+    if not identity:
+        identity = uuid.uuid4().hex[:8]
+        write_text(path, identity)
+    try:
+        run = wandb.init(project="aime_fast", name=run_dir.name, id=identity, resume="allow", dir=run_dir, config=to_dict(config))
+    except wandb.Error as error:
+        raise ConfigError(f"--logger wandb: {error}; log in with: wandb login, or set WANDB_MODE=offline") from error
+    run.define_metric("*", step_metric="step")
+    run.define_metric("latent_phase/*", step_metric="latent_phase/update")
+    return run
 
 
 class Console:
-    """Lines and a progress bar; plain lines where the output is no terminal or `rich` is not installed."""
+    """Lines and a progress bar; plain lines where the output is no terminal or `rich` is not installed.
 
-    def __init__(self, total_steps: int, step: int = 0):
-        self._progress = None
+    `on_lost(signum)` is called once, with SIGHUP where a terminal was closed and SIGPIPE where nobody reads a pipe, when the output cannot
+    be written any more; from then on nothing is written.
+    """
+
+    def __init__(self, total_steps: int, step: int = 0, on_lost: Callable[[int], None] = lambda signum: None):
+        self._progress, self._drawn, self._on_lost = None, 0.0, on_lost
+        self.lost = False
         if sys.stdout.isatty():
             try:
                 from rich import progress
             except ImportError:
                 return
-            self._progress = progress.Progress(
+            columns = (
                 progress.TextColumn("training"), progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
-            )
+            )  # fmt: skip
+            self._progress = progress.Progress(*columns, auto_refresh=False)  # a thread of its own would meet a closed terminal unseen
             self._task = self._progress.add_task("training", total=total_steps, completed=step)
-            self._progress.start()
+            self._write(self._progress.start)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        """Move the bar to `step`; it is drawn five times a second at most."""
+        if self._progress is not None and not self.lost:
+            draws = time.monotonic() - self._drawn > 0.2
+            self._drawn = time.monotonic() if draws else self._drawn
+            self._write(partial(self._progress.update, self._task, completed=step, refresh=draws))
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
         if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
+            self._write(partial(self._progress.console.print, text, markup=False, highlight=False))
         else:
-            print(text, flush=True)
+            self._write(partial(print, text, flush=True))
 
     def close(self) -> None:
         """Remove the bar."""
         if self._progress is not None:
-            self._progress.stop()
+            self._write(self._progress.stop)
 
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop from a metrics file every line after `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    remaining = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    def _write(self, write: Callable[[], object]) -> None:
+        if self.lost:
+            return
         try:
-            if json.loads(line)["step"] <= step:
-                remaining.append(line)
-        except (ValueError, KeyError):
-            continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in remaining), encoding="utf-8")
-    os.replace(temporary, path)
+            write()
+        except (OSError, SystemExit) as error:  # rich leaves the program where a pipe breaks
+            self.lost = True
+            hung_up = getattr(error, "errno", errno.EPIPE) != errno.EPIPE and hasattr(signal, "SIGHUP")
+            self._on_lost(signal.SIGHUP if hung_up else signal.SIGPIPE)
+            with suppress(
+                OSError, ValueError, AttributeError
+            ):  # what is left in Python's buffer would fail again at the end of the program
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resumed: bool) -> None:
+def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resumed: bool, report: Report = print) -> None:
     """`config.yaml` (every setting) and `run.json` (what the run really uses: versions, machine, commit, command line, `facts`).
 
-    A resumed run adds its facts to `resumed` in `run.json` and leaves those of the start as they are.
+    A resumed run adds its facts to `resumed` in `run.json` and leaves those of the start as they are. A damaged `run.json` is moved aside,
+    with a message through `report`, and written again.
     """
     import yaml
 
@@ -186,9 +222,12 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
-    if resumed and path.exists():
-        first = json.loads(path.read_text(encoding="utf-8"))
-        now = first | {"resumed": [*first.get("resumed", []), now]}
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    if resumed and os.path.lexists(path):
+        try:
+            first = json.loads(path.read_text(encoding="utf-8"))
+            now = first | {"resumed": [*first.get("resumed", []), now]}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # unreadable, no JSON, or not an object with a list
+            report(f"{path}: damaged; it is now {move_aside(path).name}, and written again from this start on")
+    write_text(path, json.dumps(now, indent=2) + "\n")
     settings = json.loads(json.dumps(to_dict(config)))  # tuples as lists, which YAML has
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    write_text(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,26 @@ class Every:
 
     def __call__(self, step: int) -> bool:
         return self.n > 0 and step > 0 and step % self.n == 0
+
+
+class CheckpointDue:
+    """True at steps n, 2n, ... of `every`, when `minutes` have passed, and at step `first` of a run without a checkpoint.
+
+    It stays true until `saved`. A zero turns its rule off.
+    """
+
+    def __init__(self, every: int, minutes: float, first: int):
+        self.every, self.first, self.minutes = Every(every), Every(first), minutes
+        self._due, self._any, self._since = False, False, time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        late = self.minutes > 0 and time.monotonic() - self._since >= 60 * self.minutes
+        self._due = self._due or late or self.every(step) or (not self._any and self.first(step))
+        return self._due
+
+    def saved(self) -> None:
+        """A checkpoint was saved, or the run went on from one, just now."""
+        self._due, self._any, self._since = False, True, time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from aime_fast.config import Config, OptimConfig, preset
+from aime_fast.config import Config, preset, to_dict
+from aime_fast.data import collect
 from aime_fast.errors import ConfigError
+from aime_fast.training.checkpoint import MAY_CHANGE, flatten
 
 
 def training_length(config: Config) -> dict[str, float | None]:
@@ -28,8 +31,15 @@ def training_length(config: Config) -> dict[str, float | None]:
 
 
 def default_run_dir(config: Config) -> Path:
-    """`runs/<domain>-<task>-tier<tier>-seed<seed>`."""
-    return Path("runs") / f"{config.data.domain}-{config.data.task}-tier{config.tier}-seed{config.run.seed}"
+    """`runs/<domain>-<task>-tier<tier>-seed<seed>`, and `-<hash>` where settings differ from the tier's preset.
+
+    Settings that a resumed run may change do not enter the hash, so the same command with `--resume` finds its folder.
+    """
+    named = MAY_CHANGE | {"tier", "data.domain", "data.task", "run.seed"}
+    mine, usual = flatten(to_dict(config)), flatten(to_dict(preset(config.tier)))
+    differing = {name: value for name, value in sorted(mine.items()) if name not in named and value != usual[name]}
+    suffix = f"-{hashlib.sha256(repr(differing).encode()).hexdigest()[:6]}" if differing else ""
+    return Path("runs") / f"{config.data.domain}-{config.data.task}-tier{config.tier}-seed{config.run.seed}{suffix}"
 
 
 def data_file(config: Config) -> Path:
@@ -42,8 +52,12 @@ def data_file(config: Config) -> Path:
     return Path("data") / name
 
 
-def check_latent_phase(optim: OptimConfig) -> None:
-    """Raises ConfigError for a latent phase that no data can serve."""
-    for name, least in (("updates", 0), ("batch_size", 1), ("frames", 1), ("learning_rate", 0)):
-        if (value := getattr(optim, f"latent_phase_{name}")) < least:
-            raise ConfigError(f"--latent-phase-{name.replace('_', '-')} {value}: at least {least} is needed")
+def collected_data(config: Config) -> Path:
+    """The file with the data of these settings, recorded now if it is not there."""
+    path = data_file(config)
+    if path.exists():
+        print(f"data: {path}", flush=True)
+    else:
+        print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)
+        collect(config.data, config.run.seed, path)
+    return path

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 
+from aime_fast.bounds import check
 from aime_fast.config import Config, to_dict
-from aime_fast.data import DMCVBDataset, collect, make_batches
-from aime_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from aime_fast.data import DMCVBDataset, make_batches
+from aime_fast.data.split import saved_split, split_by_place
+from aime_fast.errors import CheckpointError, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
+from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
 from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
-from aime_fast.training.latent_phase import CONTEXT, LatentPhase, LatentReplay, trained_modules
-from aime_fast.training.logging import Console, Logger, check_loggers, read_rows, write_run_files
-from aime_fast.training.schedules import Every, Start, Warmup, learning_rate
-from aime_fast.training.settings import check_latent_phase, data_file, default_run_dir, training_length
+from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
+from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
+from aime_fast.training.metrics import ResumePoint, read_rows
+from aime_fast.training.schedules import CheckpointDue, Every, Start, Warmup, learning_rate
+from aime_fast.training.settings import collected_data, default_run_dir, training_length
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import kernels_on
 
-LATENT_PHASE_REPORTS = 20  # lines that the latent phase writes
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
 
 
@@ -34,7 +38,8 @@ class DMCVBTrainer:
     """Trains AIME on a task.
 
     Wrong settings are reported here, by the constructor, the cheap checks first. Without `data.data` the data are
-    collected now, to `data/`, unless a file of the same settings is there already.
+    collected now, to `data/`, unless a file of the same settings is there already. The run's folder is locked from here to the end of
+    `train`. `run.resume` goes on from the newest whole checkpoint, or starts anew where there is none.
 
     Args:
         config: the whole run. `run.steps` or `run.epochs` says how long; where both are set, the one that differs from the tier's
@@ -47,9 +52,10 @@ class DMCVBTrainer:
         run_dir: where everything is written.
 
     Raises:
-        ConfigError: settings that contradict each other or the machine.
+        ConfigError: settings that contradict each other or the machine; a folder that another run uses, or that holds a run already.
         DataError: unusable data.
-        CheckpointError: nothing to resume from, or a checkpoint of other settings.
+        CheckpointError: every checkpoint is damaged, or the newest is of other settings or another version, or cannot be read.
+        OSError: the folder cannot be written to.
 
     Example:
         >>> DMCVBTrainer(preset("debug")).train()
@@ -57,8 +63,8 @@ class DMCVBTrainer:
 
     def __init__(self, config: Config):
         run = config.run
+        check(config)
         length = training_length(config)
-        check_latent_phase(config.optim)
         self.device = choose_device(run.device)
         choose_kernels(run.kernels)
         self.compile = choose_compile(run.compile, self.device)
@@ -66,18 +72,30 @@ class DMCVBTrainer:
             keep_freed_memory()
         check_loggers(run.logger)
         if run.threads is not None:
-            if run.threads < 1:
-                raise ConfigError(f"--threads {run.threads}: at least 1 is needed")
             torch.set_num_threads(run.threads)
         self.run_dir = Path(run.run_dir or default_run_dir(config))
-        resumed = self._find_resume(run.resume)
-        data = dataclasses.replace(config.data, data=config.data.data or str(self._collect(config)))
+        self.lock = FolderLock(self.run_dir)
+        try:
+            self._prepare(config, length)
+        except BaseException:
+            self.lock.release(discard=True)
+            raise
+
+    def _prepare(self, config: Config, length: dict[str, float | None]) -> None:
+        """Data, model and state, of the start or of the checkpoint to go on from."""
+        run = config.run
+        self.saved_step: int | None = None  # of the newest checkpoint, `saved`
+        self.saved, resumed = checkpoint.find_resume(self.run_dir, run.resume)
+        data = dataclasses.replace(config.data, data=config.data.data or str(collected_data(config)))
         self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
         if resumed is not None:
-            checkpoint.check_same_config(resumed["config"], config)
+            with checkpoint.fitting(self.saved):
+                checkpoint.check_same_config(resumed["config"], config)
 
-        self.batches, self.validation = make_batches(config.data, run.seed, self.device)
-        self._check_latent_phase()
+        by_place = partial(split_by_place, validation_fraction=config.data.validation_fraction, seed=run.seed)
+        split = None if resumed is None else saved_split(resumed) or by_place
+        self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
+        check_lengths(config.optim, self.batches, self.validation)
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
         torch.manual_seed(run.seed)
@@ -99,8 +117,11 @@ class DMCVBTrainer:
         self.should_check_faults = Every(run.log_every if self.device.type == "cuda" else 1)
         self.step, self.seconds = 0, 0.0
         self.latent_phase: dict | None = None  # settings of the last latent phase, and the averaged weights that it changed, before it
-        self.saved: Path | None = None
-        self.skipped = 0
+        self.skipped, self.is_skipping = 0, False  # updates not made; whether the last one was not
+        self.checkpoint_due = CheckpointDue(run.checkpoint_every, run.checkpoint_minutes, first=max(1, run.log_every))
+        self.stop = StopSignals()
+        self.console = self.logger = None
+        self.logged: int | None = None  # rows of metrics.jsonl when the checkpoint was saved
         if resumed is not None:
             self._load(resumed)
 
@@ -113,22 +134,21 @@ class DMCVBTrainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite; the weights never took that update. With CUDA it may be noticed up to
                 `log_every` updates later, which were made.
-            TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+            TrainingInterrupted: Ctrl-C, SIGTERM, SIGHUP or an output that nobody reads any more, after a checkpoint was saved.
+            OSError: the disk is full or the like; earlier checkpoints are there.
         """
-        run = self.config.run
-        should_log, should_validate, should_sample, should_save = map(
-            Every, (run.log_every, run.validate_every, run.sample_every, run.checkpoint_every)
-        )
-        self._open()
+        run, stop = self.config.run, self.stop
+        should_log, should_validate, should_sample = map(Every, (run.log_every, run.validate_every, run.sample_every))
         try:
-            with StopSignals() as stop:
+            with stop:
+                self._open()
                 if self.step < self.total_steps:
                     self._undo_latent_phase()
                 while self.step < self.total_steps and stop.signum is None:
                     metrics = self._update()
-                    last = self.step == self.total_steps
-                    reads = any(should(self.step) for should in (self.should_check_faults, should_validate, should_sample, should_save))
-                    if last or reads or stop.signum is not None:
+                    last, saves = self.step == self.total_steps, self.checkpoint_due(self.step)
+                    reads = any(should(self.step) for should in (self.should_check_faults, should_validate, should_sample))
+                    if last or saves or reads or stop.signum is not None:
                         self._check_faults()
                     if last or should_log(self.step):
                         self._log(metrics)
@@ -136,18 +156,18 @@ class DMCVBTrainer:
                         self._validate()
                     if should_sample(self.step):
                         self._sample()
-                    if should_save(self.step):
+                    if saves and not self.is_skipping:
                         self._save()
+                if self.saved_step != self.step and not (stop.signum and self.is_skipping and self.saved):
+                    self._save()
                 made = None if self.latent_phase is None else self.latent_phase["made"]
                 if stop.signum is None and self.config.optim.latent_phase_updates and made != self._wanted_latent_phase():
-                    self._save()
                     self._train_latent_phase(stop)
             if stop.signum is not None:
-                self._save()
+                why = "the output cannot be written any more" if self.console.lost else stop.signum.name
                 raise TrainingInterrupted(
-                    f"stopped by {stop.signum.name} after step {self.step}; saved {self.saved}; "
-                    "go on with the same command and --resume", stop.signum,
-                )  # fmt: skip
+                    f"stopped after step {self.step} ({why}); saved {self.saved}; go on with the same command and --resume", stop.signum
+                )
             return self._finish()
         finally:
             self._close()
@@ -176,6 +196,7 @@ class DMCVBTrainer:
         began = time.perf_counter()
         report = self.training_step.faults.read()
         self.seconds += time.perf_counter() - began
+        self.is_skipping = report.in_a_row > 0
         if not report.terms:
             return
         step = self.step - report.ago
@@ -186,7 +207,7 @@ class DMCVBTrainer:
                 f"{', '.join(report.terms)} at step {step}: not finite (seen at step {self.step}; --log-every 1 --compile off also tells "
                 "which tensor and element)"
             )
-        last = f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
+        last = self._last_good()
         if self.config.run.on_nan == "stop":
             raise NonFiniteError(
                 f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over "
@@ -196,6 +217,9 @@ class DMCVBTrainer:
         self.console.line(f"skipped the update: {error}")
         if report.in_a_row >= MAX_SKIPS:
             raise NonFiniteError(f"{error}; {report.in_a_row} updates in a row were skipped, the run will not recover; {last}")
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
 
     def _log(self, metrics: TensorDict) -> None:
         began = time.perf_counter()
@@ -218,10 +242,11 @@ class DMCVBTrainer:
         """Measure the averaged weights. Training's random numbers are unaffected."""
         config = self.config
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
+            torch.manual_seed(0)  # the same random numbers at each validation
+            spread = self.validation.one_pass(config.run.validation_batches)
             measured = validate(
-                self.ema, self.validation.one_pass(), self.training_step.losses, self.mean_frame, config.model.codebook_size,
-                config.run.validation_batches,
-            )  # fmt: skip
+                self.ema, spread, self.training_step.losses, self.mean_frame, config.model.codebook_size, config.run.validation_batches
+            )
         progress = {name: value for name, value in self._progress().items() if name != "frames_per_second"}
         row = progress | {f"validation/{name}": value for name, value in measured.items()}
         findings = self.watch.look(self.step, row)
@@ -240,15 +265,6 @@ class DMCVBTrainer:
         for name, path in pictures.items():
             self.logger.picture(self.step, name, path)
 
-    def _check_latent_phase(self) -> None:
-        """Raises ConfigError where no training or no held-out episode is as long as a sequence of the latent phase."""
-        frames, longest = self.config.optim.latent_phase_frames, min(max(self.batches.lengths), max(self.validation.lengths))
-        if self.config.optim.latent_phase_updates and CONTEXT + frames > longest:
-            raise ConfigError(
-                f"--latent-phase-frames {frames}: with {CONTEXT} frames before them longer than any held-out or training episode "
-                f"({longest} frames); take fewer, or --latent-phase-updates 0"
-            )
-
     def _wanted_latent_phase(self) -> dict[str, float]:
         """What identifies a latent phase: the step that it follows, and its settings."""
         optim = {name: value for name, value in to_dict(self.config)["optim"].items() if name.startswith("latent_phase_")}
@@ -258,34 +274,26 @@ class DMCVBTrainer:
         """Runs the latent phase on the averaged weights. Stopped half-way, it restores them and starts again when resumed."""
         optim, began = self.config.optim, time.perf_counter()
         self._undo_latent_phase()
-        modules = trained_modules(self.ema)
-        before = {name: value.clone() for name, value in modules.state_dict().items()}
         self.console.line(
             f"step {self.step}: inferring all episodes once, then {optim.latent_phase_updates} updates of recurrence and priors alone"
         )
+
+        def report(made: int, measured: dict[str, float]) -> None:
+            seconds = time.perf_counter() - began
+            self.console.line(
+                f"latent phase {made}/{optim.latent_phase_updates}, {seconds:.0f} s, held out: latent one frame ahead "
+                f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
+            )
+            row = {f"latent_phase/{name}": value for name, value in measured.items()}
+            self.logger.log(self.step, {"time": self.seconds + seconds, "latent_phase/update": made, **row})
+
         with torch.random.fork_rng(self._cuda()):
             torch.manual_seed(self.config.run.seed)
-            replays = [LatentReplay(self.ema, batches, CONTEXT + optim.latent_phase_frames) for batches in (self.batches, self.validation)]
-            phase = LatentPhase(self.ema, *replays, optim)
-            should_report = Every(max(1, phase.updates // LATENT_PHASE_REPORTS))
-            while phase.made < phase.updates and stop.signum is None:
-                phase.update()
-                if should_report(phase.made) or phase.made == phase.updates:
-                    measured = phase.measure()
-                    seconds = time.perf_counter() - began
-                    self.console.line(
-                        f"latent phase {phase.made}/{phase.updates}, {seconds:.0f} s, held out: latent one frame ahead "
-                        f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
-                    )
-                    row = {f"latent_phase/{name}": value for name, value in measured.items()}
-                    self.logger.log(self.step, {"time": self.seconds + seconds, "latent_phase/update": phase.made, **row})
-            phase.close()
-        if phase.made < phase.updates:
-            modules.load_state_dict(before)
-            return
-        self.seconds += time.perf_counter() - began
-        self.latent_phase = {"made": self._wanted_latent_phase(), "before": before}
-        self._save()
+            before = train_latent_phase(self.ema, self.batches, self.validation, optim, report, lambda: stop.signum is not None)
+        if before is not None:
+            self.seconds += time.perf_counter() - began
+            self.latent_phase = {"made": self._wanted_latent_phase(), "before": before}
+            self._save()
 
     def _undo_latent_phase(self) -> None:
         """Restores the averaged weights from before the last latent phase, for joint updates or another phase to go on from."""
@@ -294,8 +302,6 @@ class DMCVBTrainer:
             self.latent_phase = None
 
     def _finish(self) -> dict:
-        if self.saved is None or self.saved.name != f"checkpoint_{self.step:08d}.pt":
-            self._save()
         measured = self._validate()
         video = self.run_dir / "prediction.mp4"
         episodes = (self.validation.episode(i) for i in range(min(4, len(self.validation.episodes))))
@@ -304,51 +310,43 @@ class DMCVBTrainer:
         return {"run_dir": self.run_dir, "checkpoint": self.saved, "video": video, "step": self.step, "validation": measured}
 
     def _save(self) -> None:
+        """Raises NonFiniteError, and saves nothing, where weights, averages or moments are not finite."""
         state = {
             "epoch": self.step / self.updates_per_epoch,
+            "logged": self.logger.rows,
             "seconds": self.seconds,
             "latent_phase": self.latent_phase,
             "action_dim": self.batches.action_dim,
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),
+            "split": {part: list(episodes) for part, episodes in self.batches.split._asdict().items()},
             "rng": checkpoint.rng_state(),
             **self.training_step.state_dict(),
         }
-        self.saved = checkpoint.save_checkpoint(self.run_dir, self.step, state, self.config.run.keep_checkpoints)
+        try:
+            checkpoint.check_finite(state, self.step)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; {self._last_good()}") from None
+        # While updates are skipped the weights may be bad, though finite: every earlier checkpoint stays.
+        keep = self.config.run.keep_checkpoints if not self.is_skipping else self.step + 1
+        self.saved, self.saved_step = checkpoint.save_checkpoint(self.run_dir, self.step, state, keep), self.step
+        self.checkpoint_due.saved()
 
     def _load(self, state: dict) -> None:
-        if state["action_dim"] != self.batches.action_dim:
+        if state.get("action_dim") != self.batches.action_dim:
             raise CheckpointError(
-                f"--resume: the checkpoint is for {state['action_dim']} actions, {self.config.data.data} has {self.batches.action_dim}"
+                f"--resume: the checkpoint is for {state.get('action_dim')} actions, {self.config.data.data} has {self.batches.action_dim}"
             )
-        self.training_step.load_state_dict(state)
-        self.batches.load_state_dict(state["batches"])
-        self.skipped = int(state["faults"]["skipped"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.latent_phase = state["latent_phase"]
-        checkpoint.set_rng_state(state["rng"])
-
-    def _find_resume(self, resume: bool) -> dict | None:
-        """The newest readable checkpoint if the run is to go on; otherwise make sure that there is nothing to overwrite."""
-        if resume:
-            self.saved, state = checkpoint.read_latest(self.run_dir)
-            return state
-        if found := checkpoint.list_checkpoints(self.run_dir):
-            raise ConfigError(
-                f"{self.run_dir} holds a run already (newest: {found[-1].name}); add --resume to go on with it, or name another "
-                "folder with --run-dir"
-            )
-        return None
-
-    def _collect(self, config: Config) -> Path:
-        """The file with the data of these settings, recorded now if it is not there."""
-        path = data_file(config)
-        if path.exists():
-            print(f"data: {path}", flush=True)
-        else:
-            print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)
-            collect(config.data, config.run.seed, path)
-        return path
+        with checkpoint.fitting(self.saved):
+            self.training_step.load_state_dict(state)
+            self.batches.load_state_dict(state["batches"])
+            self.skipped = int(state["faults"]["skipped"])
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.latent_phase = state["latent_phase"]
+            self.logged = state.get("logged")
+            checkpoint.set_rng_state(state["rng"])
+        self.saved_step = self.step
+        self.checkpoint_due.saved()
 
     def _open(self) -> None:
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -363,11 +361,12 @@ class DMCVBTrainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "from_step": self.step,
         }
-        write_run_files(self.run_dir, self.config, facts, resumed=self.step > 0)
-        self.logger = Logger(self.run_dir, self.config, self.step)
+        self.console = Console(self.total_steps, self.step, on_lost=self.stop.request)
+        write_run_files(self.run_dir, self.config, facts, self.saved is not None, self.console.line)
+        point = ResumePoint(self.step, self.logged, finished=self.step >= self.total_steps)
+        self.logger = Logger(self.run_dir, self.config, point, self.console.line)
         self.watch = Watch(self.config.model.latent_dim, self.config.model.max_components)
         replay(self.watch, read_rows(self.run_dir))
-        self.console = Console(self.total_steps, self.step)
         self.frames, self.frames_since = 0, self.seconds
         self.console.line(
             f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to "
@@ -380,10 +379,10 @@ class DMCVBTrainer:
         return None if data.data == "synthetic" else DMCVBDataset(data.data, data.sequence_length).attributes.get("render_backend")
 
     def _close(self) -> None:
-        self.console.close()
-        self.logger.close()
-        self.batches.close()
-        self.validation.close()
+        for opened in (self.console, self.logger, self.batches, self.validation):
+            if opened is not None:
+                opened.close()
+        self.lock.release()
 
     def _cuda(self) -> list[int]:
         return [self.device.index or 0] if self.device.type == "cuda" else []

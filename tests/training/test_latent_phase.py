@@ -36,7 +36,7 @@ def config_of(run_dir: Path, **optim) -> Config:
 def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
     model = make_model()
     mean_sticks = model.prior.forward
-    monkeypatch.setattr(model.prior, "forward", lambda *inputs, sample=True: mean_sticks(*inputs, sample=False))
+    monkeypatch.setattr(model.prior, "forward", lambda *inputs, **_: mean_sticks(*inputs[:4], sample=False))
     video, actions = make_batch(model, 3, 2)
     seen, latents = model.infer(video, actions), infer_latents(model, video, actions)
     terms = latent_overshooting(model, latents._replace(logvar=torch.full_like(latents.logvar, -60.0)), 1, attends=True)
@@ -137,7 +137,9 @@ def test_a_phase_that_is_stopped_leaves_the_weights_as_they_were(tmp_path, monke
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(("optim", "says"), [({"latent_phase_frames": 200}, "take fewer"), ({"latent_phase_batch_size": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("optim", "says"), [({"latent_phase_frames": 200}, "take fewer"), ({"latent_phase_batch_size": 0}, "--latent-phase-batch-size 0")]
+)
 def test_an_impossible_phase_is_refused_before_training(optim, says, tmp_path):
     config = config_of(tmp_path, latent_phase_updates=1)
     with pytest.raises(ConfigError, match=says):

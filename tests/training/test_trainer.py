@@ -161,7 +161,6 @@ def test_sigterm_saves_and_a_resume_goes_on(tmp_path):
         (["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2"),
         (["--steps", "0"], "--steps 0"),
         (["--data", "absent.h5"], "absent.h5"),
-        (["--resume"], "no checkpoint here"),
         (["--device", "tpu"], "--device tpu"),
         (["--threads", "0"], "--threads 0"),
         (["--latent-dim", "many"], "latent-dim"),

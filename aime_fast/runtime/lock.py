@@ -1,0 +1,105 @@
+"""One process a folder: an advisory lock that the kernel releases however its holder ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from aime_fast.errors import ConfigError
+from aime_fast.runtime.files import naming
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+NAME = "run.lock"
+# A file system without locks, as some network ones are.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+class FolderLock:
+    """Holds `folder`, made if missing, until `release`, the end of the object or of the process. `run.lock` in it names the holder.
+
+    Args:
+        folder: to hold.
+        report: called with a message where the file system has no locks; the folder is then used without one.
+
+    Raises:
+        ConfigError: another process, or another object of this one, holds it; nothing in the folder was changed.
+        OSError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, report=print):
+        self.folder = Path(folder)
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO | None = None
+        try:
+            self._file = self._hold(self.folder / NAME, report)
+        except BaseException:
+            self._remove_made()
+            raise
+        _held.add(self)
+
+    def release(self, discard: bool = False) -> None:
+        """Give the folder back; `discard` removes it and its lock again if this object made it and nothing else is in it."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        if discard and self._made and os.listdir(self.folder) == [NAME]:
+            (self.folder / NAME).unlink()
+            self._remove_made()
+        file.close()
+
+    def _hold(self, path: Path, report) -> TextIO:
+        while True:
+            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (open as long as the lock is held)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read(200).strip()
+                file.close()
+                if error.errno in _NO_LOCKS:
+                    report(f"{self.folder}: this file system has no locks; make sure that no other run uses the folder")
+                    return open(path, "a+", encoding="utf-8")
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise ConfigError(
+                    f"{self.folder}: another run uses this folder ({holder or 'its process is not known'}); wait for its end, or name "
+                    "another folder with --run-dir"
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+            file.close()  # its last holder removed the file between the two calls
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        return file
+
+    def _remove_made(self) -> None:
+        with suppress(OSError):
+            for path in self._made:
+                path.rmdir()
+
+
+def _let_go() -> None:
+    """In a forked worker, which may outlive a killed parent: it must not hold the parent's folder."""
+    for lock in _held:
+        if lock._file is not None:
+            lock._file.close()
+            lock._file = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
