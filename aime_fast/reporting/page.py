@@ -128,7 +128,7 @@ def _evaluation(record: Record) -> str:
         return _missing("no evaluation yet; make it with", command)
     step = record.rows[-1]["step"] if record.rows else 0
     phase = [row["latent_phase/update"] for row in record.rows if row["step"] == step and "latent_phase/update" in row]
-    measured = record.evaluation.get("step", 0), record.evaluation.get("latent_phase_updates", 0)
+    measured = record.evaluation.get("step", 0), record.evaluation.get("latent_phase_updates", record.evaluation.get("dynamics_updates", 0))
     old = ""
     if measured < (reached := (step, (phase or [0])[-1])):
         why = "measured at step {} and {} updates of the latent phase; the run is now at {} and {}; renew it with"

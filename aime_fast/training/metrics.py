@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from aime_fast.runtime.files import DAMAGED, move_aside, replacing
 
 Row = dict[str, Any]
+
+OLD_NAMES = {"dynamics/": "latent_phase/", "attention_dynamics": "attention_motion"}  # parts of names, of runs before 25 November 2026
 Report = Callable[[str], None]
 
 
@@ -30,15 +32,21 @@ def kind(row: Row) -> str:
 
 
 def parse_row(line: str | bytes) -> Row | None:
-    """A line as a row of numbers (None: not finite), or None if it is not one. Values that are no numbers are left out."""
+    """A line as a row of numbers (None: not finite) under the present names, or None if it is not one. Other values are left out."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             return None
         numbers = {name: value for name, value in row.items() if value is None or isinstance(value, (int, float))}
-        return {name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
+        return {_present(name): value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
     except (ValueError, OverflowError, RecursionError):
         return None
+
+
+def _present(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def whole_rows(text: str) -> list[Row]:
@@ -62,7 +70,7 @@ def read_rows(run_dir: Path) -> list[Row]:
 def cut_rows(path: Path, point: ResumePoint, report: Report = print) -> tuple[int, list[Row]]:
     """Drop from a metrics file what the run writes again from `point` on, and lines that are not rows; the rest stays to the byte.
 
-    A file with damaged lines, except for a last one that a kill cut short, is kept beside it as `metrics.jsonl.damaged`.
+    A file with damaged lines, except for a last one that a kill cut short, is copied beside it as `metrics.jsonl.damaged`.
 
     Returns:
         the number of rows that stay, and the rows dropped.
@@ -79,12 +87,12 @@ def cut_rows(path: Path, point: ResumePoint, report: Report = print) -> tuple[in
         copy = path.with_name(path.name + DAMAGED)
         shutil.copyfile(path, copy)
         report(f"{path}: {damaged} damaged lines are left out; the file as it was is {copy.name}")
-    kept, dropped = [], []
+    staying, dropped = [], []
     for place, (line, row) in enumerate((line, row) for line, row in zip(lines, rows) if row is not None):
-        (dropped if _comes_again(row, place, point) else kept).append((line, row))
+        (dropped if _comes_again(row, place, point) else staying).append((line, row))
     with replacing(path) as file:
-        file.write(b"".join(line + b"\n" for line, _ in kept))
-    return len(kept), [row for _, row in dropped]
+        file.write(b"".join(line + b"\n" for line, _ in staying))
+    return len(staying), [row for _, row in dropped]
 
 
 def _comes_again(row: Row, place: int, point: ResumePoint) -> bool:

@@ -134,3 +134,8 @@ def test_a_row_is_an_object_of_numbers_with_a_step():
         assert parse_row(line) is None
     with pytest.raises(ValueError, match="row 2 is not"):
         whole_rows('{"step": 1}\nx\n{"step": 2}\n')
+
+
+def test_rows_of_older_runs_have_the_present_names():
+    row = parse_row('{"step": 3, "dynamics/update": 50, "loss/attention_dynamics": 0.5, "validation/loss/attention_dynamics": 0.25}')
+    assert row == {"step": 3, "latent_phase/update": 50, "loss/attention_motion": 0.5, "validation/loss/attention_motion": 0.25}
