@@ -43,8 +43,11 @@ class FolderLock:
         self._file: TextIO | None = None
         try:
             self._file = self._hold(self.folder / NAME, report)
-        except BaseException:
-            self._remove_made()
+        except OSError:  # as of a full disk
+            if self._made:
+                with suppress(OSError):
+                    (self.folder / NAME).unlink()
+                self._remove_made()
             raise
         _held.add(self)
 
