@@ -42,5 +42,5 @@ def test_a_run_finds_its_episodes_among_others_or_says_what_is_missing():
 def test_data_that_hold_training_episodes_are_refused():
     split = split_episodes([f"{i:04x}" for i in range(10)], 0.2, 0.2, 0)
     check_disjoint(["abcd", *split.validation, *split.test], split, "other.h5")
-    with pytest.raises(DataError, match="--data other.h5: 1 of its 2 episodes are training episodes"):
+    with pytest.raises(DataError, match=r"--data other\.h5: 1 of its 2 episodes are training episodes"):
         check_disjoint(["abcd", split.training[0]], split, "other.h5")
