@@ -29,7 +29,8 @@ class Collection:
     workers: int  # collector processes
     seed: int = 0  # seed of initial states and actions
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
-    overwrite: bool = False  # replace an existing file
+    overwrite: bool = False  # replace an existing file, and drop the episodes of a collection that ended early
+    resume: bool = False  # go on with the episodes that a collection left in OUT.unfinished; does nothing if OUT is complete
     progress: bool = True  # show a progress bar
 
 
@@ -44,12 +45,27 @@ def main(argv: Sequence[str] | None = None) -> Path:
     out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
 
     from aime_fast.data import DMCVBDataset, collect
+    from aime_fast.data.files import writable_target
+    from aime_fast.data.unfinished import unfinished_folder
     from aime_fast.errors import DataError
 
-    if out.is_file() and not options.overwrite:
+    complete, left = writable_target(out).exists(), unfinished_folder(writable_target(out))
+    if options.resume and options.overwrite:
+        raise DataError("--resume --overwrite: the one keeps episodes, the other drops them; pass one of them")
+    if complete and not (options.overwrite or options.resume):
         raise DataError(f"--out {out}: the file exists; pass --overwrite to replace it, or another --out")
-    collect(config, options.seed, out, progress=options.progress)
-    recorded = DMCVBDataset(out, sequence_length=1)
+    if left.exists() and not (options.overwrite or options.resume):
+        raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
+    if not (complete and options.resume):
+        collect(config, options.seed, out, progress=options.progress, resume=options.resume)
+    recorded = DMCVBDataset(
+        out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "render_quality")}
+    )
+    if recorded.num_episodes < config.episodes:
+        raise DataError(
+            f"--out {out}: it holds {recorded.num_episodes} episodes, expected {config.episodes}; collect the others into a second file "
+            f"with another --seed"
+        )
     frames, seconds = sum(recorded.lengths), recorded.attributes["collection_seconds"]
     size = out.stat().st_size / 2**20
     print(f"{out}: {recorded.num_episodes} episodes, {frames} frames, {frames / seconds:.0f} frames/s, {size:.1f} MiB")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import json
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,14 +27,21 @@ from tensordict.nn import TensorDictModuleBase
 from aime_fast.config import DataConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
 from aime_fast.data.episodes import check_positive
-from aime_fast.data.writer import EpisodeWriter
-from aime_fast.errors import DataError
+from aime_fast.data.files import writable_target
+from aime_fast.data.unfinished import Unfinished
+from aime_fast.errors import DataError, Interrupted
 
 if TYPE_CHECKING:
     from torchrl.collectors import BaseCollector
 
 FRAMES_PER_MESSAGE = 256  # of one worker; a message has a fixed cost, its size hardly matters
+MOST_DIVERGED = 20  # episodes in a row before a collection gives up
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
+
+
+class WorkerError(Exception):
+    """A process of the collector has ended."""
 
 
 class NoisePolicy(TensorDictModuleBase):
@@ -88,28 +99,34 @@ class NoisePolicy(TensorDictModuleBase):
         return action
 
 
-def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = True) -> Path:
+def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False) -> Path:
     """Record `config.episodes` whole episodes of a dm_control task into one HDF5 shard.
 
     Each worker plays its own stream of episodes with its own seeds, so the result depends on `seed`, `config.workers` and,
-    for pixels, on the OpenGL driver. The file appears under `out` only when every episode is written; an interruption deletes the
-    episodes written so far.
+    for pixels, on the OpenGL driver. The file appears under `out` only when every episode is written. Until then the finished
+    episodes are in the folder `out`.unfinished, and whatever ends the process leaves them there.
+
+    An episode whose simulation diverges is left out, counted in the attribute `diverged_episodes`, and another one is played.
 
     Args:
         config: task, number of episodes, frame skip, image size, render quality, policy, workers.
         seed: of initial states and actions, at least 0.
         out: file to write; an existing file is replaced at the end.
         progress: show a progress bar.
+        resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted. The others get seeds
+            that depend on the number of those, which the attribute `resumed_at` lists.
     Returns:
         `out` as a Path.
     Raises:
-        DataError: a setting is out of range, the task is unknown, no renderer works, or the file cannot be written.
-        KeyboardInterrupt: on SIGINT or SIGTERM, after clean-up; the message says how many episodes are lost.
+        DataError: a setting is out of range, the task is unknown, no renderer works, a worker has ended, every simulation diverges, or
+            the file cannot be written.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after clean-up; the message says where the finished episodes are.
     """
     check_positive(config, "episodes", "workers", "frame_skip", "image_size")
     if seed < 0:
         raise DataError(f"--seed {seed}: expected 0 or more")
     out = Path(out)
+    target = writable_target(out)
     backend = probe_renderer()
     action_dim, longest_episode, position_names = describe_task(config)
     attributes = {
@@ -121,48 +138,93 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
         "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
     }
     frames = min(FRAMES_PER_MESSAGE, longest_episode)
-    written = 0
-    with _deferred_interrupts() as interrupted:
+    with _DeferredInterrupts() as interrupts, Unfinished(target, attributes, resume) as kept:
         try:
-            with EpisodeWriter(out, attributes) as writer, _collector(config, seed, action_dim, frames) as collector:
-                began = time.perf_counter()  # the workers are up
-                with _progress_bar(config.episodes, progress) as advance:
-                    for episode in _whole_episodes(collector):
-                        if interrupted.is_set():
-                            raise KeyboardInterrupt
-                        writer.write(episode)
-                        written += 1
-                        advance(len(episode["action"]))
-                        if written == config.episodes:
-                            break
-                writer.annotate(collection_seconds=time.perf_counter() - began)
-        except (KeyboardInterrupt, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not interrupted.is_set():
-                raise  # after an interrupt, the error only reports that the signal ended the workers too
-            raise KeyboardInterrupt(f"collection stopped after {written} of {config.episodes} episodes; no file was written") from None
+            if kept.episodes < config.episodes:
+                _play(config, seed, action_dim, frames, kept, interrupts, progress)
+            kept.join()
+        except (KeyboardInterrupt, DataError, WorkerError) as error:
+            done = f"{kept.episodes} of {config.episodes} episodes"
+            rest = f"they are in {kept.folder}, continue with --resume" if kept.episodes else "begin again"
+            if isinstance(error, KeyboardInterrupt) or interrupts.received:  # the signal may have ended the workers too
+                raise Interrupted(interrupts.received or signal.SIGINT, f"collection stopped after {done}; {rest}") from None
+            raise DataError(f"{error} ({done} were recorded: {rest})") from error
     return out
 
 
-def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray]]:
-    """Whole episodes of all workers, ordered by message, then by worker."""
+def _play(
+    config: DataConfig, seed: int, action_dim: int, frames: int, kept: Unfinished, interrupts: _DeferredInterrupts, progress: bool
+) -> None:
+    """Play until `kept` has all episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
+    diverged = in_a_row = 0
+    missing = config.episodes - kept.episodes
+    seeds = worker_seeds(seed, min(config.workers, missing), kept.next_number)
+    with _collector(config, seeds, action_dim, frames) as collector, _progress_bar(missing, progress) as advance:
+        began = time.perf_counter()  # the workers are up
+        for episode in _whole_episodes(collector):
+            if interrupts.received:
+                raise KeyboardInterrupt
+            if episode is None:
+                in_a_row += 1
+                if in_a_row == MOST_DIVERGED:
+                    raise DataError(
+                        f"--task {config.task}: the simulation diverged in {in_a_row} episodes in a row; choose another --policy or --task"
+                    )
+                continue
+            now = time.perf_counter()
+            kept.add(episode, now - began, in_a_row)
+            began, diverged, in_a_row = now, diverged + in_a_row, 0
+            advance(len(episode["action"]))
+            if kept.episodes == config.episodes:
+                break
+    if diverged:
+        print(f"the simulation diverged in {diverged} episodes; they are left out, and others were recorded instead", file=sys.stderr)
+
+
+def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray] | None]:
+    """Whole episodes of all workers, ordered by message, then by worker; None for one whose simulation diverged."""
     pending: list[list[TensorDict]] = []
-    for message in collector:
+    for message in _messages(collector):
         streams = message if message.ndim == 2 else message.unsqueeze(0)  # [workers, frames]
         pending = pending or [[] for _ in streams]
         for parts, stream in zip(pending, streams.unbind(0)):
             begin = 0
             for end in (stream["next", "done"].squeeze(-1).nonzero().flatten() + 1).tolist():
                 parts.append(stream[begin:end])
-                yield _to_arrays(parts)
+                yield None if stream["next", "diverged"][end - 1].item() else _to_arrays(parts)
                 parts.clear()
                 begin = end
             if begin < len(stream):
                 parts.append(stream[begin:].clone())  # the collector writes its next message into the same memory
 
 
-def worker_seeds(seed: int, workers: int) -> list[tuple[int, int]]:
-    """(environment seed, policy seed) of each worker."""
-    return [tuple(pair) for pair in np.random.SeedSequence(seed).generate_state(2 * workers).reshape(workers, 2).tolist()]
+def _messages(collector: BaseCollector) -> Iterator[TensorDict]:
+    """What a collector yields. Raises WorkerError if a worker has ended; TorchRL raises several kinds of errors then."""
+    try:
+        yield from collector
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        if not isinstance(error, DataError):
+            _raise_if_ended(collector, error)
+        raise
+
+
+def _raise_if_ended(collector: BaseCollector, error: Exception) -> None:
+    for process in getattr(collector, "procs", ()):
+        with contextlib.suppress(ValueError):  # raised by a process that was closed
+            process.join(timeout=1)
+            if process.exitcode:
+                how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
+                raise WorkerError(
+                    f"a worker process was ended by {how}; the system does that when memory runs out, pass fewer --workers"
+                    if process.exitcode < 0
+                    else f"a worker process ended with {how} ({(str(error).splitlines() or [''])[-1]}); pass --workers 1 to see its error"
+                ) from error
+
+
+def worker_seeds(seed: int, workers: int, begin: int = 0) -> list[tuple[int, int]]:
+    """(environment seed, policy seed) of each worker, for a collection that goes on after `begin` episodes."""
+    sequence = np.random.SeedSequence([seed, begin] if begin else seed)
+    return [tuple(pair) for pair in sequence.generate_state(2 * workers).reshape(workers, 2).tolist()]
 
 
 def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
@@ -180,12 +242,11 @@ def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> Iterator[BaseCollector]:
+def _collector(config: DataConfig, seeds: list[tuple[int, int]], action_dim: int, frames: int) -> Iterator[BaseCollector]:
     """A TorchRL collector, always shut down: the interpreter cannot exit while one runs."""
     from torchrl.collectors import Collector, MultiSyncCollector
 
-    workers = min(config.workers, config.episodes)
-    seeds = worker_seeds(seed, workers)
+    workers = len(seeds)
     environments = [partial(make_environment, config, environment) for environment, _ in seeds]
     policies = [partial(NoisePolicy, config.policy, action_dim, policy) for _, policy in seeds]
     common = {"total_frames": -1, "trust_policy": True, "auto_register_policy_transforms": False}
@@ -197,7 +258,7 @@ def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> I
             policy_factory=policies,
             frames_per_batch=frames * workers,
             cat_results="stack",
-            init_fn=_ignore_interrupts,
+            init_fn=partial(_begin_worker, os.getpid()),
             **common,
         )
     atexit.register(collector.shutdown)
@@ -208,33 +269,41 @@ def _collector(config: DataConfig, seed: int, action_dim: int, frames: int) -> I
         collector.shutdown()
 
 
-@contextmanager
-def _deferred_interrupts() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event, the second into KeyboardInterrupt.
+class _DeferredInterrupts:
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is put into `received`, and a second raises KeyboardInterrupt.
 
     Python discards an exception that a signal handler raises during a weak reference's callback, and TensorDict runs many of those.
+    Signals that the process was started to ignore are ignored further.
     """
-    interrupted = threading.Event()
 
-    def handle(number: int, frame: object) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
+    def __init__(self):
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
-        yield interrupted
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupted
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> _DeferredInterrupts:
+        if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
 
-def _ignore_interrupts() -> None:
-    """In a worker: the parent handles SIGINT and shuts the workers down."""
+
+def _begin_worker(parent: int) -> None:
+    """In a worker: the parent handles SIGINT and shuts the workers down; the system ends them if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)
 
 
 @contextmanager

@@ -26,8 +26,7 @@ from aime_fast.data.episodes import (
     read_episode,
     recorded_sha256,
 )
-from aime_fast.data.files import explain
-from aime_fast.errors import DataError
+from aime_fast.errors import DataError, explain
 
 SUFFIXES = (".h5", ".hdf5")
 

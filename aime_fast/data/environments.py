@@ -97,6 +97,7 @@ class RenderedTask:
         seed: of the initial states.
     Attributes:
         action_dim, image_size: A; H = W. frame_skip: simulator steps for one agent step.
+        diverged: whether the episode ended because the simulation diverged. Its frames are not to be trusted.
         position_names: of the n points that `positions` returns, see `moving_points`.
     Raises:
         DataError: there is no such domain or task, or its actions have no bounds.
@@ -130,6 +131,7 @@ class RenderedTask:
         camera_id = 0 if physics.model.ncam else -1
         self._camera = engine.Camera(physics, config.image_size, config.image_size, camera_id=camera_id)
         self.position_names, self._geoms, self._offsets = moving_points(physics.model)
+        self.diverged = False
 
     def positions(self) -> np.ndarray:
         """The points `position_names` in the current picture: float32 [n, 2], (column, row) in pixels.
@@ -152,6 +154,7 @@ class RenderedTask:
     def reset(self) -> np.ndarray:
         """Begin an episode; returns its first picture, uint8 [H, W, 3]."""
         self._env.reset()
+        self.diverged = False
         return self._picture()
 
     def applied(self, action: np.ndarray) -> np.ndarray:
@@ -165,11 +168,22 @@ class RenderedTask:
         return np.where(unit, action, self._low + (action + 1) * (self._high - self._low) / 2)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
-        """Take one agent step; returns (picture after it, reward, discount, whether the episode is over)."""
+        """Take one agent step; returns (picture after it, reward, discount, whether the episode is over).
+
+        A simulation that diverges ends the episode, with reward 0 and discount 1, and sets `diverged`.
+        """
+        from dm_control.rl.control import PhysicsError
+
         action = self.applied(action)
         reward, discount = 0.0, 1.0
         for _ in range(self.frame_skip):
-            timestep = self._env.step(action)
+            try:
+                timestep = self._env.step(action)
+                self.diverged = timestep.reward is None or not math.isfinite(timestep.reward)
+            except PhysicsError:
+                self.diverged = True
+            if self.diverged:
+                return np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8), 0.0, 1.0, True
             reward += timestep.reward
             discount *= timestep.discount
             if timestep.last():
@@ -238,9 +252,10 @@ def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
 def make_environment(config: DataConfig, seed: int) -> EnvBase:
     """A dm_control task as a TorchRL environment.
 
-    Observations: `pixels` uint8 [H, W, 3], `positions` float32 [n, 2] (see `RenderedTask.positions`) and `is_init` bool [1], true only
-    after a reset, so that a policy with memory can reset it. Actions: float32 [A] in [-1, 1]. Each step gives a reward float32 [1]
-    and `discount` float32 [1]. An episode that ends with discount 1 (the time limit) is `truncated`, any other `terminated`.
+    Observations: `pixels` uint8 [H, W, 3], `positions` float32 [n, 2] (see `RenderedTask.positions`), `diverged` bool [1] and
+    `is_init` bool [1], true only after a reset, so that a policy with memory can reset it. Actions: float32 [A] in [-1, 1]. Each step
+    gives a reward float32 [1] and `discount` float32 [1]. An episode that ends with discount 1 (the time limit, or a simulation that
+    diverged) is `truncated`, any other `terminated`.
     Raises DataError as `RenderedTask` does. The class is defined in this function so that `aime_fast` imports without TorchRL.
     """
     from tensordict import TensorDict
@@ -259,6 +274,7 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
                 positions=Unbounded(shape=(len(task.position_names), 2), dtype=torch.float32),
                 is_init=flag(),
                 discount=Unbounded(shape=(1,), dtype=torch.float32),
+                diverged=flag(),
             )
             self.action_spec = Bounded(-1.0, 1.0, shape=(task.action_dim,), dtype=torch.float32)
             self.reward_spec = Unbounded(shape=(1,), dtype=torch.float32)
@@ -269,7 +285,8 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
             return TensorDict(
                 {
                     "pixels": torch.from_numpy(pixels),
-                    "positions": torch.from_numpy(task.positions()),
+                    "positions": torch.from_numpy(np.zeros_like(task.positions()) if task.diverged else task.positions()),
+                    "diverged": torch.tensor([task.diverged]),
                     "is_init": torch.tensor([is_init]),
                     "discount": torch.tensor([discount], dtype=torch.float32),
                     "done": torch.tensor([last]),

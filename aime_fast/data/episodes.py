@@ -30,8 +30,7 @@ import h5py
 import numpy as np
 
 from aime_fast.data.checksums import attributes_sha256, episode_sha256
-from aime_fast.data.files import explain
-from aime_fast.errors import DataError
+from aime_fast.errors import DataError, explain
 
 FORMAT_VERSION = 2
 UNVERIFIED_VERSION = 1  # no checksums over content and attributes

@@ -1,4 +1,4 @@
-"""Files that are written under a temporary name first, and what the operating system's errors mean for the user."""
+"""Files that HDF5 writes under a temporary name first, and are checked before they get their own."""
 
 from __future__ import annotations
 
@@ -9,28 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from aime_fast.errors import DataError
-
-REMEDIES = {
-    errno.ENOSPC: "free some space, or name a file on another disk",
-    errno.EDQUOT: "free some of your quota, or name a file on another disk",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or record fewer episodes to a file",
-    errno.EROFS: "the file system is read-only, name a file on another one",
-    errno.EACCES: "change the permissions, or name a file in a folder of yours",
-    errno.EPERM: "change the permissions, or name a file in a folder of yours",
-    errno.ENOENT: "check the spelling of the path",
-    errno.ENOTDIR: "a part of the path is a file and not a folder, check the path",
-    errno.EISDIR: "this is a folder, name a file",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "the symbolic links lead in a circle, name the file itself",
-    errno.EIO: "the disk reports a fault, copy what can be read to another one",
-}
-
-
-def explain(error: OSError) -> str:
-    """The error's text and what to do about it, to follow the path in a message."""
-    reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{reason}; {REMEDIES.get(error.errno, 'check the disk and the path')}"
+from aime_fast.errors import DataError, explain
 
 
 def writable_target(path: str | Path) -> Path:

@@ -85,7 +85,7 @@ class EpisodeWriter:
     def copy(self, shard: str | Path) -> None:
         """Append all episodes of another shard as they are stored, without decompressing them. Raises DataError as `open_shard`."""
         with open_shard(shard) as file:
-            for name in check_shard(file, shard, {key: self._file.attrs[key] for key in SHARED}):
+            for name in check_shard(file, shard, {key: to_python(self._file.attrs[key]) for key in SHARED}):
                 with self._failures_noticed():
                     file.copy(name, self._file, self._next_name())
                     self._file.flush()

@@ -1,0 +1,138 @@
+"""The finished episodes of a recording that is not complete: a folder beside its file, one shard an episode."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aime_fast.data.episodes import SHARED, check_shard, open_shard, read_attributes, read_episode
+from aime_fast.data.writer import EpisodeWriter
+from aime_fast.errors import DataError, explain
+
+SUFFIX = ".unfinished"
+SAME = (*SHARED, "seed", "policy", "render_backend", "position_names")  # attributes that all episodes of a file share
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where the finished episodes of `out` lie until it is complete."""
+    return out.with_name(out.name + SUFFIX)
+
+
+class Unfinished:
+    """Keeps each finished episode on the disk at once, whatever ends the process, and joins them to one file at the end.
+
+    Use it as a context manager: it locks the folder, and removes it if it is empty at the end.
+
+    Args:
+        out: the file to make.
+        attributes: of the file, as for `EpisodeWriter`.
+        resume: keep the episodes of a collection that ended early; otherwise they are deleted.
+    Attributes:
+        episodes: number of finished episodes. next_number: of the next one; no number is given twice.
+    Raises:
+        DataError: another process records to the same file, the episodes there have other settings, or the folder cannot be written.
+    """
+
+    def __init__(self, out: Path, attributes: Mapping[str, Any], resume: bool):
+        self.out, self.folder, self.attributes = out, unfinished_folder(out), dict(attributes)
+        self._shards: list[Path] = []
+        self._lock = self._locked()
+        try:
+            self.next_number = self._begin = self._read_finished() if resume else self._delete_finished()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def episodes(self) -> int:
+        return len(self._shards)
+
+    def add(self, episode: Mapping[str, np.ndarray], seconds: float, diverged: int) -> None:
+        """Keep an episode, with the time that it took and the number of diverged ones before it. Raises DataError."""
+        path = self.folder / f"episode_{self.next_number:05d}.h5"
+        facts = {"collection_seconds": seconds, "diverged_episodes": diverged, "began_at": self._begin}
+        with EpisodeWriter(path, {**self.attributes, **facts}) as writer:
+            writer.write(episode)
+        self._shards.append(path)
+        self.next_number += 1
+
+    def join(self) -> None:
+        """Write the file from the finished episodes and delete the folder. Raises DataError, and then keeps the episodes."""
+        facts: list[dict[str, Any]] = []
+        with EpisodeWriter(self.out, self.attributes) as writer:
+            for path in self._shards:
+                with open_shard(path) as file:
+                    facts.append(read_attributes(file, path))
+                writer.copy(path)
+            writer.annotate(
+                collection_seconds=sum(each["collection_seconds"] for each in facts),
+                diverged_episodes=sum(each["diverged_episodes"] for each in facts),
+                resumed_at=sorted({each["began_at"] for each in facts} - {0}),
+            )
+        self._shards.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):  # it holds episodes
+            self.folder.rmdir()
+        os.close(self._lock)
+
+    def _locked(self) -> int:
+        """A descriptor of the folder, which is created, with a lock on it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be written ({explain(error)})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise DataError(f"--out {self.out}: another process is recording it; wait for it, or name another file") from error
+        except OSError:
+            pass  # some network file systems have no locks
+        return descriptor
+
+    def _read_finished(self) -> int:
+        """Take over the whole episodes of the same settings; returns the number after the last."""
+        names = sorted(self.folder.glob("episode_*.h5"))
+        for path in names:
+            try:
+                with open_shard(path) as file:
+                    recorded = read_attributes(file, path)
+                    for name in check_shard(file, path, {}):
+                        read_episode(file[name], path)
+            except DataError as error:
+                print(f"{error}; the episode is recorded again", file=sys.stderr)
+                path.unlink()
+                continue
+            for key in SAME:
+                wanted = self.attributes.get(key)
+                wanted = tuple(wanted) if isinstance(wanted, list) else wanted
+                if recorded.get(key) != wanted:
+                    flag = f"--{key.replace('_', '-')}"
+                    raise DataError(
+                        f"{path}: attribute '{key}' is {recorded.get(key)}, expected {wanted}; resume with the same {flag}, "
+                        f"or pass --overwrite to begin again"
+                    )
+            self._shards.append(path)
+        return max((int(path.stem.removeprefix("episode_")) + 1 for path in names), default=0)
+
+    def _delete_finished(self) -> int:
+        try:
+            for path in self.folder.iterdir():
+                path.unlink()
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be emptied ({explain(error)})") from error
+        return 0
