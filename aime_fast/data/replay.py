@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import math
+import mmap
+import os
 import tempfile
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from tensordict import MemoryMappedTensor, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 
 from aime_fast.data.prefetch import CopyStream
-from aime_fast.errors import DataError
+from aime_fast.errors import DataError, explain
 
 KEYS = ("pixels", "action", "reward", "is_init")
 DEVICE_SHARE = 0.25  # largest share of free device memory that "auto" gives to a replay; model and step need the rest
@@ -129,25 +130,39 @@ def _unpack(source: EpisodeSource, episodes: list[int], offsets: list[int], devi
 
 
 def _map(source: EpisodeSource, episodes: list[int], offsets: list[int]) -> TensorDict:
-    """The frames in a memory map. Raises DataError if the disk is too small.
+    """The frames in a memory map. Raises DataError if the disk is too small, or the temporary folder cannot be used."""
+    layout = _layout(source).items()
+    tensors = {key: _mapped((offsets[-1], *shape), dtype) for key, (shape, dtype) in layout}
+    return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
 
-    Its files are deleted as soon as they are filled: the mapping stays valid, and the system frees the space when the process ends.
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file without a name: the system frees its space when the tensor is deleted or the process ends, however it ends.
+
+    The space is reserved before the file is mapped: writing to a map of a full disk would end the process with SIGBUS.
     """
-    folder = Path(tempfile.mkdtemp(prefix="aime_fast-"))
+    needed, folder = math.prod(shape) * dtype.itemsize, "TMPDIR"
     try:
-        needed, free = replay_bytes(offsets[-1], source.image_size, source.action_dim), shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: the unpacked episodes need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-                f"set TMPDIR to a folder on a larger disk"
-            )
-        tensors = {
-            key: MemoryMappedTensor.empty((offsets[-1], *shape), dtype=dtype, filename=folder / f"{key}.memmap")
-            for key, (shape, dtype) in _layout(source).items()
-        }
-        return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = tempfile.gettempdir()
+        with tempfile.TemporaryFile(prefix="aime_fast-", buffering=0) as file:
+            _reserve(file.fileno(), needed)
+            mapped = mmap.mmap(file.fileno(), needed)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {needed / 2**30:.3g} GiB of unpacked episodes cannot be stored there ({explain(error)}); "
+            f"set TMPDIR to a folder on a disk with more room"
+        ) from error
+    return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file `size` bytes of disk. Raises OSError if there are not as many."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    zeros = memoryview(bytes(1 << 20))
+    while size > 0:
+        size -= os.write(descriptor, zeros[:size])
 
 
 def _layout(source: EpisodeSource) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
