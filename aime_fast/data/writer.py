@@ -67,11 +67,14 @@ class EpisodeWriter:
         """Append an episode: arrays with the names, dtypes and shapes of the module's table. Raises DataError if one differs."""
         name = self._next_name()
         group = self._file.create_group(name)
-        arrays = {key: np.asarray(episode[key]) for key in dtypes(episode)}
+        arrays: dict[str, np.ndarray] = {}
         for key, dtype in dtypes(episode).items():
-            value = arrays[key]
-            if value.dtype != dtype:
-                raise DataError(f"{self.path}: dataset '{name}/{key}' would be {value.dtype}, expected {np.dtype(dtype)}")
+            value = arrays[key] = np.asarray(episode.get(key))
+            if value.dtype != dtype or value.ndim == 0 or len(value) == 0:
+                raise DataError(
+                    f"{self.path}: dataset '{name}/{key}' would be {value.dtype} {list(value.shape)}, expected {np.dtype(dtype)} [T, ...]; "
+                    f"pass the arrays that `aime_fast.data.episodes` describes"
+                )
             options = {"fletcher32": True}
             if key == "pixels":
                 options |= {"chunks": (min(CHUNK_FRAMES, len(value)), *value.shape[1:]), "compression": "gzip", "compression_opts": 1}

@@ -195,9 +195,23 @@ def test_each_bad_file_has_one_clear_error(shard, name):
     assert ";" in str(error.value), "no remedy: it follows a semicolon"
 
 
-def test_episode_shorter_than_a_sequence(shard):
-    data = DMCVBDataset(shard(), 18)
-    assert (data.num_episodes, data.lengths) == (2, [23, 40])
+def test_too_short_episodes_are_left_out_and_counted(shard, capfd):
+    path, other = shard(), shard((5, 60), "other.h5")
+    data = DMCVBDataset(path, 18)
+    assert (data.num_episodes, data.lengths, data.skipped) == (2, [23, 40], [f"{path}: episode_00002"])
+    said = f"1 of 3 episodes is left out, shorter than 18 frames (--sequence-length); the first is {path}: episode_00002\n"
+    assert capfd.readouterr().err == said
+    both = DMCVBDataset([path, other], 18)
+    assert (both.lengths, len(both.identities), len(both.skipped)) == ([23, 40, 60], 3, 2)
+    assert both.identities[:2] == data.identities
+    assert len(both.read_episode(2)) == 60
+    assert DMCVBDataset(path, 17).skipped == []
+
+
+def test_data_of_which_every_episode_is_too_short_are_refused(shard):
+    for paths in (shard(), [shard(), shard((5,), "other.h5")]):
+        with pytest.raises(DataError, match=r"good.h5: the longest episode has 40 frames, expected at least 41 .*; pass a shorter"):
+            DMCVBDataset(paths, 41)
 
 
 @pytest.mark.parametrize("changed", [{"task": "balance"}, {"render_quality": "full"}, {"image_size": 9}, {"action_dim": 1}])
