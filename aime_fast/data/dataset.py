@@ -85,8 +85,8 @@ class DMCVBDataset(Dataset):
         longest = 0
         for shard in self.paths:
             with open_shard(shard) as file:
-                lengths = check_shard(file, shard, expected)
                 attributes = read_attributes(file, shard)
+                lengths = check_shard(file, shard, attributes, expected)
                 has_positions = all("positions" in file[name] for name in lengths)
                 has_checksums = attributes["format_version"] == FORMAT_VERSION
                 checksums = {name: recorded_sha256(file[name], shard) if has_checksums else None for name in lengths}

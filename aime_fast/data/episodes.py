@@ -72,7 +72,7 @@ def readable(path: str | Path, what: str) -> Iterator[None]:
 
 
 def open_shard(path: str | Path) -> h5py.File:
-    """Open a shard for reading. Raises DataError if it is missing, empty, damaged, unfinished or of another format."""
+    """Open a shard for reading. Raises DataError if it is missing, empty or not HDF5. `read_attributes` says whether it is whole."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -87,25 +87,20 @@ def open_shard(path: str | Path) -> h5py.File:
     if size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes), expected HDF5 episodes; {RECOLLECT}")
     try:
-        file = h5py.File(path, "r")
+        return h5py.File(path, "r")
     except (OSError, RuntimeError, LookupError, ValueError) as error:
         if isinstance(error, BlockingIOError):
             raise DataError(f"{path}: another process is writing this file; wait until it has ended") from error
         if not h5py.is_hdf5(path):
             raise DataError(f"{path}: this is not an HDF5 file; give a file written by aime_fast.collect, or {RECOLLECT}") from error
         raise DataError(f"{path}: the file is truncated or damaged ({error}); copy it again or {RECOLLECT}") from error
-    try:
-        read_attributes(file, path)
-    except DataError:
-        file.close()
-        raise
-    return file
 
 
 def read_attributes(file: h5py.File, path: str | Path) -> dict[str, Any]:
     """The attributes of an open shard as Python values, arrays as tuples.
 
-    Raises DataError if one cannot be read, is missing or of another type, or if they differ from their checksum.
+    Raises DataError if the file is of another format or unfinished, or if an attribute cannot be read, is missing, of another type, or
+    if they differ from their checksum.
     """
     values: dict[str, Any] = {}
     with readable(path, "the list of attributes"):
@@ -151,19 +146,19 @@ def recorded_sha256(group: h5py.Group, path: str | Path) -> str:
         return to_python(group.attrs["sha256"])
 
 
-def check_shard(file: h5py.File, path: str | Path, expected: Mapping[str, Any]) -> dict[str, int]:
+def check_shard(file: h5py.File, path: str | Path, attributes: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, int]:
     """Check the attributes of a shard and the type, shape and storage of every data set in it, without reading the data.
 
     Args:
         file: an open shard.
         path: its name in messages.
+        attributes: as `read_attributes` returns them.
         expected: values that attributes in `SHARED` must have; None or absent means any.
     Returns:
         frames of each episode, by group name, in order.
     Raises:
         DataError: names the file, the data set or attribute, its value, the expected value and the remedy.
     """
-    attributes = read_attributes(file, path)
     for key, flag in SHARED.items():
         recorded, wanted = attributes[key], expected.get(key)
         if wanted is not None and recorded != wanted:
@@ -211,9 +206,9 @@ def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, 
         with readable(path, f"dataset '{name}/{key}'"):
             if key in present:
                 _check_link(group, key, path)
-            if key not in present or not isinstance(group[key], h5py.Dataset):
+            dataset = group[key] if key in present else None
+            if not isinstance(dataset, h5py.Dataset):
                 raise DataError(f"{where} is missing; {RECOLLECT}")
-            dataset = group[key]
             shape = [frames if frames is not None else "T", *trailing[key]]
             wanted = f"expected {np.dtype(dtype)} [{', '.join(map(str, shape))}]"
             if dataset.dtype != dtype:

@@ -69,9 +69,7 @@ class Unfinished:
         facts: list[dict[str, Any]] = []
         with EpisodeWriter(self.out, self.attributes) as writer:
             for path in self._shards:
-                with open_shard(path) as file:
-                    facts.append(read_attributes(file, path))
-                writer.copy(path)
+                facts.append(writer.copy(path))
             writer.annotate(
                 collection_seconds=sum(each["collection_seconds"] for each in facts),
                 diverged_episodes=sum(each["diverged_episodes"] for each in facts),
@@ -111,7 +109,7 @@ class Unfinished:
             try:
                 with open_shard(path) as file:
                     recorded = read_attributes(file, path)
-                    for name in check_shard(file, path, {}):
+                    for name in check_shard(file, path, recorded, {}):
                         read_episode(file[name], path)
             except DataError as error:
                 print(f"{error}; the episode is recorded again", file=sys.stderr)

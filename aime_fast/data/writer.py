@@ -22,6 +22,7 @@ from aime_fast.data.episodes import (
     dtypes,
     file_sha256,
     open_shard,
+    read_attributes,
     to_python,
 )
 from aime_fast.data.files import PartFile, writable_target
@@ -85,14 +86,19 @@ class EpisodeWriter:
         check_episode(group, self.path, self._file.attrs)
         self.episodes += 1
 
-    def copy(self, shard: str | Path) -> None:
-        """Append all episodes of another shard as they are stored, without decompressing them. Raises DataError as `open_shard`."""
+    def copy(self, shard: str | Path) -> dict[str, Any]:
+        """Append all episodes of another shard as they are stored, without decompressing them; returns the attributes of that shard.
+
+        Raises DataError if it is damaged or has other settings.
+        """
         with open_shard(shard) as file:
-            for name in check_shard(file, shard, {key: to_python(self._file.attrs[key]) for key in SHARED}):
+            attributes = read_attributes(file, shard)
+            for name in check_shard(file, shard, attributes, {key: to_python(self._file.attrs[key]) for key in SHARED}):
                 with self._failures_noticed():
                     file.copy(name, self._file, self._next_name())
                     self._file.flush()
                 self.episodes += 1
+        return attributes
 
     def annotate(self, **attributes: Any) -> None:
         """Add attributes that are known only after recording."""
@@ -132,5 +138,5 @@ class EpisodeWriter:
         with self._failures_noticed():
             self._file.close()
         with h5py.File(self._part, "r") as file:
-            check_shard(file, self.path, {})
+            check_shard(file, self.path, read_attributes(file, self.path), {})
         self._part.finish()
