@@ -159,7 +159,7 @@ class RunConfig:
     compile: Literal["off", "on", "graph", "best"] = "off"  # torch.compile; graph: and one CUDA graph; bare: best for the device
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
     threads: Annotated[int, Bound(1, 1024)] | None = None  # CPU threads; none: all
-    run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>
+    run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>[-<hash>]
     resume: bool = False  # go on from the newest checkpoint in run_dir
     logger: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)  # JSONL is always written
     log_every: Steps = 10  # steps between log lines

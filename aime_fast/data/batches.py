@@ -22,7 +22,7 @@ from aime_fast.config import DataConfig
 from aime_fast.data.augment import normalise
 from aime_fast.data.dataset import DMCVBDataset
 from aime_fast.data.prefetch import Prefetcher
-from aime_fast.data.replay import EpisodeSource, Replay, as_tensor, replay_bytes, replay_on_device
+from aime_fast.data.replay import EpisodeSource, Replay, replay_bytes, replay_on_device
 from aime_fast.data.split import Split, find_episodes, split_episodes
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
@@ -194,7 +194,7 @@ class SequenceBatches:
 
     def mean_frame(self) -> Tensor:
         """Mean of all frames, float32 [3, H, W] in [-1, 1], on the device."""
-        pixels = as_tensor(self._open_replay().frames["pixels"])
+        pixels = self._open_replay().frames["pixels"]
         total = sum(chunk.sum(0, dtype=torch.int64) for chunk in pixels.split(512))
         return normalise(total.double() / len(pixels)).to(self.device)
 

@@ -138,14 +138,14 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
         "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
     }
     frames = min(FRAMES_PER_MESSAGE, longest_episode)
-    with _DeferredInterrupts() as interrupts, Unfinished(target, attributes, resume) as kept:
+    with _DeferredInterrupts() as interrupts, Unfinished(target, attributes, resume) as unfinished:
         try:
-            if kept.episodes < config.episodes:
-                _play(config, seed, action_dim, frames, kept, interrupts, progress)
-            kept.join()
+            if unfinished.episodes < config.episodes:
+                _play(config, seed, action_dim, frames, unfinished, interrupts, progress)
+            unfinished.join()
         except (KeyboardInterrupt, DataError, WorkerError) as error:
-            done = f"{kept.episodes} of {config.episodes} episodes"
-            rest = f"they are in {kept.folder}, continue with --resume" if kept.episodes else "begin again"
+            done = f"{unfinished.episodes} of {config.episodes} episodes"
+            rest = f"they are in {unfinished.folder}, continue with --resume" if unfinished.episodes else "begin again"
             if isinstance(error, KeyboardInterrupt) or interrupts.received:  # the signal may have ended the workers too
                 raise Interrupted(interrupts.received or signal.SIGINT, f"collection stopped after {done}; {rest}") from None
             raise DataError(f"{error} ({done} were recorded: {rest})") from error
@@ -153,12 +153,12 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
 
 
 def _play(
-    config: DataConfig, seed: int, action_dim: int, frames: int, kept: Unfinished, interrupts: _DeferredInterrupts, progress: bool
+    config: DataConfig, seed: int, action_dim: int, frames: int, unfinished: Unfinished, interrupts: _DeferredInterrupts, progress: bool
 ) -> None:
-    """Play until `kept` has all episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
+    """Play until `unfinished` has all episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
     diverged = in_a_row = 0
-    missing = config.episodes - kept.episodes
-    seeds = worker_seeds(seed, min(config.workers, missing), kept.next_number)
+    missing = config.episodes - unfinished.episodes
+    seeds = worker_seeds(seed, min(config.workers, missing), unfinished.next_number)
     with _collector(config, seeds, action_dim, frames) as collector, _progress_bar(missing, progress) as advance:
         began = time.perf_counter()  # the workers are up
         for episode in _whole_episodes(collector):
@@ -172,10 +172,10 @@ def _play(
                     )
                 continue
             now = time.perf_counter()
-            kept.add(episode, now - began, in_a_row)
+            unfinished.add(episode, now - began, in_a_row)
             began, diverged, in_a_row = now, diverged + in_a_row, 0
             advance(len(episode["action"]))
-            if kept.episodes == config.episodes:
+            if unfinished.episodes == config.episodes:
                 break
     if diverged:
         print(f"the simulation diverged in {diverged} episodes; they are left out, and others were recorded instead", file=sys.stderr)

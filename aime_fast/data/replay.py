@@ -111,15 +111,10 @@ def gather(frames: TensorDict, rows: Tensor, pin: bool = False) -> TensorDict:
         index = index.pin_memory().to(device, non_blocking=True)
     batch = {}
     for key in KEYS:
-        values = as_tensor(frames[key])
+        values = frames[key]
         out = torch.empty(rows.numel(), *values.shape[1:], dtype=values.dtype, device=device, pin_memory=pin)
         batch[key] = torch.index_select(values, 0, index, out=out).view(*rows.shape, *values.shape[1:])
     return TensorDict(batch, batch_size=rows.shape, device=device)
-
-
-def as_tensor(mapped: Tensor) -> Tensor:
-    """A memory-mapped tensor as an ordinary one that shares its memory."""
-    return mapped.as_subclass(torch.Tensor)
 
 
 def _unpack(source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device) -> TensorDict:

@@ -53,11 +53,11 @@ def data_file(config: Config) -> Path:
 
 
 def collected_data(config: Config) -> Path:
-    """The file with the data of these settings, recorded now if it is not there."""
+    """The file with the data of these settings, recorded now if it is not there; with --resume, from the first episode that is missing."""
     path = data_file(config)
     if path.exists():
         print(f"data: {path}", flush=True)
     else:
         print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)
-        collect(config.data, config.run.seed, path)
+        collect(config.data, config.run.seed, path, resume=config.run.resume)
     return path

@@ -54,7 +54,9 @@ def run_command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedPr
 def run(tmp_path_factory) -> Path:
     """A debug run on synthetic data: trained, not evaluated."""
     folder = tmp_path_factory.mktemp("report")
-    done = run_command("train", "--tier", "debug", "--data", "synthetic", "--steps", "4", "--run-dir", "run", cwd=folder)
+    done = run_command(
+        "train", "--tier", "debug", "--data", "synthetic", "--test-fraction", "0.5", "--steps", "4", "--run-dir", "run", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
