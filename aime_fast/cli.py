@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn, TextIO, TypeVar
 
 from aime_fast.config import PRESETS, RENAMED, Config, preset
-from aime_fast.errors import Interrupted, UserError, explain
+from aime_fast.errors import Interrupted, UserError, explain, stop_signals
 
 T = TypeVar("T")
 
@@ -146,16 +146,15 @@ class _Signals:
     def __init__(self):
         self.received: int | None = None
         self._ignored_errors = sys.unraisablehook
-        self._heeded: list[int] = []
+        self._heeded: list[signal.Signals] = []
         self._repeat: threading.Timer | None = None
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            self._heeded = [s for s in (getattr(signal, name) for name in names) if signal.getsignal(s) is not signal.SIG_IGN]
+        self._heeded = stop_signals()
+        if self._heeded:
             sys.unraisablehook = self._again
-            for signum in self._heeded:
-                signal.signal(signum, self._stop)
+        for signum in self._heeded:
+            signal.signal(signum, self._stop)
 
     def __exit__(self, *_) -> None:
         self._cancel()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import signal
+import threading
 
 
 class UserError(Exception):
@@ -39,6 +41,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
         self.status = 128 + signum
+
+
+def stop_signals() -> list[signal.Signals]:
+    """SIGINT, SIGTERM and SIGHUP, less those that the process was started to ignore (nohup); none outside the main thread.
+
+    Those that a command handles: Python lets only the main thread install handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [signum for signum in known if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 _REMEDIES = {

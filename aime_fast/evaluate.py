@@ -59,6 +59,7 @@ def evaluate(options: EvaluateConfig) -> dict:
     from aime_fast.evaluation.pictures import write_prediction
     from aime_fast.evaluation.tables import print_tables
     from aime_fast.evaluation.validation import evaluate_sequences
+    from aime_fast.runtime.files import write_text
     from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
     from aime_fast.runtime.provenance import git_commit, version
     from aime_fast.training.checkpoint import load_model
@@ -107,7 +108,7 @@ def evaluate(options: EvaluateConfig) -> dict:
         }
         out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        write_text(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         write_clip(model, clips, out / "prediction.png")
         write_prediction(model, episodes[:4], out / "prediction.mp4", device, options.context, options.horizon)
     finally:

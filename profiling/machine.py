@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from aime_fast.runtime.files import write_text
 from aime_fast.runtime.provenance import command_line, git_commit, version
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,4 @@ def write_json(path: str | Path, content: dict[str, Any] | list[dict[str, Any]])
     """Write a file atomically, infinity and NaN as null; its folder is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(_finite(content), indent=1) + "\n")

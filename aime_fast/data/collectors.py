@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from aime_fast.data.environments import describe_task, make_environment, probe_r
 from aime_fast.data.episodes import check_positive
 from aime_fast.data.files import writable_target
 from aime_fast.data.unfinished import Unfinished
-from aime_fast.errors import DataError, Interrupted
+from aime_fast.errors import DataError, Interrupted, stop_signals
 
 if TYPE_CHECKING:
     from torchrl.collectors import BaseCollector
@@ -281,10 +280,7 @@ class _DeferredInterrupts:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _DeferredInterrupts:
-        if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from contextlib import suppress
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+from aime_fast.errors import stop_signals
+
 TWINS = 2.0  # seconds: launchers and terminals send a signal twice, to the process and to its group
 
 
@@ -33,9 +33,7 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            heeded = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
-            self._previous = {s: signal.signal(s, self._stop) for s in heeded}
+        self._previous = {signum: signal.signal(signum, self._stop) for signum in stop_signals()}
         return self
 
     def __exit__(self, *_) -> None:
