@@ -105,12 +105,13 @@ class LossConfig:
     """Weights of the loss terms."""
 
     lambda_recon: Weight = 1.0  # reconstruction
-    beta: Weight = 1.0  # KL terms, after warm-up
+    beta: Weight = 1.0  # KL of latents and mixture, after warm-up
     entropy_weight: Weight = 0.1  # entropy of the mixture weights
-    lambda_gram: Weight = 0.05  # Gram distance to the EMA encoder
+    lambda_gram: Weight = 0.0  # Gram distance to the EMA encoder; 0 saves that encoder's pass over the batch (docs/log.md has the measures)
     lambda_overshoot: Weight = 0.5  # scores of imagined frames
     lambda_commitment: Weight = 0.25  # VQ commitment
     lambda_attention_motion: Weight = 0.1  # attention motion
+    lambda_kl_attention: Weight = 0.1  # KL between inferred and predicted attention, of observed and of imagined frames
     lambda_gan: Weight = 0.1  # generator GAN loss
     lambda_fm: Weight = 1.0  # feature matching
     enforce_diversity: bool = True  # overlap and entropy of slot maps

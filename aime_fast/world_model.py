@@ -163,7 +163,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations, check=False)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, inferred = self._infer(video, actions, start, learn=self.training)
+        tokens, inferred = self._infer(video, actions, start, learn=self.training, decode=True)
         q, p = inferred.posterior, inferred.prior
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
@@ -203,7 +203,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     forward = forward_sequence
 
-    def _infer(self, video: Tensor, actions: Tensor, start: Tensor, learn: bool = False) -> tuple[Tokens, Inference]:
+    def _infer(self, video: Tensor, actions: Tensor, start: Tensor, learn: bool = False, decode: bool = False) -> tuple[Tokens, Inference]:
         """Everything but the losses; only the recurrence in `predict_latents` is sequential. See `VQPTTokenizer.tokenize` for `learn`."""
         shape, flat = start.shape, video.flatten(0, 1)
         with span("perceiver_io: tokenizer"):
@@ -223,7 +223,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
             predicted = self.attention.prior(attention_before, hidden_before, latents_before)
         with span("encoder_decoder: decoder"):
-            decoded = self.decoder(latents, self._with_dropout(maps.attention, shape))
+            decoded = self.decoder(latents, self._with_dropout(maps.attention, shape)) if decode else None
         delta = delta.flatten(0, 1)
         return tokens, Inference(posterior, latents, delta, prior, context, hidden, lstm, maps, attention_before, predicted, decoded)
 
@@ -308,14 +308,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, observations: Tensor, actions: Tensor) -> Tensor:
         """[B, T, 3, H, W] and [B, T, A] -> reconstructions [B, T, 3, H, W]."""
-        return self.decoder.likelihood.mean(self.infer(observations, actions).decoded).unflatten(0, actions.shape[:2])
+        return self.decoder.likelihood.mean(self.infer(observations, actions, decode=True).decoded).unflatten(0, actions.shape[:2])
 
     @torch.no_grad()
-    def infer(self, observations: Tensor, actions: Tensor) -> Inference:
-        """`Inference` about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A]."""
+    def infer(self, observations: Tensor, actions: Tensor, decode: bool = False) -> Inference:
+        """`Inference` about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A]; `decode`: with their pictures."""
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
-        return self._infer(video, actions, starts(None, *video.shape[:2], video.device))[1]
+        return self._infer(video, actions, starts(None, *video.shape[:2], video.device), decode=decode)[1]
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> TensorDict:

@@ -28,7 +28,7 @@ class Inference(NamedTuple):
     maps: AttentionMaps
     attention_before: Tensor  # [N, Ha, Wa], attention of the frame before
     predicted: PredictedAttention
-    decoded: Tensor  # [N, P, H, W], parameters of the likelihood
+    decoded: Tensor | None  # [N, P, H, W], parameters of the likelihood; None where nobody looks at the pictures
 
     def describe(self, codes: Tensor, likelihood: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The per-frame outputs by name, with leading axes `shape`: [B, T], or [B] for one frame."""

@@ -24,14 +24,16 @@ TERMS = (
 class LossAggregator:
     """Weighs and adds the loss terms.
 
-        elbo        = lambda_recon recon + beta (KL_z + KL_hierarchical + KL_attention) - entropy_weight H(pi) + lambda_gram Gram
-                      + lambda_overshoot (roll-out: recon + latent + attention + context)
+        elbo        = (lambda_recon recon + beta (KL_z + KL_hierarchical) - entropy_weight H(pi)
+                       + lambda_overshoot (roll-out: recon + latent + context)) / D + lambda_gram Gram
         perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy
         predictive  = lambda_attention_motion attention motion + diversity
+                      + lambda_kl_attention (KL_attention + lambda_overshoot KL_attention of the roll-out)
         adversarial = lambda_gan generator loss + lambda_fm feature matching
 
-    The ELBO terms are in nats a frame. Its task loss is divided by the number of pixel values in a frame (nats a dimension), a
-    constant that does not change its optimum and brings its gradient to the size of the other three.
+    D is the number of pixel values in a frame: the terms in nats a frame become nats a dimension, which does not change their optimum
+    and brings their gradient to the size of the other three tasks'. Gram and the KL of attention are not divided, a departure from the
+    specification: a mean of squares and at most some nats a frame, both without effect beside D pixels (docs/architecture.md).
     """
 
     def __init__(self, config: LossConfig | None = None, **weights: float | bool):
@@ -61,19 +63,21 @@ class LossAggregator:
         if missing := [name for name in TERMS if name not in keys]:
             raise KeyError(f"compute_losses: outputs lack {', '.join(missing)}; pass what forward_sequence returned")
         c, term = self.config, {name: outputs[name] for name in TERMS}
-        kl = term["kl_z"] + term["kl_hierarchical"] + term["kl_attention"]
+        roll_out = overshoot * c.lambda_overshoot
         elbo = (
             c.lambda_recon * term["recon"]
-            + beta * c.beta * kl
+            + beta * c.beta * (term["kl_z"] + term["kl_hierarchical"])
             - c.entropy_weight * term["mixture_entropy"]
-            + c.lambda_gram * term["gram"]
-            + overshoot * c.lambda_overshoot * sum(term[name] for name in OVERSHOOT)
+            + roll_out * (term["overshoot_recon"] + term["overshoot_latent"] + term["overshoot_context"])
         )
+        kl_attention = term["kl_attention"] + roll_out * term["overshoot_attention"]
         generator = c.lambda_gan * term["generator"] + c.lambda_fm * term["feature_matching"]
         task = {
-            "elbo": elbo / outputs["reconstructions"].shape[-3:].numel(),
+            "elbo": elbo / outputs["reconstructions"].shape[-3:].numel() + c.lambda_gram * term["gram"],
             "perceiver": c.lambda_commitment * term["commitment"] + term["token_reconstruction"] + term["next_token"],
-            "predictive": c.lambda_attention_motion * term["attention_motion"] + c.enforce_diversity * term["diversity"],
+            "predictive": c.lambda_attention_motion * term["attention_motion"]
+            + c.lambda_kl_attention * kl_attention
+            + c.enforce_diversity * term["diversity"],
             "adversarial": generator if adversarial else torch.zeros_like(generator),
         }
         return term | task, [task[name] for name in TASKS]

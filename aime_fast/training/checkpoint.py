@@ -23,8 +23,10 @@ from aime_fast.data.split import saved_split
 from aime_fast.errors import CheckpointError, ConfigError, DamagedError, NonFiniteError, UserError, explain
 from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 
-# 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads deltas, a latent phase; 5: other names
-FORMAT = 5
+# 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads deltas, a latent phase; 5: other names;
+# 6: progress of the latent phase, Gram and the KL of attention weighed by themselves
+FORMAT = 6
+READS = (4, 5, 6)
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the latent phase, which
@@ -103,13 +105,14 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     except MemoryError as error:
         raise CheckpointError(f"{path}: too little memory to read it ({path.stat().st_size / 1e6:.0f} MB); free some") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found not in (4, FORMAT):
+    if found not in READS:
         raise CheckpointError(
             f"{path}: checkpoint format is {found}, this version reads {FORMAT}; run it with the version that wrote it "
             "(git_commit in run.json), or start anew in another --run-dir"
         )
     with fitting(path):
         state = _rename_format_4(state) if found == 4 else state
+        state = _as_format_6(state) if found < FORMAT else state
     return state
 
 
@@ -154,8 +157,18 @@ def _rename_format_4(state: dict[str, Any]) -> dict[str, Any]:
         made = {RENAMED.get(name, name): value for name, value in phase["made"].items()}
         phase = {"made": made, "before": weights(phase["before"])}
     config = to_dict(from_dict(state["config"]))
-    names = {"format": FORMAT, "latent_phase": phase, "config": config, "model": weights(state["model"]), "ema": weights(state["ema"])}
+    names = {"latent_phase": phase, "config": config, "model": weights(state["model"]), "ema": weights(state["ema"])}
     return state | names
+
+
+def _as_format_6(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of format 4 or 5. `format` stays what it was: the losses of its run were weighed otherwise (`find_resume` says so)."""
+    phase, loss = state["latent_phase"], state["config"]["loss"]
+    if phase is not None:
+        phase = {**phase, "progress": None}
+    if loss["lambda_gram"] == 0.05:  # the default was divided by the number of pixel values: nothing, as the default is now
+        loss = {**loss, "lambda_gram": 0.0}
+    return {**state, "latent_phase": phase, "config": {**state["config"], "loss": loss}}
 
 
 def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=print, aside: bool = False) -> tuple[Path, dict[str, Any]]:
@@ -189,7 +202,12 @@ def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[s
         CheckpointError: see `read_latest`.
     """
     if resume and (list_checkpoints(run_dir) or any(run_dir.glob(f"checkpoint_*.pt{DAMAGED}*"))):
-        return read_latest(run_dir, report=report, aside=True)
+        path, state = read_latest(run_dir, report=report, aside=True)
+        if state["format"] < FORMAT:
+            report(
+                f"{path.name} is of format {state['format']}: its run weighed Gram and the KL of attention otherwise, so losses will jump"
+            )
+        return path, state
     if resume:
         report(f"{run_dir}: no checkpoint here yet; the run starts from step 0")
     elif found := list_checkpoints(run_dir):
@@ -273,8 +291,15 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         phase = state["latent_phase"] if ema else None
         info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
         info["split"] = saved_split(state)
-        info["latent_phase_updates"] = phase["made"]["latent_phase_updates"] if phase else 0
+        info["latent_phase_updates"] = _phase_updates(phase)
     return model.to(device).eval(), config, info
+
+
+def _phase_updates(phase: dict[str, Any] | None) -> int:
+    """Updates of a latent phase that were made."""
+    if phase is None:
+        return 0
+    return phase["made"]["latent_phase_updates"] if phase["progress"] is None else phase["progress"].get("update", 0)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

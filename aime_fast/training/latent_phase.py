@@ -3,13 +3,16 @@
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
 pictures an update costs a tenth. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior,
 context prior and attention prior go on training on them. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
+
+Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter 
 WARMUP = 20  # updates in which the learning rate rises
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
+OVERLAP = 2  # sequences that a frame of an episode is in, on average
+CHUNK = 16  # sequences inferred at once
 
 
 class _Stopped(Exception):
@@ -33,7 +38,10 @@ class _Stopped(Exception):
 
 
 class LatentReplay:
-    """`Latents` of every episode of `batches`, each inferred as one sequence, in fp32 whatever the run's precision.
+    """`Latents` of sequences of `length` frames from every episode of `batches`, in fp32 whatever the run's precision.
+
+    Each sequence is inferred from an empty state, as its first frames are seen in the joint updates and in the evaluation: a context that
+    remembers frames before the sequence, beside a recurrence that does not, is met nowhere else.
 
     Args: model in eval mode; batches with at least one episode of `length` frames; `stopped` is asked before each episode.
     Raises _Stopped once `stopped()` is true.
@@ -41,20 +49,27 @@ class LatentReplay:
 
     def __init__(self, model: nn.Module, batches: SequenceBatches, length: int, stopped: Callable[[], bool] = lambda: False):
         inferred = []
-        for i in range(len(batches.episodes)):
+        for i, frames in enumerate(batches.lengths):
             if stopped():
                 raise _Stopped
-            episode = batches.episode(i).unsqueeze(0)
-            inferred.append(infer_latents(model, episode["pixels"], episode["action"]))
-        self.length, self.frames = length, Latents(*(torch.cat(parts, dim=1)[0] for parts in zip(*inferred)))
-        ends = itertools.accumulate(batches.lengths)
-        firsts = [torch.arange(end - n, max(end - n, end - length + 1)) for end, n in zip(ends, batches.lengths)]
-        self.firsts = torch.cat(firsts).to(self.frames.mean.device)
+            if frames < length:
+                continue
+            episode, first = batches.episode(i), first_frames(frames, length)
+            pixels, actions = (torch.stack([episode[key][f : f + length] for f in first]) for key in ("pixels", "action"))
+            inferred += [infer_latents(model, *chunk) for chunk in zip(pixels.split(CHUNK), actions.split(CHUNK))]
+        self.sequences = Latents(*(torch.cat(parts) for parts in zip(*inferred)))
 
     def draw(self, batch: int) -> Latents:
-        """`batch` random sequences of `length` frames."""
-        first = self.firsts[torch.randint(len(self.firsts), (batch, 1), device=self.firsts.device)]
-        return Latents(*(part[first + torch.arange(self.length, device=first.device)] for part in self.frames))
+        """`batch` random sequences."""
+        device = self.sequences.mean.device
+        which = torch.randint(len(self.sequences.mean), (batch,), device=device)
+        return Latents(*(part[which] for part in self.sequences))
+
+
+def first_frames(frames: int, length: int) -> list[int]:
+    """Where sequences of `length` begin in an episode: the first at its start, the last at its end, evenly between, `OVERLAP` deep."""
+    count = round(OVERLAP * frames / length)  # two at least
+    return sorted({round(i * (frames - length) / (count - 1)) for i in range(count)})
 
 
 def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
@@ -83,14 +98,15 @@ class LatentPhase:
 
     Args:
         model: in eval mode, without gradients; `close` leaves it so.
-        training, held_out: episodes as the model infers them.
+        training, held_out: sequences as the model infers them.
         optim: its fields `latent_phase_*` are read.
+        seed: of all random numbers.
 
     Attributes: made: updates made; updates: to be made.
     """
 
-    def __init__(self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig):
-        self.model, self.training, self.held_out = model, training, held_out
+    def __init__(self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig, seed: int = 0):
+        self.model, self.training, self.held_out, self.seed = model, training, held_out, seed
         self.made, self.updates = 0, optim.latent_phase_updates
         self.batch, self.frames = optim.latent_phase_batch_size, optim.latent_phase_frames
         self.learning_rate = optim.latent_phase_learning_rate
@@ -102,8 +118,9 @@ class LatentPhase:
         falling = 0.5 * (1 + math.cos(math.pi * self.made / self.updates))
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling
         attends = self.made % ATTENDS_EVERY == 0
-        sequences = self.training.draw(max(1, self.batch // 4) if attends else self.batch)
-        terms = latent_overshooting(self.model, sequences, self.frames, attends)
+        with self._random_numbers(self.made + 1):
+            sequences = self.training.draw(max(1, self.batch // 4) if attends else self.batch)
+            terms = latent_overshooting(self.model, sequences, self.frames, attends)
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), CLIP)
@@ -114,10 +131,26 @@ class LatentPhase:
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """The terms of `latent_overshooting` on the same held-out sequences each time."""
-        with torch.random.fork_rng([self.training.firsts.device] if self.training.firsts.is_cuda else []):
-            torch.manual_seed(0)
+        with self._random_numbers(0):
             terms = latent_overshooting(self.model, self.held_out.draw(4 * self.batch), self.frames, attends=True)
         return {name: term.item() for name, term in terms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Updates made and Adam's state; the weights are the model's."""
+        return {"update": self.made, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.made = state["update"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @contextmanager
+    def _random_numbers(self, update: int) -> Iterator[None]:
+        """Within it, torch's random numbers are those of an update; 0: of the measures."""
+        device = self.training.sequences.mean.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed * 1_000_003 + update)
+            yield
 
     def close(self) -> None:
         """Leaves the model without gradients."""
@@ -128,8 +161,8 @@ class LatentPhase:
         if not torch.isfinite(norm):
             bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "gradient"
             raise NonFiniteError(
-                f"latent phase, update {self.made + 1}: {bad} not finite; the checkpoint from before the phase is intact: go on "
-                "from it with --resume and a lower --latent-phase-learning-rate"
+                f"latent phase, update {self.made + 1}: {bad} not finite; the checkpoint has the weights from before the phase too: "
+                "--resume with a lower --latent-phase-learning-rate begins the phase again"
             )
 
 
@@ -138,35 +171,50 @@ def train_latent_phase(
     training: SequenceBatches,
     held_out: SequenceBatches,
     optim: OptimConfig,
+    seed: int,
+    state: dict[str, Any],
     report: Callable[[int, dict[str, float]], None],
+    due: Callable[[int], bool],
+    save: Callable[[], None],
     stopped: Callable[[], bool],
-) -> dict[str, Tensor] | None:
-    """A whole latent phase on `model`, in place, with torch's current random numbers.
+) -> None:
+    """A latent phase on `model`, in place.
 
     Args:
-        model: in eval mode, without gradients.
+        model: in eval mode, without gradients; half-way through the phase where `state` says so.
         training, held_out: episodes.
         optim: its fields `latent_phase_*` are read.
+        seed: of all random numbers.
+        state: of the phase: `before`, the weights of `trained_modules` before it, and `progress`, what `LatentPhase.state_dict` gave
+            ({} where it begins). Up to date at every call of `save`; `progress` is None when the phase is done.
         report: called some 20 times with the updates made and the measures of held-out episodes.
-        stopped: asked before each update; once true, the phase ends and the weights are those from before it.
-
-    Returns:
-        the weights of `trained_modules` from before the phase, by name; None if it was stopped.
+        due: whether to save after so many updates.
+        save: called where it is due, and at the end.
+        stopped: asked before each update; once true, the phase ends after `save`.
     """
-    modules = trained_modules(model)
-    before = {name: value.clone() for name, value in modules.state_dict().items()}
-    length = CONTEXT + optim.latent_phase_frames
+    modules, length = trained_modules(model), CONTEXT + optim.latent_phase_frames
+    now = {name: value.clone() for name, value in modules.state_dict().items()}
+    modules.load_state_dict(state["before"])  # latents are always those of the weights before the phase
     try:
-        phase = LatentPhase(model, *(LatentReplay(model, batches, length, stopped) for batches in (training, held_out)), optim)
+        replays = [LatentReplay(model, batches, length, stopped) for batches in (training, held_out)]
     except _Stopped:
-        return None
+        return
+    finally:
+        modules.load_state_dict(now)
+    phase = LatentPhase(model, *replays, optim, seed)
+    if state["progress"]:
+        phase.load_state_dict(state["progress"])
     should_report = Every(max(1, phase.updates // REPORTS))
-    while phase.made < phase.updates and not stopped():
-        phase.update()
-        if should_report(phase.made) or phase.made == phase.updates:
-            report(phase.made, phase.measure())
-    phase.close()
-    if phase.made < phase.updates:
-        modules.load_state_dict(before)
-        return None
-    return before
+    try:
+        while phase.made < phase.updates and not stopped():
+            phase.update()
+            if should_report(phase.made) or phase.made == phase.updates:
+                report(phase.made, phase.measure())
+            state["progress"] = phase.state_dict()
+            if phase.made < phase.updates and due(phase.made):
+                save()
+    finally:
+        phase.close()
+    if phase.made == phase.updates:
+        state["progress"] = None
+    save()

@@ -173,8 +173,9 @@ class TrainingStep:
         data, pixels = self.config.data, batch["pixels"]
         with span("step: augment"):
             observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
+        ema = self.ema.model if self.config.loss.lambda_gram else None
         with span("step: forward"), self.autocast():
-            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], self.ema.model, warmups.own_tokens)
+            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], ema, warmups.own_tokens)
         losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, kind.adversarial, warmups.overshoot)
         tasks = self._task_rows.gather({task: loss * share for task, loss in zip(TASKS, task_losses)}, before.tasks)
 

@@ -116,7 +116,7 @@ class DMCVBTrainer:
         # Whether an update was made is known on the device. On a CPU it is read each time, at no cost; on CUDA with the metrics.
         self.should_check_faults = Every(run.log_every if self.device.type == "cuda" else 1)
         self.step, self.seconds = 0, 0.0
-        self.latent_phase: dict | None = None  # settings of the last latent phase, and the averaged weights that it changed, before it
+        self.latent_phase: dict | None = None  # settings of the last latent phase, its progress, the weights that it changes, before it
         self.skipped, self.is_skipping = 0, False  # updates not made; whether the last one was not
         self.checkpoint_due = CheckpointDue(run.checkpoint_every, run.checkpoint_minutes, first=max(1, run.log_every))
         self.stop = StopSignals()
@@ -160,8 +160,7 @@ class DMCVBTrainer:
                         self._save()
                 if self.saved_step != self.step and not (stop.signum and self.is_skipping and self.saved):
                     self._save()
-                made = None if self.latent_phase is None else self.latent_phase["made"]
-                if stop.signum is None and self.config.optim.latent_phase_updates and made != self._wanted_latent_phase():
+                if stop.signum is None and self.config.optim.latent_phase_updates:
                     self._train_latent_phase(stop)
             if stop.signum is not None:
                 why = "the output cannot be written any more" if self.console.lost else stop.signum.name
@@ -271,29 +270,39 @@ class DMCVBTrainer:
         return {"step": self.step, **optim}
 
     def _train_latent_phase(self, stop: StopSignals) -> None:
-        """Runs the latent phase on the averaged weights. Stopped half-way, it restores them and starts again when resumed."""
-        optim, began = self.config.optim, time.perf_counter()
-        self._undo_latent_phase()
+        """Runs what is left of the latent phase on the averaged weights."""
+        optim, began, wanted = self.config.optim, time.perf_counter(), self._wanted_latent_phase()
+        if self.latent_phase is not None and self.latent_phase["made"] != wanted:
+            self._undo_latent_phase()
+        if self.latent_phase is None:
+            before = {name: value.clone() for name, value in trained_modules(self.ema).state_dict().items()}
+            self.latent_phase = {"made": wanted, "before": before, "progress": {}}
+        if (progress := self.latent_phase["progress"]) is None:
+            return
+        made = progress.get("update", 0)
         self.console.line(
-            f"step {self.step}: inferring all episodes once, then {optim.latent_phase_updates} updates of recurrence and priors alone"
+            f"step {self.step}: inferring all episodes once, then updates {made + 1} to {optim.latent_phase_updates} of recurrence and "
+            "priors alone"
         )
 
         def report(made: int, measured: dict[str, float]) -> None:
-            seconds = time.perf_counter() - began
+            seconds = self.seconds + time.perf_counter() - began
             self.console.line(
                 f"latent phase {made}/{optim.latent_phase_updates}, {seconds:.0f} s, held out: latent one frame ahead "
                 f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
             )
             row = {f"latent_phase/{name}": value for name, value in measured.items()}
-            self.logger.log(self.step, {"time": self.seconds + seconds, "latent_phase/update": made, **row})
+            self.logger.log(self.step, {"time": seconds, "latent_phase/update": made, **row})
 
-        with torch.random.fork_rng(self._cuda()):
-            torch.manual_seed(self.config.run.seed)
-            before = train_latent_phase(self.ema, self.batches, self.validation, optim, report, lambda: stop.signum is not None)
-        if before is not None:
-            self.seconds += time.perf_counter() - began
-            self.latent_phase = {"made": self._wanted_latent_phase(), "before": before}
+        def save() -> None:
+            nonlocal began
+            self.seconds, began = self.seconds + time.perf_counter() - began, time.perf_counter()
             self._save()
+
+        train_latent_phase(
+            self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self.checkpoint_due, save,
+            lambda: stop.signum is not None,
+        )  # fmt: skip
 
     def _undo_latent_phase(self) -> None:
         """Restores the averaged weights from before the last latent phase, for joint updates or another phase to go on from."""

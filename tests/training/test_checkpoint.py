@@ -77,7 +77,7 @@ def test_resume_names_the_fields_that_differ_and_allows_the_rest():
     assert "steps" in str(error.value).split("only these may change")[1]
 
 
-def test_format_4_is_read_under_the_present_names(tmp_path):
+def test_format_4_is_read_under_the_present_names(tmp_path, capsys):
     """A checkpoint with a latent phase, rewritten as the version before wrote it."""
     config = preset("debug")
     config = dataclasses.replace(
@@ -100,7 +100,9 @@ def test_format_4_is_read_under_the_present_names(tmp_path):
     old = dict(new, format=4, model=weights(new["model"]), ema=weights(new["ema"]))
     phase = old.pop("latent_phase")
     made = {old_names.get(name, name): value for name, value in phase["made"].items()}
+    assert phase["progress"] is None
     old["dynamics"] = {"made": made, "before": weights(phase["before"])}
+    new["config"]["loss"]["lambda_gram"] = 0.05  # the default of then
     old["config"] = {
         name: {old_names.get(field, field): value for field, value in section.items()} if isinstance(section, dict) else section
         for name, section in new["config"].items()
@@ -110,7 +112,9 @@ def test_format_4_is_read_under_the_present_names(tmp_path):
     torch.save(old, path)
 
     found = ck.read_checkpoint(path)
-    assert found.keys() == new.keys()
+    assert found.keys() - {"dynamics"} == new.keys()
+    assert found["latent_phase"]["progress"] is None
+    new["config"]["loss"]["lambda_gram"] = 0.0
     assert found["config"] == new["config"]
     assert found["latent_phase"]["made"] == new["latent_phase"]["made"]
     for part in ("model", "ema"):
@@ -120,6 +124,7 @@ def test_format_4_is_read_under_the_present_names(tmp_path):
     assert all(torch.equal(value, new["ema"][name]) for name, value in model.state_dict().items())
     resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True, steps=2))
     assert DMCVBTrainer(resumed).train()["step"] == 2
+    assert "is of format 4: its run weighed Gram and the KL of attention otherwise" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

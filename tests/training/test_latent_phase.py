@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from models import make_batch, make_model
 
 from aime_fast.config import Config, preset
@@ -17,7 +20,9 @@ from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import infer_latents
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 from aime_fast.training import DMCVBTrainer
-from aime_fast.training.latent_phase import LatentPhase, LatentReplay
+from aime_fast.training.checkpoint import load_model
+from aime_fast.training.interrupts import TrainingInterrupted
+from aime_fast.training.latent_phase import LatentPhase, LatentReplay, first_frames
 
 TAUGHT = ("recurrence.", "prior.", "context_prior.", "attention.prior.", "attention.posterior.seed.")
 
@@ -86,7 +91,7 @@ def test_a_phase_added_by_a_resume_equals_one_planned_from_the_start(tmp_path):
     assert found["latent_phase"]["made"]["latent_phase_updates"] == 3
 
     again = DMCVBTrainer(later)  # nothing is left to do
-    again._train_latent_phase = lambda stop: pytest.fail("the phase was made again")
+    again._save = lambda: pytest.fail("the phase was made again")
     again.train()
 
 
@@ -112,29 +117,89 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(monkeypatch)
     training, validation = make_batches(config.data, 0)
     model = make_model().float().requires_grad_(False)
     replays = [LatentReplay(model, batches, 11) for batches in (training, validation)]
-    replays[0].frames.context.fill_(float("nan"))
+    replays[0].sequences.context.fill_(float("nan"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NonFiniteError, match=r"update 1: .*context.* not finite.*--latent-phase-learning-rate"):
         LatentPhase(model, *replays, config.optim).update()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_phase_that_is_stopped_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
-    trainer = DMCVBTrainer(config_of(tmp_path, latent_phase_updates=5))
-    before = {name: value.clone() for name, value in trainer.ema.state_dict().items()}
-    stop, update = SimpleNamespace(signum=None), LatentPhase.update
+@pytest.mark.parametrize("ends", ["signal", "fault"])
+def test_a_phase_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, ends):
+    """A signal saves where the phase is; a fault leaves the last checkpoint that was due, here two updates earlier."""
+    config = config_of(tmp_path / "stopped", latent_phase_updates=5)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_every=2))
+    update = LatentPhase.update
 
-    def update_and_stop(phase):
+    def update_and_end(phase):
+        if phase.made == 3 and ends == "fault":
+            raise OSError(5, "the disk is gone")
         update(phase)
-        stop.signum = 15 if phase.made == 2 else None
+        if phase.made == 4:
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(LatentPhase, "update", update_and_stop)
-    trainer._open()
-    trainer._train_latent_phase(stop)
-    trainer._close()
-    assert trainer.latent_phase is None
-    for name, value in trainer.ema.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    monkeypatch.setattr(LatentPhase, "update", update_and_end)
+    with pytest.raises(TrainingInterrupted if ends == "signal" else OSError):
+        DMCVBTrainer(config).train()
+    monkeypatch.undo()
+    made = 4 if ends == "signal" else 2
+    assert load_model(tmp_path / "stopped")[2]["latent_phase_updates"] == made
+
+    begun = []
+    monkeypatch.setattr(LatentPhase, "update", lambda phase: begun.append(phase.made) or update(phase))
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
+    DMCVBTrainer(resumed).train()
+    assert begun == list(range(made, 5))
+    whole = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=str(tmp_path / "whole")))
+    DMCVBTrainer(whole).train()
+    one, other = (torch.load(tmp_path / name / "checkpoint_00000002.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
+    assert torch.equal(one["rng"]["cpu"], other["rng"]["cpu"])
+
+
+def test_other_settings_begin_a_phase_again(tmp_path, monkeypatch):
+    """A phase stopped half-way, resumed with another learning rate, is that of the other rate from its first update."""
+    update = LatentPhase.update
+
+    def update_and_end(phase):
+        update(phase)
+        if phase.made == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(LatentPhase, "update", update_and_end)
+    with pytest.raises(TrainingInterrupted):
+        DMCVBTrainer(config_of(tmp_path / "stopped", latent_phase_updates=4)).train()
+    monkeypatch.undo()
+    for name in ("stopped", "whole"):
+        config = config_of(tmp_path / name, latent_phase_updates=4, latent_phase_learning_rate=5e-3)
+        DMCVBTrainer(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))).train()
+    one, other = (torch.load(tmp_path / name / "checkpoint_00000002.pt", weights_only=True)["ema"] for name in ("whole", "stopped"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_sequences_are_inferred_as_if_nothing_came_before():
+    model = make_model().float().requires_grad_(False)
+    training, validation = make_batches(config_of(Path()).data, 0)
+    replay = LatentReplay(model, training, 11)
+    episode, places = training.episode(0), first_frames(training.lengths[0], 11)
+    for place, first in enumerate(places):
+        window = slice(first, first + 11)
+        alone = infer_latents(model, episode["pixels"][None, window], episode["action"][None, window])
+        for found, expected in zip(replay.sequences, alone):
+            torch.testing.assert_close(found[place], expected[0], rtol=1e-4, atol=1e-5)
+    whole = infer_latents(model, episode["pixels"][None], episode["action"][None])
+    assert not torch.allclose(whole.context[0, places[1]], replay.sequences.context[1, 0], rtol=1e-3)
+    training.close()
+    validation.close()
+
+
+@given(st.integers(1, 300), st.integers(1, 50))
+def test_sequences_cover_an_episode(frames, length):
+    assume(frames >= length)
+    first = first_frames(frames, length)
+    assert first == sorted(set(first))
+    assert (first[0], first[-1]) == (0, frames - length)
+    assert all(after - before <= length for before, after in itertools.pairwise(first))  # no frame is left out between
 
 
 @pytest.mark.parametrize(
