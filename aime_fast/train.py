@@ -6,9 +6,7 @@ after SIGHUP or a closed terminal, 141 when nobody reads the output any more; 1 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from aime_fast.cli import parse_config, run_command
 
@@ -17,14 +15,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse a config, train, say where everything is."""
     config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
     from aime_fast.report import ReportConfig, report
-    from aime_fast.training import DMCVBTrainer, TrainingInterrupted
+    from aime_fast.training import DMCVBTrainer
 
-    try:
-        result = DMCVBTrainer(config).train()
-    except TrainingInterrupted as interrupt:
-        with suppress(OSError):  # a closed terminal
-            print(interrupt, file=sys.stderr, flush=True)
-        sys.exit(interrupt.status)
+    result = DMCVBTrainer(config).train()
     print_result(result)
     report(ReportConfig(str(result["run_dir"]), device=config.run.device))
 

@@ -19,6 +19,10 @@ from aime_fast.errors import DataError, explain
 
 SUFFIX = ".unfinished"
 SAME = (*SHARED, "seed", "policy", "render_backend", "position_names")  # attributes that all episodes of a file share
+REMEDIES = {  # for those that no flag sets
+    "render_backend": "the same renderer (MUJOCO_GL)", "action_dim": "the same --domain and --task",
+    "position_names": "the same --domain and --task",
+}  # fmt: skip
 
 
 def unfinished_folder(out: Path) -> Path:
@@ -119,10 +123,10 @@ class Unfinished:
                 wanted = self.attributes.get(key)
                 wanted = tuple(wanted) if isinstance(wanted, list) else wanted
                 if recorded.get(key) != wanted:
-                    flag = f"--{key.replace('_', '-')}"
+                    same = REMEDIES.get(key) or f"the same --{key.replace('_', '-')}"
                     raise DataError(
-                        f"{path}: attribute '{key}' is {recorded.get(key)}, expected {wanted}; resume with the same {flag}, "
-                        f"or pass --overwrite to begin again"
+                        f"{path}: attribute '{key}' is {recorded.get(key)}, expected {wanted}; resume with {same}, or move {self.folder} "
+                        "away to begin again"
                     )
             self._shards.append(path)
         return max((int(path.stem.removeprefix("episode_")) + 1 for path in names), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from aime_fast.evaluation.clips import COLUMNS, CONTEXT, HORIZON, infer_episode, predict_clip, strip_columns
+from aime_fast.runtime.files import replacing
 
 GREEN, RED = (40, 170, 70), (210, 50, 50)  # border of observed and of predicted frames
 GAP = 2  # pixels of white between the cells of a sheet
@@ -95,8 +97,9 @@ def paint_border(panels: Tensor, observed: int, width: int) -> None:
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Write uint8 [H, W, 3] as a PNG."""
-    path.write_bytes(png_bytes(image))
+    """Write uint8 [H, W, 3] as a PNG. Raises OSError."""
+    with replacing(path) as file:
+        file.write(png_bytes(image))
 
 
 def png_bytes(image: Tensor) -> bytes:
@@ -120,19 +123,33 @@ def prediction_frames(truth: Tensor, decoded: Tensor, context: int, smallest: in
 
 
 def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
-    """Write uint8 [T, H, W, 3] as H.264 mp4 with even sides, playable in a browser."""
+    """Write uint8 [T, H, W, 3] as H.264 mp4 with even sides, playable in a browser. Raises OSError."""
     import imageio_ffmpeg
 
     frames = F.pad(frames, (0, 0, 0, frames.shape[2] % 2, 0, frames.shape[1] % 2))
-    writer = imageio_ffmpeg.write_frames(
-        str(path), (frames.shape[2], frames.shape[1]), fps=frames_per_second, macro_block_size=2, quality=8, ffmpeg_log_level="error"
-    )
-    writer.send(None)
+    with replacing(path) as file:
+        writer = imageio_ffmpeg.write_frames(
+            file.name, (frames.shape[2], frames.shape[1]), fps=frames_per_second, macro_block_size=2, quality=8, ffmpeg_log_level="error",
+            output_params=["-f", "mp4"],
+        )  # fmt: skip
+        writer.send(None)
+        try:
+            for frame in frames.contiguous():
+                writer.send(frame.numpy().tobytes())
+        finally:
+            writer.close()
+        if (written := _frames_in(file.name)) != len(frames):  # ffmpeg ends quietly where it cannot write
+            raise OSError(errno.EIO, f"{written} of {len(frames)} frames could be written; is the disk full?", str(path))
+
+
+def _frames_in(path: str) -> int:
+    """Frames of a video; 0 where it is none."""
+    import imageio_ffmpeg
+
     try:
-        for frame in frames.contiguous():
-            writer.send(frame.numpy().tobytes())
-    finally:
-        writer.close()
+        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+    except RuntimeError:
+        return 0
 
 
 def write_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from aime_fast.reporting.charts import Line, Mark, line_chart, number
 from aime_fast.reporting.records import Record
 from aime_fast.reporting.style import STYLE
 from aime_fast.reporting.tables import facts_table, render, targets_table, words
+from aime_fast.runtime.files import write_text
 
 EPISODES = 3  # held-out episodes to draw
 FRAMES = 200  # of each, given to the model as one sequence
@@ -56,11 +57,11 @@ def write_report(record: Record, model: Model | str, out: Path) -> Path:
     title = _title(record)
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in sections)
     body = "".join(f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{content}</section>' for name, content in sections.items())
-    out.write_text(
+    write_text(
+        out,
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>"
         f'<p class="soft">{escape(_subtitle(record))}</p><nav>{links}</nav></header><main>{body}</main></body></html>\n',
-        encoding="utf-8",
     )
     return out
 

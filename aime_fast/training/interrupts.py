@@ -12,14 +12,6 @@ from aime_fast.errors import stop_signals
 TWINS = 2.0  # seconds: launchers and terminals send a signal twice, to the process and to its group
 
 
-class TrainingInterrupted(Exception):
-    """A signal ended the run after its checkpoint was saved. `status` is the exit status, 128 plus the signal's number."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.status = 128 + signum
-
-
 class StopSignals:
     """While entered, Ctrl-C, SIGTERM and SIGHUP set `signum` instead of ending the program.
 

@@ -14,14 +14,14 @@ from aime_fast.bounds import check
 from aime_fast.config import Config, to_dict
 from aime_fast.data import DMCVBDataset, make_batches
 from aime_fast.data.split import saved_split, split_by_place
-from aime_fast.errors import CheckpointError, NonFiniteError
+from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
 from aime_fast.training import checkpoint
-from aime_fast.training.interrupts import StopSignals, TrainingInterrupted
+from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
@@ -134,7 +134,7 @@ class DMCVBTrainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite; the weights never took that update. With CUDA it may be noticed up to
                 `log_every` updates later, which were made.
-            TrainingInterrupted: Ctrl-C, SIGTERM, SIGHUP or an output that nobody reads any more, after a checkpoint was saved.
+            Interrupted: Ctrl-C, SIGTERM, SIGHUP or an output that nobody reads any more, after a checkpoint was saved.
             OSError: the disk is full or the like; earlier checkpoints are there.
         """
         run, stop = self.config.run, self.stop
@@ -164,9 +164,8 @@ class DMCVBTrainer:
                     self._train_latent_phase(stop)
             if stop.signum is not None:
                 why = "the output cannot be written any more" if self.console.lost else stop.signum.name
-                raise TrainingInterrupted(
-                    f"stopped after step {self.step} ({why}); saved {self.saved}; go on with the same command and --resume", stop.signum
-                )
+                saved = f"saved {self.saved}" if self.saved else "nothing is saved"
+                raise Interrupted(stop.signum, f"stopped after step {self.step} ({why}); {saved}; go on with the same command and --resume")
             return self._finish()
         finally:
             self._close()

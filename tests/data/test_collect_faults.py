@@ -100,7 +100,7 @@ def test_after_a_kill_finished_episodes_stay_and_resume_adds_the_others(tmp_path
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "aime_fast.collect", *MANY, "--episodes", "5000"]
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, text=True)
-    folder, deadline = tmp_path / "a.h5.unfinished", time.monotonic() + 60
+    folder, deadline = tmp_path / "a.h5.unfinished", time.monotonic() + 180
     while len(list(folder.glob("*.h5"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     family = children(process.pid)

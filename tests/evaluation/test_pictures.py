@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,3 +61,23 @@ def test_attention_sheet_has_a_row_for_each_slot():
     red = image[5 * cell, 0].int()  # slot 4 of frame 0, where it looks
     assert red[0] - red[2] > 64
     assert image[4 * cell, 0].unique().numel() == 1  # slot 3 looks everywhere alike
+
+
+def test_pictures_and_films_are_whole_or_absent(tmp_path):
+    frames = torch.randint(0, 256, (5, 16, 18, 3), dtype=torch.uint8)
+    pictures.write_video(tmp_path / "film.mp4", frames)
+    pictures.write_png(tmp_path / "still.png", frames[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "still.png"]
+    before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as a full disk: ffmpeg, another process, writes nothing and says little
+    try:
+        with pytest.raises(OSError, match=r"film\.mp4|still"):
+            pictures.write_video(tmp_path / "film.mp4", frames)
+        with pytest.raises(OSError, match="still"):
+            pictures.write_png(tmp_path / "still.png", frames[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before

@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_trainer import config_of, poison, rows
 
-from aime_fast.errors import NonFiniteError
-from aime_fast.training import DMCVBTrainer, TrainingInterrupted, load_model
+from aime_fast.errors import Interrupted, NonFiniteError
+from aime_fast.training import DMCVBTrainer, load_model
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import LatentPhase
 from aime_fast.training.logging import Console
@@ -120,7 +120,7 @@ def test_a_latent_phase_that_a_signal_stops_goes_on_and_leaves_no_row_twice(tmp_
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(LatentPhase, "update", update_and_stop)
-    with pytest.raises(TrainingInterrupted, match="SIGTERM"):
+    with pytest.raises(Interrupted, match="SIGTERM"):
         trainer.train()
     monkeypatch.undo()
     assert len([row for row in rows(tmp_path / "stopped") if "latent_phase/update" in row]) == 3

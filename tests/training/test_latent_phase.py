@@ -15,13 +15,12 @@ from models import make_batch, make_model
 
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
-from aime_fast.errors import ConfigError, NonFiniteError
+from aime_fast.errors import ConfigError, Interrupted, NonFiniteError
 from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import infer_latents
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training.checkpoint import load_model
-from aime_fast.training.interrupts import TrainingInterrupted
 from aime_fast.training.latent_phase import LatentPhase, LatentReplay, first_frames
 
 TAUGHT = ("recurrence.", "prior.", "context_prior.", "attention.prior.", "attention.posterior.seed.")
@@ -139,7 +138,7 @@ def test_a_phase_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypat
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(LatentPhase, "update", update_and_end)
-    with pytest.raises(TrainingInterrupted if ends == "signal" else OSError):
+    with pytest.raises(Interrupted if ends == "signal" else OSError):
         DMCVBTrainer(config).train()
     monkeypatch.undo()
     made = 4 if ends == "signal" else 2
@@ -167,7 +166,7 @@ def test_other_settings_begin_a_phase_again(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(LatentPhase, "update", update_and_end)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         DMCVBTrainer(config_of(tmp_path / "stopped", latent_phase_updates=4)).train()
     monkeypatch.undo()
     for name in ("stopped", "whole"):
