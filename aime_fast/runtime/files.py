@@ -9,6 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
 TEMPORARY = ".tmp"  # added to the name of a file while it is written
 DAMAGED = ".damaged"  # added to the name of a file that was moved aside
 
@@ -17,23 +22,41 @@ DAMAGED = ".damaged"  # added to the name of a file that was moved aside
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write; what is written takes the place of `path` when the block ends, and nothing does where it raises.
 
-    A kill at any moment leaves the old file or the new one, and at most a `.tmp` that the next write of the same file replaces.
+    A kill at any moment leaves the old file or the new one, and at most a `.tmp` that the next write of the same file replaces. Where two
+    processes write the same file, the second waits for the first. Another program may write the file too, under its `name`.
     Raises OSError, with the name of the file, where the disk is full, read-only or the like.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with naming(path):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+    with naming(path), _open_alone(temporary) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
     _sync_folder(path.parent)
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """An empty file that no other process writes; waits for one that does, or one would rename what the other has not finished."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 (closed by the caller); not emptied before the lock is held
+        try:
+            if fcntl is not None:
+                with suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    file.truncate(0)
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the process before has renamed or removed it
 
 
 def write_text(path: str | Path, text: str) -> None:
