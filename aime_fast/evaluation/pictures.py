@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import signal
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -123,33 +126,28 @@ def prediction_frames(truth: Tensor, decoded: Tensor, context: int, smallest: in
 
 
 def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
-    """Write uint8 [T, H, W, 3] as H.264 mp4 with even sides, playable in a browser. Raises OSError."""
+    """Write uint8 [T, H, W, 3] as H.264 mp4 with even sides, playable in a browser; whole or not at all. Raises OSError."""
     import imageio_ffmpeg
 
-    frames = F.pad(frames, (0, 0, 0, frames.shape[2] % 2, 0, frames.shape[1] % 2))
+    frames = F.pad(frames, (0, 0, 0, frames.shape[2] % 2, 0, frames.shape[1] % 2)).contiguous()
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(frames_per_second), "-i", "-"]
+    coded = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-f", "mp4"]
     with replacing(path) as file:
-        writer = imageio_ffmpeg.write_frames(
-            file.name, (frames.shape[2], frames.shape[1]), fps=frames_per_second, macro_block_size=2, quality=8, ffmpeg_log_level="error",
-            output_params=["-f", "mp4"],
+        # imageio_ffmpeg's own writer does not tell whether ffmpeg has failed, as it does on a full disk.
+        done = subprocess.run(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *coded, file.name],
+            input=frames.numpy().tobytes(), capture_output=True, check=False,
         )  # fmt: skip
-        writer.send(None)
-        try:
-            for frame in frames.contiguous():
-                writer.send(frame.numpy().tobytes())
-        finally:
-            writer.close()
-        if (written := _frames_in(file.name)) != len(frames):  # ffmpeg ends quietly where it cannot write
-            raise OSError(errno.EIO, f"{written} of {len(frames)} frames could be written; is the disk full?", str(path))
+        if done.returncode:
+            raise _ffmpeg_error(path, done)
 
 
-def _frames_in(path: str) -> int:
-    """Frames of a video; 0 where it is none."""
-    import imageio_ffmpeg
-
-    try:
-        return imageio_ffmpeg.count_frames_and_secs(path)[0]
-    except RuntimeError:
-        return 0
+def _ffmpeg_error(path: Path, done: subprocess.CompletedProcess[bytes]) -> OSError:
+    """What ended ffmpeg: the error of the system that it names, or its last line."""
+    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+    number = errno.EFBIG if done.returncode == -getattr(signal, "SIGXFSZ", 0) else None
+    number = number or next((each for each in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(each) in "\n".join(said)), errno.EIO)
+    return OSError(number, os.strerror(number) if number != errno.EIO else f"ffmpeg: {said[-1]}", str(path))
 
 
 def write_samples(model: nn.Module, episode: TensorDict, folder: Path, step: int) -> dict[str, Path]:

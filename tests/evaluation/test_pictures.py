@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import signal
 
@@ -73,11 +74,21 @@ def test_pictures_and_films_are_whole_or_absent(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as a full disk: ffmpeg, another process, writes nothing and says little
     try:
-        with pytest.raises(OSError, match=r"film\.mp4|still"):
+        with pytest.raises(OSError, match=r"film\.mp4") as raised:
             pictures.write_video(tmp_path / "film.mp4", frames)
+        assert raised.value.errno == errno.EFBIG  # so that the remedy is the right one
         with pytest.raises(OSError, match="still"):
             pictures.write_png(tmp_path / "still.png", frames[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+
+
+def test_a_video_is_an_mp4_of_its_frames(tmp_path):
+    import imageio_ffmpeg
+
+    pictures.write_video(tmp_path / "a.mp4", torch.randint(0, 256, (7, 33, 35, 3), dtype=torch.uint8))
+    facts = next(imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4")))
+    assert (facts["source_size"], facts["fps"], facts["codec"]) == ((36, 34), 6.0, "h264")
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "a.mp4"))[0] == 7
