@@ -23,6 +23,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
+from aime_fast.bounds import check
 from aime_fast.config import DataConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
 from aime_fast.data.episodes import check_positive
@@ -109,7 +110,7 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
 
     Args:
         config: task, number of episodes, frame skip, image size, render quality, policy, workers.
-        seed: of initial states and actions, at least 0.
+        seed: of initial states and actions, from 0 to 2^32 - 1.
         out: file to write; an existing file is replaced at the end.
         progress: show a progress bar.
         resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted. The others get seeds
@@ -117,13 +118,14 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     Returns:
         `out` as a Path.
     Raises:
-        DataError: a setting is out of range, the task is unknown, no renderer works, a worker has ended, every simulation diverges, or
-            the file cannot be written.
+        ConfigError, DataError: a setting is out of range, the task is unknown, no renderer works, a worker has ended, every simulation
+            diverges, or the file cannot be written.
         Interrupted: on SIGINT, SIGTERM or SIGHUP, after clean-up; the message says where the finished episodes are.
     """
     check_positive(config, "episodes", "workers", "frame_skip", "image_size")
-    if seed < 0:
-        raise DataError(f"--seed {seed}: expected 0 or more")
+    check(config)
+    if not 0 <= seed < 2**32:
+        raise DataError(f"--seed {seed}: expected 0 to {2**32 - 1}")
     out = Path(out)
     target = writable_target(out)
     backend = probe_renderer()
@@ -220,6 +222,16 @@ def _raise_if_ended(collector: BaseCollector, error: Exception) -> None:
                 ) from error
 
 
+def _raise_if_a_child_ended(error: Exception) -> None:
+    """Raise WorkerError if what ended the making of a collector is that one of its processes is gone, which `error` does not always say."""
+    gone = isinstance(error, EOFError) or isinstance(error.__cause__, EOFError) or isinstance(error, (BrokenPipeError, ConnectionError))
+    if gone:
+        raise WorkerError(
+            "a worker process was ended while it started; the system does that when memory runs out, pass fewer --workers, or "
+            "--workers 1 to see its error"
+        ) from error
+
+
 def worker_seeds(seed: int, workers: int, begin: int = 0) -> list[tuple[int, int]]:
     """(environment seed, policy seed) of each worker, for a collection that goes on after `begin` episodes."""
     sequence = np.random.SeedSequence([seed, begin] if begin else seed)
@@ -252,14 +264,18 @@ def _collector(config: DataConfig, seeds: list[tuple[int, int]], action_dim: int
     if workers == 1:
         collector = Collector(environments[0], policy_factory=policies[0], frames_per_batch=frames, **common)
     else:
-        collector = MultiSyncCollector(
-            environments,
-            policy_factory=policies,
-            frames_per_batch=frames * workers,
-            cat_results="stack",
-            init_fn=partial(_begin_worker, os.getpid()),
-            **common,
-        )
+        try:
+            collector = MultiSyncCollector(
+                environments,
+                policy_factory=policies,
+                frames_per_batch=frames * workers,
+                cat_results="stack",
+                init_fn=partial(_begin_worker, os.getpid()),
+                **common,
+            )
+        except (RuntimeError, OSError, EOFError) as error:
+            _raise_if_a_child_ended(error)
+            raise
     atexit.register(collector.shutdown)
     try:
         yield collector

@@ -15,7 +15,7 @@ from aime_fast.config import DataConfig
 from aime_fast.data import DMCVBDataset, EpisodeWriter, collect
 from aime_fast.data.collectors import NoisePolicy, worker_seeds
 from aime_fast.data.environments import RenderedTask, probe_renderer
-from aime_fast.errors import DataError
+from aime_fast.errors import ConfigError, DataError
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -95,6 +95,11 @@ def test_unusable_settings(tmp_path):
         RenderedTask(DataConfig(domain="lqr", task="lqr_2_1"), 0)
     with pytest.raises(DataError, match="--workers 0: expected at least 1"):
         collect(DataConfig(workers=0), 0, tmp_path / "x.h5")
+    with pytest.raises(ConfigError, match=r"--image-size 1000000: expected an integer in \[8, 1024\]"):
+        collect(DataConfig(image_size=10**6), 0, tmp_path / "x.h5")
+    for seed in (-1, 2**32, 10**30):  # HDF5 stores no integer of more than 64 bits
+        with pytest.raises(DataError, match=f"--seed {seed}: expected 0 to 4294967295"):
+            collect(DataConfig(), seed, tmp_path / "x.h5")
     with pytest.raises(DataError, match="this is a folder"):
         EpisodeWriter(tmp_path, ATTRIBUTES)
 

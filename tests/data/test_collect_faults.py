@@ -1,6 +1,8 @@
 """What ends a collection early: diverging simulations, killed processes, paths that are no file. Finished episodes are kept."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +146,22 @@ def test_after_a_kill_finished_episodes_stay_and_resume_adds_the_others(tmp_path
     assert (tmp_path / "a.h5").read_bytes() == before
     with pytest.raises(DataError, match=f"it holds {total} episodes, expected {total + 1}; collect the others into a second file"):
         main([*MANY, "--resume", "--episodes", str(total + 1)])
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "aime_fast.collect", *MANY, "--episodes", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline, workers = time.monotonic() + 60, []
+    while not workers and time.monotonic() < deadline:
+        for pid in children(process.pid):
+            with contextlib.suppress(OSError):
+                workers += [pid] * ("multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "a worker process was ended while it started" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_damaged_episode_is_recorded_again(tmp_path, monkeypatch):
