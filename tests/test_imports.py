@@ -68,7 +68,7 @@ ALLOWED = {
     "training": {"evaluation", "data", "kernels", "bounds", "errors", *MODEL},
     "reporting": {"evaluation", "training", "runtime", "errors"},
     "command": {"reporting", "training", "evaluation", "data", "runtime", "bounds", "config", "cli", "errors"},
-    "profiling": {"training", "data", "kernels", "cli", "errors", *MODEL},
+    "profiling": {"command", "reporting", "training", "evaluation", "data", "kernels", "bounds", "cli", "errors", *MODEL},
 }
 
 
