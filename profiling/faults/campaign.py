@@ -34,10 +34,13 @@ from profiling.machine import describe, title, write_json
 Kind = Callable[[Site, Iterator[int], float], Iterator[Outcome]]
 # Two lanes run beside each other. A kind takes its share of what time is left to its lane; the last one takes all of it.
 LANES: tuple[dict[str, tuple[Kind, float]], ...] = (
-    {"fields": (fields.fields, 0.15), "folders": (folders.folders, 0.25), "start-up": (kills.start_up, 0.15), "train": (kills.train, 0.45)},
     {
-        "flips": (flips.flips, 0.15), "records": (flips.records, 0.1), "disk": (disk.disk, 0.25), "pictures": (kills.pictures, 0.15),
-        "collect": (recordings.collect, 0.2), "train": (kills.train, 0.15),
+        "fields": (fields.fields, 0.1), "commands": (fields.commands, 0.25), "folders": (folders.folders, 0.25),
+        "start-up": (kills.start_up, 0.1), "train": (kills.train, 0.3),
+    },
+    {
+        "flips": (flips.flips, 0.08), "records": (flips.records, 0.12), "disk": (disk.disk, 0.3), "pictures": (kills.pictures, 0.15),
+        "collect": (recordings.collect, 0.25), "train": (kills.train, 0.1),
     },
 )  # fmt: skip
 KINDS = tuple(dict.fromkeys(name for lane in LANES for name in lane))

@@ -8,6 +8,7 @@ import io
 import math
 import time
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -85,27 +86,22 @@ def _declared(hint: Any) -> tuple[type, Bound] | None:
 
 
 def fields(site: Site, numbers: Iterable[int], until: float) -> Iterator[Outcome]:
-    """Through a config as it is in a file, through the command line's parser, through commands."""
-    numbers, found = list(_limited(numbers)), extremes()
+    """Through a config as it is in a file, then through the parser of the command line."""
+    numbers, found = list(islice(numbers, len(extremes()))), extremes()
     yield from _parsed("setting in a file", found, _from_dict, numbers, until)
-    order = [int(i) for i in site.random("fields", 0).permutation(len(found))]
-    shuffled = [found[i] for i in order]
-    began = time.monotonic()
-    yield from _parsed("setting on the command line", shuffled, _from_command_line, numbers, began + 0.4 * (until - began))
-    commands = [_trained(site, each) for each in shuffled if is_quick(each)] + _other_commands(site)
-    for place in site.random("commands", 0).permutation(len(commands)):
-        if time.monotonic() > until or place not in numbers:
-            return
-        kind, fault, module, words = commands[place]
-        yield attempt(kind, fault, lambda m=module, w=words: _command(site, m, w))
+    shuffled = [found[i] for i in site.random("fields", 0).permutation(len(found))]
+    yield from _parsed("setting on the command line", shuffled, _from_command_line, numbers, until)
 
 
-def _limited(numbers: Iterable[int]) -> Iterator[int]:
-    """The first thousands of them: there are fewer extremes."""
-    for number in numbers:
-        if number >= 10_000:
+def commands(site: Site, numbers: Iterable[int], until: float) -> Iterator[Outcome]:
+    """Through whole commands: `train` with values at their bounds, `evaluate` and `collect` with any."""
+    found = [_trained(site, each) for each in extremes() if is_quick(each)] + _other_commands(site)
+    order = site.random("commands", 0).permutation(len(found))
+    for number in islice(numbers, len(found)):
+        if time.monotonic() > until or number >= len(found):
             return
-        yield number
+        kind, fault, module, words = found[order[number]]
+        yield attempt(kind, f"number {number}, {fault}", lambda m=module, w=words: _command(site, m, w))
 
 
 def _parsed(kind: str, found: list[Extreme], way, numbers: list[int], until: float) -> Iterator[Outcome]:
