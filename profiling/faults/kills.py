@@ -33,7 +33,7 @@ MOST = 6  # kills of one run
 INSTANTS = (
     ("", 0.12, 0.2),
     ("training ", 0.25, 0.4),
-    ("inferring all episodes", 0.08, 0.25),
+    ("inferring all episodes", 0.1, 0.25),
     (f"latent phase {PHASE}/{PHASE}", 0.45, 0.15),
 )
 ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

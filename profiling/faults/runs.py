@@ -18,7 +18,7 @@ import torch
 from aime_fast.training.checkpoint import list_checkpoints, read_checkpoint
 from profiling.faults.outcome import Problem
 
-STEPS, EVERY, PHASE = 8, 2, 3  # joint updates, updates from checkpoint to checkpoint, updates of the latent phase
+STEPS, EVERY, PHASE = 8, 2, 6  # joint updates, updates from checkpoint to checkpoint, updates of the latent phase
 SMALL = ("--tier", "debug", "--image-size", "16", "--episodes", "3")
 TIMES = ("time", "frames_per_second")  # in rows, what no two runs have alike
 NOT_COMPUTED = ("seconds", "logged", "config")  # in a checkpoint, likewise
