@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,18 @@ run_command(main)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signum, done.stderr
     assert done.stderr == f"interrupted by {signum.name}\n"
+
+
+def test_ctrl_c_while_a_command_imports_itself_leaves_no_traceback(tmp_path):
+    (tmp_path / "tyro.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    done = subprocess.run(
+        [sys.executable, "-m", "aime_fast.report", "x"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")  # 130 in a shell
+    program = "import signal, aime_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"  # a program that imports the package keeps its own
 
 
 def test_signals_that_a_process_was_started_to_ignore_are_ignored():
