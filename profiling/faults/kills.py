@@ -30,12 +30,7 @@ from profiling.faults.runs import (
 
 MOST = 6  # kills of one run
 # Where a run is killed: after it has printed a text, within a share of the seconds of a whole run; and how often there.
-INSTANTS = (
-    ("", 0.12, 0.2),
-    ("training ", 0.25, 0.4),
-    ("inferring all episodes", 0.1, 0.25),
-    (f"latent phase {PHASE}/{PHASE}", 0.45, 0.15),
-)
+INSTANTS = (("", 0.12, 0.2), ("training ", 0.25, 0.4), ("inferring all episodes", 0.1, 0.25), (f"latent phase {PHASE}/{PHASE}", 0.45, 0.15))
 ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -163,7 +158,7 @@ def start_up(site: Site, numbers: Iterable[int], until: float) -> Iterator[Outco
         random = site.random("start-up", number)
         module = ("train", "evaluate", "report", "collect")[number % 4]
         signum = choose_signal(random)
-        seconds = random.uniform(0, 6)
+        seconds = random.uniform(0, 6) if random.random() < 0.5 else 10 ** random.uniform(-1, 0)
         fault = f"number {number}, {signum.name} after {seconds:.2f} s"
         yield attempt(f"kill of a new process, {module}", fault, lambda m=module, n=signum, s=seconds: _start_up(site, m, n, s))
 
@@ -180,6 +175,8 @@ def _start_up(site: Site, module: str, signum: signal.Signals, seconds: float) -
     command = Command(f"aime_fast.{module}", words, run.parent, new=True)
     if command.wait(seconds) is None:
         command.signal(signum)
+    if command.wait() is not None and "KeyboardInterrupt" in command.err and "aime_fast" not in command.err:
+        return "before Python has begun with aime_fast"
     command.check(*statuses(signum))
     check_whole(run)
     if new.exists():
