@@ -66,7 +66,7 @@ ALLOWED = {
     "data": {"bounds", "config", "errors"},
     "evaluation": {"data", *MODEL},
     "training": {"evaluation", "data", "kernels", "bounds", "errors", *MODEL},
-    "reporting": {"evaluation", "training", "runtime", "errors"},
+    "reporting": {"config", "evaluation", "training", "runtime", "errors"},
     "command": {"reporting", "training", "evaluation", "data", "runtime", "bounds", "config", "cli", "errors"},
     "profiling": {"command", "reporting", "training", "evaluation", "data", "kernels", "bounds", "cli", "errors", *MODEL},
 }

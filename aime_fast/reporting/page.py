@@ -211,7 +211,9 @@ def _run(record: Record) -> str:
         parts.append(f"<h3>Versions</h3>{facts_table(versions.items())}")
     if resumed := record.facts.get("resumed"):
         starts = [
-            (f"resumed {i}", f"from step {r.get('from_step')}, {r.get('started')}: {r.get('command')}") for i, r in enumerate(resumed, 1)
+            (f"resumed {i}", f"from step {start.get('from_step')}, {start.get('started')}: {start.get('command')}")
+            for i, start in enumerate(resumed, 1)
+            if isinstance(start, dict)
         ]
         parts.append(facts_table(starts))
     return "".join(parts) or _missing("run.json is not there")

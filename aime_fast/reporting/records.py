@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aime_fast.config import Config, from_dict
 from aime_fast.errors import ConfigError
 from aime_fast.training.metrics import whole_rows
 
@@ -47,6 +49,22 @@ class Record:
         return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name.startswith(prefix)]
 
 
+NUMBER = (int, float)
+# What the report takes from files that are edited by hand, and its types.
+KINDS: dict[str, dict[str, Any]] = {
+    "run.json": {"parameters": NUMBER, "started": str, "device": str, "versions": dict, "resumed": list},
+    "config.yaml": {"data": dict, "model": dict, "loss": dict, "optim": dict, "run": dict},
+    "evaluation/evaluation.json": {"step": NUMBER, "latent_phase_updates": NUMBER, "dynamics_updates": NUMBER, "open_loop": dict},
+}
+
+
+def check_settings(found: dict[str, Any]) -> None:
+    """Raise ConfigError for a setting that is out of its bounds. Those of other versions, which this one does not know, are passed over."""
+    known = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name in found and field.name != "tier"}
+    names = {section: {field.name for field in dataclasses.fields(kind)} for section, kind in known.items()}
+    from_dict({section: {name: value for name, value in found[section].items() if name in names[section]} for section in known})
+
+
 def read_record(folder: str | Path) -> Record:
     """Read the files of the run in `folder`.
 
@@ -65,6 +83,13 @@ def read_record(folder: str | Path) -> Record:
             found = parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
             if not isinstance(found, list if parse is whole_rows else dict) and path.is_file():
                 raise ValueError(f"it holds a {type(found).__name__}")
+            for key, kind in KINDS.get(name, {}).items():
+                if found.get(key) is None:
+                    found.pop(key, None)  # as good as missing
+                elif not isinstance(found[key], kind):
+                    raise ValueError(f"{key} is {found[key]!r}")
+            if name == "config.yaml":
+                check_settings(found)
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]}); move it away and run the report again") from None
         return found

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aime_fast.errors import ConfigError
 from aime_fast.evaluation.collapse import CHECKS
 from aime_fast.report import ReportConfig, report
 from aime_fast.reporting import charts, tables
@@ -140,6 +141,32 @@ def test_a_run_without_checkpoint_is_reported_without_pictures(run, tmp_path):
     assert "no checkpoint" in text
     assert "run.json is not there" in text
     assert "predictive" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "data: 5", "data is 5"),
+        ("config.yaml", "model: {latent_dim: 0, max_components: 3}", "--latent-dim 0: expected"),
+        ("config.yaml", "model: {latent_dim: x}", "--latent-dim x: expected"),
+        ("run.json", '{"started": 5}', "started is 5"),
+        ("evaluation/evaluation.json", '{"open_loop": [1, 2]}', r"open_loop is \[1, 2\]"),
+    ],
+)
+def test_an_edited_file_of_a_run_is_named_in_one_line(run, tmp_path, name, text, message):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be read .{message}.*move it away") as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_other_versions_and_missing_values_are_passed_over(run, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    (tmp_path / "config.yaml").write_text("old: 3\nmodel: {depth: 3, latent_dim: 6, max_components: 4}\ndata: null")
+    (tmp_path / "run.json").write_text('{"started": null, "resumed": [3]}')
+    read(tmp_path)
 
 
 @pytest.mark.parametrize(
