@@ -35,8 +35,8 @@ Kind = Callable[[Site, Iterator[int], float], Iterator[Outcome]]
 # Two lanes run beside each other. A kind takes its share of what time is left to its lane; the last one takes all of it.
 LANES: tuple[dict[str, tuple[Kind, float]], ...] = (
     {
-        "fields": (fields.fields, 0.1), "commands": (fields.commands, 0.25), "folders": (folders.folders, 0.25),
-        "start-up": (kills.start_up, 0.1), "train": (kills.train, 0.3),
+        "fields": (fields.fields, 0.06), "commands": (fields.commands, 0.2), "folders": (folders.folders, 0.24),
+        "start-up": (kills.start_up, 0.1), "train": (kills.train, 0.4),
     },
     {
         "flips": (flips.flips, 0.08), "records": (flips.records, 0.12), "disk": (disk.disk, 0.3), "pictures": (kills.pictures, 0.15),

@@ -1,6 +1,6 @@
 """Disks that are full, at any moment of a command: one line with the remedy, nothing half-written, and with room the work goes on.
 
-The disk is a small tmpfs. Where none may be mounted, and for every fourth fault, the size of files is limited instead.
+The disk is a small tmpfs. Where none may be mounted, and for a quarter of the faults, the size of files is limited instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def disk(site: Site, numbers: Iterable[int], until: float) -> Iterator[Outcome]:
         if time.monotonic() > until:
             return
         random = site.random("disk", number)
-        module, limited = modules[number % len(modules)], not may_mount or number % 4 == 3
+        module, limited = modules[number % len(modules)], not may_mount or random.random() < 0.25
         name = "limit on the size of files" if limited else "full disk"
         needed = {"train": 14e6, "report": 0.4e6, "evaluate": 0.3e6, "collect": 0.4e6}[module]
         if limited:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 
 from aime_fast.data import DMCVBDataset
 from aime_fast.errors import UserError
+from aime_fast.reporting.page import write_report
 from aime_fast.reporting.records import read_record
 from aime_fast.training.checkpoint import list_checkpoints, read_checkpoint
 from profiling.faults.kills import check_same_evaluation
@@ -139,18 +142,21 @@ def _record(site: Site, module: str, name: str, damaged: bytes) -> str:
     return command.last_line()
 
 
-def _records_read(site: Site, count: int = 60) -> Iterator[Outcome]:
-    """The text files of a run have no checksums: damaged ones are refused in one line, or read as what they then say."""
+def _records_read(site: Site, count: int = 90) -> Iterator[Outcome]:
+    """The text files of a run have no checksums: damaged or edited ones are refused in one line, or reported as what they then say."""
     run, names = site.copy_of_run("records"), ("metrics.jsonl", "run.json", "config.yaml", "evaluation/evaluation.json")
     originals = {name: (run / name).read_bytes() for name in names}
 
-    def read(number: int) -> str:
+    def choose(number: int) -> tuple[str, str, bytes]:
         random = site.random("records read", number)
-        name = str(random.choice(names))
-        _, damaged = damage(originals[name], random, np.arange(1))
+        name = str(random.choice(names[1:] if number % 2 else names))
+        return name, *(edit if number % 2 else damage)(originals[name], random, np.arange(1))
+
+    def read(number: int) -> str:
+        name, _, damaged = choose(number)
         (run / name).write_bytes(damaged)
         try:
-            read_record(run)
+            write_report(read_record(run), "no model", run / "report.html")
         except UserError as error:
             return f"survived refused: {error}" if "\n" not in str(error) else f"lost {error}"
         except BaseException as error:
@@ -161,4 +167,15 @@ def _records_read(site: Site, count: int = 60) -> Iterator[Outcome]:
 
     for number, answer in isolated(read, range(count)):
         verdict, _, seen = answer.partition(" ")
-        yield Outcome("damage to a text file of a run", f"number {number}", verdict, seen)
+        yield Outcome("damage to a text file of a run", f"number {number}, {': '.join(choose(number)[:2])}", verdict, seen)
+
+
+def edit(data: bytes, random: np.random.Generator, _: np.ndarray) -> tuple[str, bytes]:
+    """A JSON or YAML file in which one value is replaced by one of another type, and what was done."""
+    content = yaml.safe_load(data)
+    node, path = content, []
+    while isinstance(node, dict) and node and (not path or random.random() < 0.6):
+        path.append(str(random.choice(sorted(node))))
+        parent, node = node, node[path[-1]]
+    parent[path[-1]] = [None, -1, "text", [1], {}][random.integers(5)]
+    return f"{'.'.join(path)} is now {parent[path[-1]]!r}", json.dumps(content).encode()
