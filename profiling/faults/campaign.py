@@ -136,7 +136,7 @@ def wait_for_lanes(lanes: dict[int, int], deadline: float) -> list[str]:
                     os.kill(each, signal.SIGTERM)
             time.sleep(0.05)
     finally:
-        for each in lanes:
+        for each in lanes:  # those that still run, where this process was interrupted
             os.kill(each, signal.SIGTERM)
         for each in lanes:
             os.waitpid(each, 0)
@@ -145,8 +145,8 @@ def wait_for_lanes(lanes: dict[int, int], deadline: float) -> list[str]:
 
 def read_outcomes(site: Site) -> Iterator[Outcome]:
     """What the lanes have written."""
-    for number in range(len(LANES)):
-        with open(site.folder / f"lane{number}.pickle", "rb") as file, contextlib.suppress(EOFError):
+    for path in sorted(site.folder.glob("lane*.pickle")):
+        with open(path, "rb") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):  # a last one that a kill has cut
             while True:
                 yield pickle.load(file)
 
@@ -162,24 +162,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = describe("cpu")
     print(f"{title(torch.device('cpu'))}, commit {head['git_commit']}", flush=True)
     site = Site(Path(tempfile.mkdtemp(prefix="aime_fast_faults_")), config.seed)
-    outcomes: list[Outcome] = []
-    problems = ["the campaign did not end"]
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _stop)
     try:
         import_all()
         prepare(site)
         end = began + 60 * config.minutes
         lanes = {fork_lane(number, config, site, end - RESERVE): number for number in range(len(LANES))}
         problems = wait_for_lanes(lanes, end - 3)
-        outcomes = list(read_outcomes(site))
     except Problem as problem:
         problems = [f"an undisturbed command fails: {problem}"]
+    except KeyboardInterrupt:  # a signal, too
+        problems = ["interrupted"]
     finally:
         process.end_all()
-        failed = [outcome for outcome in outcomes if outcome.verdict != "survived"]
-        if failed:
-            print(f"kept: {site.folder}")
-        else:
-            shutil.rmtree(site.folder, ignore_errors=True)
+    outcomes = list(read_outcomes(site))
+    failed = [outcome for outcome in outcomes if outcome.verdict != "survived"]
+    if not outcomes:
+        problems.append("nothing was tried; give it more --minutes")
+    if failed:
+        print(f"kept: {site.folder}")
+    else:
+        shutil.rmtree(site.folder, ignore_errors=True)
     print(f"\n{table(outcomes)}\n\n{time.monotonic() - began:.0f} s, seed {config.seed}")
     for line in [*failed, *problems]:
         print(line)
