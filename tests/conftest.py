@@ -7,6 +7,11 @@ import os
 import pytest
 import torch
 
+# Workers of pytest-xdist share the cores among themselves, and so do the commands that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
