@@ -141,7 +141,7 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    latent_phase_updates: Steps = 0  # after the joint updates: updates of recurrence and priors alone, on latents inferred once
+    latent_phase_updates: Steps = 0  # after the joint updates: updates of recurrence and priors alone, on inferred latents
     latent_phase_batch_size: Count = 32  # sequences of such an update
     latent_phase_frames: Count = 15  # frames imagined in it, after up to 8 observed ones
     latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 1e-3  # of its Adam, falling as a cosine

@@ -8,12 +8,14 @@ turns and sums the four tasks' gradients afterwards; terms of one task are compa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from aime_fast.bounds import Count, check
 from aime_fast.cli import parse_arguments, run_command
 from aime_fast.config import LossConfig
 from aime_fast.data import make_batches, normalise
@@ -37,7 +39,7 @@ class GradientsConfig:
 
     run: str  # a run folder or a checkpoint
     data: str | None = None  # other data than the run's
-    batches: int = 4  # training batches
+    batches: Count = 4  # training batches
     set: tuple[str, ...] = ()  # NAME=VALUE: weights of the losses other than the run's
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     json: str | None = None  # file to write
@@ -52,6 +54,7 @@ def weights(config: LossConfig, changes: Iterable[str]) -> LossConfig:
         except (AttributeError, TypeError, ValueError):
             known = ", ".join(field.name for field in dataclasses.fields(config))
             raise ConfigError(f"--set {change}: expected NAME=NUMBER with one of {known}") from None
+    check(config)
     return config
 
 
@@ -61,23 +64,25 @@ def term_gradients(model: nn.Module, ema: nn.Module, batch, losses: LossAggregat
     terms = {name: outputs[name].detach().requires_grad_() for name in TERMS}
     tasks = losses.compute_losses(outputs | terms)[1]
     factors = torch.autograd.grad(sum(tasks), list(terms.values()), allow_unused=True)  # the task losses are linear in the terms
+    parameters = {part: list(model.get_submodule(part).parameters()) for part in PARTS}
     measured = {}
     for name, factor in zip(terms, factors):
         if factor is None or not factor or not outputs[name].requires_grad:
             continue
         loss: Tensor = factor * outputs[name]
-        measured[name] = {"weighed": loss.item()} | {part: _norm(loss, model.get_submodule(part)) for part in PARTS}
+        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*parameters.values())), retain_graph=True, allow_unused=True))
+        measured[name] = {"weighed": loss.item()} | {part: _norm([next(gradients) for _ in found]) for part, found in parameters.items()}
     return measured
 
 
-def _norm(loss: Tensor, part: nn.Module) -> float:
-    gradients = torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, allow_unused=True)
+def _norm(gradients: list[Tensor | None]) -> float:
     found = [gradient.flatten() for gradient in gradients if gradient is not None]
     return torch.cat(found).norm().item() if found else 0.0
 
 
 def measure(options: GradientsConfig) -> dict[str, dict[str, float]]:
     """`term_gradients`, mean over the batches. Raises ConfigError, CheckpointError, DataError."""
+    check(options)
     device = choose_device(options.device)
     model, config, info = load_model(options.run, device, ema=False)
     ema = load_model(info["checkpoint"], device)[0]

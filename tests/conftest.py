@@ -22,6 +22,11 @@ from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import select_kernels, selected_kernels
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: "test_compile" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def model() -> DPGMMVariationalRecurrentAutoencoder:
     return make_model()

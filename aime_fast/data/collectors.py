@@ -24,9 +24,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.bounds import check
-from aime_fast.config import DataConfig
+from aime_fast.config import DataConfig, RunConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
-from aime_fast.data.episodes import check_positive
 from aime_fast.data.files import writable_target
 from aime_fast.data.unfinished import Unfinished
 from aime_fast.errors import DataError, Interrupted, stop_signals
@@ -110,7 +109,7 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
 
     Args:
         config: task, number of episodes, frame skip, image size, render quality, policy, workers.
-        seed: of initial states and actions, from 0 to 2^32 - 1.
+        seed: of initial states and actions, within the bounds of `RunConfig.seed`.
         out: file to write; an existing file is replaced at the end.
         progress: show a progress bar.
         resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted. The others get seeds
@@ -122,10 +121,8 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
             diverges, or the file cannot be written.
         Interrupted: on SIGINT, SIGTERM or SIGHUP, after clean-up; the message says where the finished episodes are.
     """
-    check_positive(config, "episodes", "workers", "frame_skip", "image_size")
     check(config)
-    if not 0 <= seed < 2**32:
-        raise DataError(f"--seed {seed}: expected 0 to {2**32 - 1}")
+    check(RunConfig(seed=seed))
     out = Path(out)
     target = writable_target(out)
     backend = probe_renderer()
@@ -227,8 +224,7 @@ def _raise_if_a_child_ended(error: Exception) -> None:
     gone = isinstance(error, EOFError) or isinstance(error.__cause__, EOFError) or isinstance(error, (BrokenPipeError, ConnectionError))
     if gone:
         raise WorkerError(
-            "a worker process was ended while it started; the system does that when memory runs out, pass fewer --workers, or "
-            "--workers 1 to see its error"
+            "a worker process ended while it started; pass --workers 1 to see its error, or fewer --workers where memory runs out"
         ) from error
 
 

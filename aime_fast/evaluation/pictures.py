@@ -136,7 +136,7 @@ def write_video(path: Path, frames: Tensor, frames_per_second: int = 6) -> None:
         # imageio_ffmpeg's own writer does not tell whether ffmpeg has failed, as it does on a full disk.
         done = subprocess.run(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *coded, file.name],
-            input=frames.numpy().tobytes(), capture_output=True, check=False,
+            input=frames.numpy().tobytes(), capture_output=True, check=False, pass_fds=(file.fileno(),),
         )  # fmt: skip
         if done.returncode:
             raise _ffmpeg_error(path, done)

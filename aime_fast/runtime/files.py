@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None
-
 TEMPORARY = ".tmp"  # added to the name of a file while it is written
 DAMAGED = ".damaged"  # added to the name of a file that was moved aside
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # a file system without locks, as some network ones are
 
 
 @contextmanager
@@ -23,12 +21,14 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write; what is written takes the place of `path` when the block ends, and nothing does where it raises.
 
     A kill at any moment leaves the old file or the new one, and at most a `.tmp` that the next write of the same file replaces. Where two
-    processes write the same file, the second waits for the first. Another program may write the file too, under its `name`.
+    processes write the same file, the second says so and waits for the first. Another program may write the file too, under its `name`; it
+    has to inherit the descriptor, which holds the lock.
     Raises OSError, with the name of the file, where the disk is full, read-only or the like.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
-    with naming(path), _open_alone(temporary) as file:
+    with naming(path), open_locked(temporary)[0] as file:
+        file.truncate(0)
         try:
             yield file
             file.flush()
@@ -36,27 +36,47 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
-                temporary.unlink()
+                if _has_name(file, temporary):
+                    temporary.unlink()
             raise
     _sync_folder(path.parent)
 
 
-def _open_alone(path: Path) -> BinaryIO:
-    """An empty file that no other process writes; waits for one that does, or one would rename what the other has not finished."""
+def open_locked(path: Path, wait: bool = True) -> tuple[BinaryIO, bool]:
+    """A file to write that no other process holds, made if missing and not emptied; and whether it has a lock: not every file system can.
+
+    The lock goes with the descriptor: with the last process that has it. Raises BlockingIOError where another holds it and not `wait`.
+    """
     while True:
-        file = open(path, "ab")  # noqa: SIM115 (closed by the caller); not emptied before the lock is held
+        file = open(path, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666))  # noqa: SIM115 (the caller closes it)
         try:
-            if fcntl is not None:
-                with suppress(OSError):  # some network file systems have no locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    file.truncate(0)
-                    return file
+            locked = _lock(file, path, wait)
+            if _has_name(file, path):
+                return file, locked
         except BaseException:
             file.close()
             raise
-        file.close()  # the process before has renamed or removed it
+        file.close()  # its last holder renamed or removed it between the two calls
+
+
+def _lock(file: BinaryIO, path: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        if not wait or error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        print(f"{path}: another process writes this file, waiting for it", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return True
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: str | Path, text: str) -> None:

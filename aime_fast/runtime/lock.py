@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from aime_fast.errors import ConfigError
-from aime_fast.runtime.files import naming
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None
+from aime_fast.runtime.files import naming, open_locked
 
 NAME = "run.lock"
-# A file system without locks, as some network ones are.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
@@ -40,7 +32,7 @@ class FolderLock:
         self.folder = Path(folder)
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         try:
             self._file = self._hold(self.folder / NAME, report)
         except OSError:  # as of a full disk
@@ -61,32 +53,20 @@ class FolderLock:
             self._remove_made()
         file.close()
 
-    def _hold(self, path: Path, report) -> TextIO:
-        while True:
-            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (open as long as the lock is held)
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                holder = file.read(200).strip()
-                file.close()
-                if error.errno in _NO_LOCKS:
-                    report(f"{self.folder}: this file system has no locks; make sure that no other run uses the folder")
-                    return open(path, "a+", encoding="utf-8")
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                raise ConfigError(
-                    f"{self.folder}: another run uses this folder ({holder or 'its process is not known'}); wait for its end, or name "
-                    "another folder with --run-dir"
-                ) from None
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-            file.close()  # its last holder removed the file between the two calls
+    def _hold(self, path: Path, report) -> BinaryIO:
+        try:
+            file, locked = open_locked(path, wait=False)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+            raise ConfigError(
+                f"{self.folder}: another run uses this folder ({holder or 'its process is not known'}); wait for its end, or name "
+                "another folder with --run-dir"
+            ) from None
+        if not locked:
+            report(f"{self.folder}: this file system has no locks; make sure that no other run uses the folder")
         with naming(path):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
             file.flush()
         return file
 

@@ -163,11 +163,10 @@ def _rename_format_4(state: dict[str, Any]) -> dict[str, Any]:
 
 def _as_format_6(state: dict[str, Any]) -> dict[str, Any]:
     """A state of format 4 or 5. `format` stays what it was: the losses of its run were weighed otherwise (`find_resume` says so)."""
-    phase, loss = state["latent_phase"], state["config"]["loss"]
+    phase = state["latent_phase"]
     if phase is not None:
         phase = {**phase, "progress": None}
-    if loss["lambda_gram"] == 0.05:  # the default was divided by the number of pixel values: nothing, as the default is now
-        loss = {**loss, "lambda_gram": 0.0}
+    loss = {**state["config"]["loss"], "lambda_gram": 0.0}  # it was divided by the number of pixel values: next to nothing
     return {**state, "latent_phase": phase, "config": {**state["config"], "loss": loss}}
 
 
@@ -205,7 +204,8 @@ def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[s
         path, state = read_latest(run_dir, report=report, aside=True)
         if state["format"] < FORMAT:
             report(
-                f"{path.name} is of format {state['format']}: its run weighed Gram and the KL of attention otherwise, so losses will jump"
+                f"{path.name} is of format {state['format']}: Gram and the KL of attention were weighed otherwise, "
+                "losses will jump (docs/log.md)"
             )
         return path, state
     if resume:
@@ -218,16 +218,18 @@ def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[s
     return None, None
 
 
-def check_same_config(saved: dict[str, Any], config: Config) -> None:
+def check_same_config(saved: dict[str, Any], config: Config, written: int = FORMAT) -> None:
     """Raise CheckpointError naming each field in which a resumed run differs from the one that wrote the checkpoint.
 
-    Fields in `MAY_CHANGE` may differ. A field that the checkpoint does not know yet counts as its default.
+    Fields in `MAY_CHANGE` may differ, and for a checkpoint `written` in an earlier format the weight of Gram, which meant something else. A
+    field that the checkpoint does not know yet counts as its default.
     """
+    may_change = MAY_CHANGE | ({"loss.lambda_gram"} if written < FORMAT else set())
     old, new = flatten(to_dict(from_dict(saved))), flatten(to_dict(config))
     differing = [
         f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if name not in MAY_CHANGE and old.get(name) != new.get(name)
+        if name not in may_change and old.get(name) != new.get(name)
     ]
     if differing:
         allowed = ", ".join(sorted(name.split(".")[1] for name in MAY_CHANGE))

@@ -1,4 +1,4 @@
-"""The latent phase: after the joint updates, trains the recurrence and the priors alone, on latents inferred once.
+"""The latent phase: after the joint updates, trains the recurrence and the priors alone, on inferred latents.
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
 pictures an update costs a tenth. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior,
@@ -57,7 +57,9 @@ class LatentReplay:
             episode, first = batches.episode(i), first_frames(frames, length)
             pixels, actions = (torch.stack([episode[key][f : f + length] for f in first]) for key in ("pixels", "action"))
             inferred += [infer_latents(model, *chunk) for chunk in zip(pixels.split(CHUNK), actions.split(CHUNK))]
-        self.sequences = Latents(*(torch.cat(parts) for parts in zip(*inferred)))
+        fields = [list(parts) for parts in zip(*inferred)]
+        inferred.clear()  # what is joined is freed field by field: all of it lies on the device
+        self.sequences = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
 
     def draw(self, batch: int) -> Latents:
         """`batch` random sequences."""

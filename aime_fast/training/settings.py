@@ -1,14 +1,18 @@
-"""What a config leaves open: how long to train, where to write, where the data are; and what it may not ask for."""
+"""What a config leaves open: how long to train, where to write, where the data are, what they and the machine are."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from aime_fast.config import Config, preset, to_dict
-from aime_fast.data import collect
+from aime_fast.data import DMCVBDataset, collect
 from aime_fast.errors import ConfigError
 from aime_fast.training.checkpoint import MAY_CHANGE, flatten
+from kernels.backend import kernels_on
 
 
 def training_length(config: Config) -> dict[str, float | None]:
@@ -61,3 +65,16 @@ def collected_data(config: Config) -> Path:
         print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)
         collect(config.data, config.run.seed, path, resume=config.run.resume)
     return path
+
+
+def run_facts(config: Config, device: torch.device) -> dict[str, Any]:
+    """What a run computes on, by which kernels, from which data; `renderer` by the attributes of the data set."""
+    data = config.data
+    recorded = {} if data.data == "synthetic" else DMCVBDataset(data.data, data.sequence_length).attributes
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": kernels_on(device),
+        "data": data.data,
+        "render_quality": data.render_quality,
+        "renderer": recorded.get("render_backend"),
+    }

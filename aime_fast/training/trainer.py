@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from aime_fast.bounds import check
 from aime_fast.config import Config, to_dict
-from aime_fast.data import DMCVBDataset, make_batches
+from aime_fast.data import make_batches
 from aime_fast.data.split import saved_split, split_by_place
 from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
@@ -26,10 +26,9 @@ from aime_fast.training.latent_phase import check_lengths, train_latent_phase, t
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
 from aime_fast.training.schedules import CheckpointDue, Every, Start, Warmup, learning_rate
-from aime_fast.training.settings import collected_data, default_run_dir, training_length
+from aime_fast.training.settings import collected_data, default_run_dir, run_facts, training_length
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
-from kernels.backend import kernels_on
 
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
 
@@ -90,7 +89,7 @@ class DMCVBTrainer:
         self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
         if resumed is not None:
             with checkpoint.fitting(self.saved):
-                checkpoint.check_same_config(resumed["config"], config)
+                checkpoint.check_same_config(resumed["config"], config, resumed["format"])
 
         by_place = partial(split_by_place, validation_fraction=config.data.validation_fraction, seed=run.seed)
         split = None if resumed is None else saved_split(resumed) or by_place
@@ -160,12 +159,13 @@ class DMCVBTrainer:
                         self._save()
                 if self.saved_step != self.step and not (stop.signum and self.is_skipping and self.saved):
                     self._save()
-                if stop.signum is None and self.config.optim.latent_phase_updates:
+                if stop.signum is None:
                     self._train_latent_phase(stop)
             if stop.signum is not None:
-                why = "the output cannot be written any more" if self.console.lost else stop.signum.name
-                saved = f"saved {self.saved}" if self.saved else "nothing is saved"
-                raise Interrupted(stop.signum, f"stopped after step {self.step} ({why}); {saved}; go on with the same command and --resume")
+                why = " since the output cannot be written any more" if self.console.lost else ""
+                raise Interrupted(
+                    stop.signum, f"stopped after {self._place()}{why}; saved {self.saved}; go on with the same command and --resume"
+                )
             return self._finish()
         finally:
             self._close()
@@ -269,10 +269,16 @@ class DMCVBTrainer:
         return {"step": self.step, **optim}
 
     def _train_latent_phase(self, stop: StopSignals) -> None:
-        """Runs what is left of the latent phase on the averaged weights."""
+        """Runs what is left of the latent phase on the averaged weights. One of other settings is undone first, and so is one given up."""
         optim, began, wanted = self.config.optim, time.perf_counter(), self._wanted_latent_phase()
         if self.latent_phase is not None and self.latent_phase["made"] != wanted:
-            self._undo_latent_phase()
+            if optim.latent_phase_updates:
+                self._undo_latent_phase()
+            elif self.latent_phase["progress"] is not None:
+                self._undo_latent_phase()
+                self._save()
+        if not optim.latent_phase_updates:
+            return
         if self.latent_phase is None:
             before = {name: value.clone() for name, value in trained_modules(self.ema).state_dict().items()}
             self.latent_phase = {"made": wanted, "before": before, "progress": {}}
@@ -280,7 +286,7 @@ class DMCVBTrainer:
             return
         made = progress.get("update", 0)
         self.console.line(
-            f"step {self.step}: inferring all episodes once, then updates {made + 1} to {optim.latent_phase_updates} of recurrence and "
+            f"step {self.step}: inferring all episodes, then updates {made + 1} to {optim.latent_phase_updates} of recurrence and "
             "priors alone"
         )
 
@@ -302,6 +308,11 @@ class DMCVBTrainer:
             self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self.checkpoint_due, save,
             lambda: stop.signum is not None,
         )  # fmt: skip
+
+    def _place(self) -> str:
+        """How far the run is, in words."""
+        progress = (self.latent_phase or {}).get("progress")
+        return f"step {self.step}" + (f", update {progress['update']} of the latent phase" if progress else "")
 
     def _undo_latent_phase(self) -> None:
         """Restores the averaged weights from before the last latent phase, for joint updates or another phase to go on from."""
@@ -359,15 +370,11 @@ class DMCVBTrainer:
     def _open(self) -> None:
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         facts = {
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "compile": self.compile,
-            "kernels": kernels_on(self.device),
-            "data": self.config.data.data,
             "replay": "device" if self.batches.resident else "host",
-            "render_quality": self.config.data.render_quality,
-            "renderer": self._renderer(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "from_step": self.step,
+            **run_facts(self.config, self.device),
         }
         self.console = Console(self.total_steps, self.step, on_lost=self.stop.request)
         write_run_files(self.run_dir, self.config, facts, self.saved is not None, self.console.line)
@@ -380,11 +387,6 @@ class DMCVBTrainer:
             f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to "
             f"{self.total_steps} ({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
         )
-
-    def _renderer(self) -> str | None:
-        """What drew the frames, by the attributes of the data set."""
-        data = self.config.data
-        return None if data.data == "synthetic" else DMCVBDataset(data.data, data.sequence_length).attributes.get("render_backend")
 
     def _close(self) -> None:
         for opened in (self.console, self.logger, self.batches, self.validation):

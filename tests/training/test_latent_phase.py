@@ -208,3 +208,24 @@ def test_an_impossible_phase_is_refused_before_training(optim, says, tmp_path):
     config = config_of(tmp_path, latent_phase_updates=1)
     with pytest.raises(ConfigError, match=says):
         DMCVBTrainer(dataclasses.replace(config, optim=dataclasses.replace(config.optim, **optim)))
+
+
+def test_a_phase_that_is_given_up_half_way_is_undone(tmp_path, monkeypatch):
+    """`--resume --latent-phase-updates 0` after a stop leaves the weights of the joint updates; a finished phase stays."""
+    update = LatentPhase.update
+
+    def update_and_end(phase):
+        update(phase)
+        if phase.made == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(LatentPhase, "update", update_and_end)
+    with pytest.raises(Interrupted, match="stopped after step 2, update 2 of the latent phase; saved"):
+        DMCVBTrainer(config_of(tmp_path / "given up", latent_phase_updates=4)).train()
+    monkeypatch.undo()
+    for name in ("given up", "without"):
+        config = config_of(tmp_path / name)
+        DMCVBTrainer(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))).train()
+    one, other = (torch.load(tmp_path / name / "checkpoint_00000002.pt", weights_only=True) for name in ("without", "given up"))
+    assert other["latent_phase"] is None
+    assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
