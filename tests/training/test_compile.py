@@ -76,7 +76,7 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     torch._dynamo.reset()
     counters.clear()
     step = make_step(accumulate=2)
-    step.execution = Execution(step, "on", whole=True, backend="aot_eager")
+    step.execution = Execution(step, "on", whole=True, backend="eager")  # Dynamo alone; AOTAutograd too in the next test
     assert_same_training(step, batches, 3, eager=make_step(accumulate=2))
     assert not counters["graph_break"]
     # The gradients, without and with the adversarial task, and the update: three graphs, whatever the schedules, for all batches.
@@ -87,7 +87,7 @@ def test_one_batch_without_discriminators_compiles_to_one_graph_each(batches):
     torch._dynamo.reset()
     counters.clear()
     compiled, eager = make_step(), make_step()
-    compiled.execution = Execution(compiled, "on", whole=True, backend="eager")
+    compiled.execution = Execution(compiled, "on", whole=True, backend="aot_eager")
     one, few = torch.ones((), device=DEVICE), batches[:1]
     losses = []
     for step in (compiled, eager):
