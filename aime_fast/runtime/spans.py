@@ -13,6 +13,7 @@ import torch
 from torch.profiler import record_function
 
 _nvtx = False
+_open: list[str] | None = None  # names of the ranges around the present operator, outermost first, for who asked with `open_spans`
 
 
 def use_nvtx(on: bool) -> None:
@@ -38,9 +39,31 @@ def span(name: str) -> contextlib.AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
+    if _open is not None:
+        return _listed(_open, name)
     if _nvtx:
         return _named_twice(name)
     return record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def open_spans() -> Iterator[list[str]]:
+    """Within it, the list has the names of the ranges that are open at the moment, outermost first."""
+    global _open
+    _open = []
+    try:
+        yield _open
+    finally:
+        _open = None
+
+
+@contextlib.contextmanager
+def _listed(names: list[str], name: str) -> Iterator[None]:
+    names.append(name)
+    try:
+        yield
+    finally:
+        names.pop()
 
 
 @contextlib.contextmanager

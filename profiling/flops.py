@@ -1,0 +1,109 @@
+"""Operations of a training step: `python -m profiling.flops --tier 1 [--json FILE] [any setting of train]`.
+
+Counts the matrix products, convolutions and attention of `n_critic` updates, as PyTorch's operators are called with their shapes, and
+prints MFLOP a frame by pillar, forward and backward; a multiplication and an addition are two. Nothing is timed, so the machine does
+not matter. The batch is a few sequences: operations a frame do not depend on their number, except for those of the update itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from aime_fast.cli import parse_arguments, run_command, tier_from
+from aime_fast.config import Config, preset
+from aime_fast.runtime.spans import open_spans
+from profiling.machine import describe, write_json
+from profiling.steps import Updates
+from profiling.trace import OUTSIDE, PILLARS
+
+Counts = dict[str, list[float]]  # by range: operations forward, backward
+SEQUENCES = 4  # of the batch that is counted
+PER_UPDATE = ("step: RGB", "step: Adam", "step: EMA")  # ranges whose operations do not grow with the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopsConfig:
+    """What to count."""
+
+    config: Config
+    json: str | None = None  # file to write
+
+
+class CountByRange(TorchDispatchMode):
+    """Adds up operations by the innermost range `a: b` around each operator; one of a backward pass counts with its forward."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names, self.counts = names, defaultdict(lambda: [0.0, 0.0])
+        self._makers: dict[int, str] = {}  # by the number of an autograd node: autograd has just made it when it calls the operator
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        node = torch._C._current_autograd_node()
+        if node is None:
+            name = next((name for name in reversed(self.names) if ": " in name and not name.startswith("step: update")), OUTSIDE)
+            self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, name)
+        else:
+            name = self._makers.get(node._sequence_nr(), OUTSIDE)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.counts[name][node is not None] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def count(config: Config) -> Counts:
+    """Operations a frame by range, mean over a cycle of updates."""
+    one = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=min(config.data.batch_size, SEQUENCES), prefetch=0),
+        optim=dataclasses.replace(config.optim, accumulate=1),
+        run=dataclasses.replace(config.run, device="cpu", compile="off", kernels="reference"),
+    )
+    updates = Updates(one)
+    try:
+        with open_spans() as names, CountByRange(names) as counter:
+            for _ in range(updates.cycle):
+                updates()
+    finally:
+        updates.close()
+    whole = config.data.batch_size * config.data.sequence_length * config.optim.accumulate  # frames of an update as it is
+    frames = {name: updates.cycle * (whole if name in PER_UPDATE else updates.frames) for name in counter.counts}
+    return {name: [value / frames[name] for value in values] for name, values in counter.counts.items() if any(values)}
+
+
+def table(counts: Counts) -> str:
+    """MFLOP a frame: pillars, their parts, what lies outside, the sum."""
+
+    def line(name: str, rows: Sequence[list[float]]) -> str:
+        forward, backward = (sum(row[i] for row in rows) / 1e6 for i in (0, 1))
+        return f"  {name:<42} {forward:9.2f} {backward:9.2f} {forward + backward:9.2f}"
+
+    lines = [f"{'MFLOP a frame':<44} {'forward':>9} {'backward':>9} {'both':>9}"]
+    ordered = sorted(counts.items(), key=lambda item: -sum(item[1]))
+    for pillar in (*PILLARS, "outside any pillar"):
+        inside = pillar in PILLARS
+        parts = {n: row for n, row in ordered if (n.split(": ")[0] == pillar if inside else n.split(": ")[0] not in PILLARS)}
+        if parts:
+            lines.append(line(pillar, list(parts.values())))
+            lines += [line(f"  {name.removeprefix(f'{pillar}: ')}", [row]) for name, row in parts.items()]
+    return "\n".join([*lines, line("sum", list(counts.values()))])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the options, count, print the table."""
+    default = FlopsConfig(preset(tier_from(argv, "1")))
+    options = parse_arguments(FlopsConfig, "python -m profiling.flops", "Count the operations of an update.", argv, default=default)
+    counts = count(options.config)
+    print(f"tier {options.config.tier}\n{table(counts)}")
+    if options.json:
+        write_json(options.json, describe("cpu") | {"tier": options.config.tier, "flop_a_frame": counts})
+
+
+if __name__ == "__main__":
+    run_command(main)

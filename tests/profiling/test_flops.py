@@ -1,0 +1,54 @@
+"""Operations by range: forward, backward with the forward that they belong to, and all that PyTorch's own counter finds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from aime_fast.config import preset
+from aime_fast.runtime.spans import open_spans, span
+from profiling.flops import SEQUENCES, CountByRange, count, main
+from profiling.steps import Updates
+from profiling.trace import OUTSIDE
+
+
+def test_backward_counts_where_its_forward_was():
+    x, first, second = (torch.randn(8, 8, requires_grad=True) for _ in range(3))
+    with open_spans() as names, CountByRange(names) as counter:
+        with span("a: one"):
+            y = x @ first
+            with span("step: update"):  # the range of a whole update names nothing
+                y = y.tanh()
+        with span("b: two"):
+            z = y @ second
+        z.sum().backward()
+        torch.mm(x.detach(), x.detach())
+    product = 2 * 8**3
+    assert dict(counter.counts) == {"a: one": [product, 2 * product], "b: two": [product, 2 * product], OUTSIDE: [product, 0]}
+
+
+def test_nothing_is_lost_beside_pytorchs_own_counter():
+    config = preset("debug")
+    counts = count(config)
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=min(config.data.batch_size, SEQUENCES), prefetch=0))
+    updates = Updates(one)
+    with FlopCounterMode(display=False) as theirs:
+        for _ in range(updates.cycle):
+            updates()
+    updates.close()
+    ours = sum(sum(row) for row in counts.values()) * updates.frames * updates.cycle
+    assert ours == pytest.approx(theirs.get_total_flops(), rel=1e-9)
+    for pillar in ("perceiver_io", "generative_prior", "encoder_decoder", "temporal_dynamics", "attention_schema"):
+        assert all(sum(row[i] for name, row in counts.items() if name.startswith(pillar)) > 0 for i in (0, 1)), pillar
+
+
+def test_the_command_prints_pillars_and_their_sum(capsys):
+    main(["--tier", "debug"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tier debug"
+    rows = {line.split()[0]: [float(x) for x in line.split()[-3:]] for line in lines[2:] if not line.startswith("    ")}
+    assert rows["sum"][2] == pytest.approx(rows["sum"][0] + rows["sum"][1], abs=0.02)
+    assert rows["encoder_decoder"][2] > 0
