@@ -29,6 +29,7 @@ from profiling.machine import ROOT
 
 LIMIT = 90.0  # seconds after which a command hangs
 ORPHANS = 30.0  # seconds until workers that a kill of their parent met while they started have noticed it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # wait while a process is forked: neither it nor its parent misses one
 _numbers = itertools.count()
 _running: set[Command] = set()
 
@@ -57,6 +58,7 @@ class Command:
         self.began = time.monotonic()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -64,6 +66,7 @@ class Command:
             finally:
                 os._exit(70)
         _running.add(self)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     @property
     def out(self) -> str:
@@ -167,8 +170,16 @@ def _session(leader: int) -> list[int]:
     return found
 
 
+def _default_signals() -> None:
+    """In a forked child: no handler of the parent's, and no signal waits any more."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _become(module: str, arguments: list[str], cwd: Path, log: Path, tmp: Path, new: bool, file_size: int | None) -> None:
     """In a forked child: be that command until its end."""
+    _default_signals()  # as `python -m aime_fast.*` has them while it imports itself
     os.setsid()
     os.chdir(cwd)
     for descriptor, place in ((0, Path(os.devnull)), (1, log.with_suffix(".out")), (2, log.with_suffix(".err"))):
@@ -176,9 +187,6 @@ def _become(module: str, arguments: list[str], cwd: Path, log: Path, tmp: Path, 
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ |= {"TMPDIR": str(tmp), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_DFL)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if new:
@@ -207,9 +215,11 @@ def isolated(function: Callable[[int], str], numbers: Sequence[int], seconds: fl
     left = list(numbers)
     while left:
         reading, writing = os.pipe()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         pid = os.fork()
         if pid == 0:
             try:
+                _default_signals()
                 os.setsid()
                 os.close(reading)
                 with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
@@ -217,19 +227,21 @@ def isolated(function: Callable[[int], str], numbers: Sequence[int], seconds: fl
                         os.write(writing, (function(number).replace("\n", " | ")[:2000] + "\n").encode())
             finally:
                 os._exit(0)
-        os.close(writing)
-        with open(reading, "rb", buffering=0) as pipe:
-            pending = b""
-            while left:
-                ready = select.select([pipe], [], [], seconds)[0]
-                data = pipe.read(65536) if ready else b""
-                if not data:
-                    break
-                *lines, pending = (pending + data).split(b"\n")
-                for line in lines:
-                    yield left.pop(0), line.decode()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL) if not ready else None
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            os.close(writing)
+            with open(reading, "rb", buffering=0) as pipe:
+                pending = b""
+                while left:
+                    ready = select.select([pipe], [], [], seconds)[0]
+                    data = pipe.read(65536) if ready else b""
+                    if not data:
+                        break
+                    *lines, pending = (pending + data).split(b"\n")
+                    for line in lines:
+                        yield left.pop(0), line.decode()
+        finally:  # also where nobody asks for more answers; one that ends by itself keeps its status
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if left:
             yield left.pop(0), f"traceback hung for {seconds:.0f} s" if not ready else f"traceback the process ended with status {status}"
