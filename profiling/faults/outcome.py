@@ -40,12 +40,17 @@ class Outcome:
 
 
 def attempt(kind: str, fault: str, action: Callable[[], object], command: str = "") -> Outcome:
-    """The outcome of `action()`, which raises `Problem` where the fault was not survived. A text that it returns is what was seen."""
+    """The outcome of `action()`, which raises `Problem` where the fault was not survived. A text that it returns is what was seen.
+
+    Any other exception, as of a file that is not there to be compared, is an outcome "lost".
+    """
     began = time.monotonic()
     try:
         seen, verdict = action(), "survived"
     except Problem as problem:
         seen, verdict = problem.seen, problem.verdict
+    except Exception as error:
+        seen, verdict = Problem("lost", f"{type(error).__name__}: {error}").seen, "lost"
     return Outcome(kind, fault, verdict, seen if isinstance(seen, str) else "", command, round(time.monotonic() - began, 2))
 
 
