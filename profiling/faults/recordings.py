@@ -72,13 +72,13 @@ def _chain(site: Site, number: int, random: np.random.Generator) -> Iterator[Out
         seconds = random.uniform(0, site.seconds["collect"] * (1.0 if workers == 1 else 3.0))
         if kill == MOST or command.wait(seconds) is not None:
             break
-        of_worker = bool(workers > 1 and random.random() < 0.5 and worker_of(command))
-        signum = signal.SIGKILL if of_worker else choose_signal(random)
+        worker = worker_of(command) if workers > 1 and random.random() < 0.5 else None
+        signum = signal.SIGKILL if worker else choose_signal(random)
 
-        def killed(command=command, signum=signum, of_worker=of_worker) -> str:
-            if of_worker:
+        def killed(command=command, signum=signum, worker=worker) -> str:
+            if worker:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker_of(command) or command.pid, signum)
+                    os.kill(worker, signum)
                 command.check(0, 2)
             else:
                 command.signal(signum, group=bool(random.random() < 0.5))
@@ -92,7 +92,7 @@ def _chain(site: Site, number: int, random: np.random.Generator) -> Iterator[Out
             before[:] = found
             return f"{len(found)} episodes kept"
 
-        who = "a worker of collect" if of_worker else "collect"
+        who = "a worker of collect" if worker else "collect"
         outcome = attempt(f"kill of {who}", f"chain {number}, kill {kill}, {signum.name}", killed, command.words)
         yield outcome
         if outcome.verdict != "survived":
