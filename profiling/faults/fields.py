@@ -49,11 +49,9 @@ class Extreme(NamedTuple):
             return False
         if self.kind is int and isinstance(self.value, float):
             return False
-        return (self.value > low or (self.value == low and not self.bound.open_low)) and (
-            (self.value < high or (self.value == high and not self.bound.open_high)) and self.value % self.bound.multiple == 0
-            if self.bound.multiple > 1
-            else self.value < high or (self.value == high and not self.bound.open_high)
-        )
+        above = self.value > low or (self.value == low and not self.bound.open_low)
+        below = self.value < high or (self.value == high and not self.bound.open_high)
+        return above and below and (self.bound.multiple == 1 or self.value % self.bound.multiple == 0)
 
 
 def extremes() -> list[Extreme]:
@@ -167,7 +165,7 @@ def _other_commands(site: Site) -> list[tuple[str, str, str, list[str]]]:
     found = []
     for name, value in evaluate:
         more = ("--samples", "0") if name in ("clips", "horizon") else ()  # no work for each of very many
-        if value != str(2**31) or name not in ("samples",):
+        if value != str(2**31) or name != "samples":
             found.append(("setting of evaluate", f"--{name}={value}", "evaluate", [*evaluating(site.run), *more, f"--{name}={value}"]))
     for name, value in collect:
         found.append(("setting of collect", f"--{name}={value}", "collect", [*collecting("a.h5", 1), f"--{name}={value}"]))
