@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from profiling.faults.kills import check_same_evaluation, printed_step, remove_results
+from profiling.faults.kills import check_same_evaluation, printed_updates, remove_results
 from profiling.faults.outcome import Outcome, Problem, attempt
 from profiling.faults.process import Command
 from profiling.faults.recordings import check_collected, kept
 from profiling.faults.runs import Site, check_kept, check_nothing_left, check_same_run, check_whole, collecting, evaluating, training
 
 SIZE = 32  # MiB
-REMEDIES = ("free some space", "raise the limit on the size of files", "room")
+REMEDIES = ("free some space", "raise the limit on the size of files", "more room")
 _mounted: set[Path] = set()
 
 
@@ -51,7 +51,7 @@ def disk(site: Site, numbers: Iterable[int], until: float) -> Iterator[Outcome]:
         if time.monotonic() > until:
             return
         random = site.random("disk", number)
-        module, limited = modules[number % len(modules)], not may_mount or random.random() < 0.25
+        module, limited = modules[number % len(modules)], not may_mount or number // len(modules) % 4 == 1
         name = "limit on the size of files" if limited else "full disk"
         needed = {"train": 14e6, "report": 0.4e6, "evaluate": 0.3e6, "collect": 0.4e6}[module]
         if limited:
@@ -87,8 +87,7 @@ def _on(site: Site, module: str, room: int, limited: bool, folder: Path, random:
     if not limited:
         free = shutil.disk_usage(folder).free
         with open(ballast, "wb") as file:
-            file.truncate(0)
-            file.write(bytes(max(0, free - room - room % 4096)))
+            file.write(bytes(max(0, free - room)))
     words = {
         "train": training(run, "--resume"),
         "report": [str(run)],
@@ -109,7 +108,7 @@ def _on(site: Site, module: str, room: int, limited: bool, folder: Path, random:
     if module == "collect":
         before = [] if (folder / "a.h5").exists() else kept(folder)
     elif run.exists():
-        check_kept(run, printed_step(command.out))
+        check_kept(run, printed_updates(command.out))
     ballast.unlink(missing_ok=True)
     Command(f"aime_fast.{module}", words, outside).check(0)
     if module == "collect":

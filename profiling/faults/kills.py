@@ -19,12 +19,13 @@ from profiling.faults.runs import (
     PHASE,
     STEPS,
     Site,
+    Updates,
     check_kept,
     check_nothing_left,
     check_same_run,
+    check_went_on,
     check_whole,
     evaluating,
-    newest_step,
     training,
 )
 
@@ -53,10 +54,14 @@ def stage(out: str) -> str:
     return "joint updates" if "training " in out else "start-up"
 
 
-def printed_step(out: str) -> int:
-    """The last step that a training run has printed, or the one from which it went on."""
-    found = re.findall(r"^step (\d+)/|, steps (\d+) to ", out, re.MULTILINE)
-    return max((int(one or other) for one, other in found), default=0)
+def printed_updates(out: str) -> Updates:
+    """The last ones that a training run has printed, or those from which it went on."""
+    joint = re.findall(r"^step (\d+)/|, steps (\d+) to ", out, re.MULTILINE)
+    latent = re.findall(r"^latent phase (\d+)/|, then updates (\d+) to ", out, re.MULTILINE)
+    return Updates(
+        max((int(made or begun) for made, begun in joint), default=0),
+        max((int(made) if made else int(next_one) - 1 for made, next_one in latent), default=0),
+    )
 
 
 def train(site: Site, numbers: Iterable[int], until: float) -> Iterator[Outcome]:
@@ -77,7 +82,7 @@ def choose_instants(random: np.random.Generator) -> list[tuple[str, float]]:
 
 
 def _chain(site: Site, number: int, random: np.random.Generator) -> Iterator[Outcome]:
-    folder = site.empty("train")
+    folder, kept = site.empty("train"), Updates()
     for kill, (text, share) in enumerate([*choose_instants(random), ("", 0.0)]):
         command = Command("aime_fast.train", training("run", "--resume"), folder)
         if kill == MOST or not command.wait_for(text) or command.wait(share * site.seconds["train"]) is not None:
@@ -86,13 +91,15 @@ def _chain(site: Site, number: int, random: np.random.Generator) -> Iterator[Out
         kind = f"kill of train, {stage(command.out)}"
 
         def killed(command=command, signum=signum) -> str:
+            nonlocal kept
             command.signal(signum, group=bool(random.random() < 0.5))
             status = command.check(*statuses(signum))
-            printed = printed_step(command.out)
-            if (folder / "run").exists():
-                interval = 0 if status == 128 + signum else EVERY
-                check_kept(folder / "run", printed, interval)
-            return f"step {printed}, kept {newest_step(folder / 'run')}"
+            check_went_on(command.out, kept)
+            printed, before = printed_updates(command.out), kept
+            kept = check_kept(folder / "run", printed, 0 if status == 128 + signum else EVERY)
+            if kept < before:
+                raise Problem("lost", f"the newest checkpoint had {before}, now it has {kept}")
+            return f"printed: {printed}; kept: {kept}"
 
         outcome = attempt(kind, f"chain {number}, kill {kill}, {signum.name}", killed, command.words)
         yield outcome
@@ -101,6 +108,7 @@ def _chain(site: Site, number: int, random: np.random.Generator) -> Iterator[Out
 
     def finished() -> None:
         command.check(0)
+        check_went_on(command.out, kept)
         check_same_run(folder / "run", site.run)
 
     yield attempt("resumed train, compared", f"chain {number}", finished, command.words)
@@ -180,6 +188,6 @@ def _start_up(site: Site, module: str, signum: signal.Signals, seconds: float) -
     command.check(*statuses(signum))
     check_whole(run)
     if new.exists():
-        check_kept(new, printed_step(command.out))
+        check_kept(new, printed_updates(command.out))
     check_same_run(run, site.run)
     return command.last_line()

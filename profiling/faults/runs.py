@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ STEPS, EVERY, PHASE = 8, 2, 6  # joint updates, updates from checkpoint to check
 SMALL = ("--tier", "debug", "--image-size", "16", "--episodes", "3")
 TIMES = ("time", "frames_per_second")  # in rows, what no two runs have alike
 NOT_COMPUTED = ("seconds", "logged", "config")  # in a checkpoint, likewise
+
+
+class Updates(NamedTuple):
+    """What a run has made: joint updates, and then those of the latent phase."""
+
+    joint: int = 0
+    latent: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.joint} joint and {self.latent} latent updates"
 
 
 @dataclass
@@ -112,11 +122,14 @@ def fingerprint(value: Any) -> str:
 
 def computed(checkpoint: Path) -> str:
     """A checksum of everything that a run computed until this checkpoint."""
+    return fingerprint({name: value for name, value in _read(checkpoint).items() if name not in NOT_COMPUTED})
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
     try:
-        state = read_checkpoint(checkpoint)
+        return read_checkpoint(checkpoint)
     except ValueError as error:
         raise Problem("lost", error) from None
-    return fingerprint({name: value for name, value in state.items() if name not in NOT_COMPUTED})
 
 
 def newest_step(run: Path) -> int:
@@ -125,13 +138,34 @@ def newest_step(run: Path) -> int:
     return int(found[-1].stem.split("_")[1]) if found else 0
 
 
-def check_kept(run: Path, printed: int, interval: int = EVERY) -> None:
-    """Raise Problem if more than `interval` updates are lost of a run that has printed step `printed`, or a file is not whole."""
-    if newest_step(run) < printed - interval:
-        raise Problem("lost", f"step {printed} was printed, the newest checkpoint is of step {newest_step(run)}")
+def kept_updates(run: Path) -> Updates:
+    """Those in the newest checkpoint; none without one."""
+    found = list_checkpoints(run)
+    phase = _read(found[-1])["latent_phase"] if found else None
+    if phase is None:
+        return Updates(newest_step(run))
+    progress = phase["progress"]  # None: the phase is done; {}: it has not begun
+    return Updates(newest_step(run), PHASE if progress is None else progress.get("update", 0))
+
+
+def check_kept(run: Path, printed: Updates, interval: int = EVERY) -> Updates:
+    """What a run has kept. Raises Problem if that is more than `interval` updates less than it has printed, or a file is not whole."""
     for path in list_checkpoints(run):
         computed(path)
     check_whole(run)
+    kept = kept_updates(run)
+    if sum(printed) - sum(kept) > interval:
+        raise Problem("lost", f"printed: {printed}; the newest checkpoint has {kept}")
+    return kept
+
+
+def check_went_on(out: str, kept: Updates) -> None:
+    """Raise Problem unless the run that has printed `out` went on from what was kept."""
+    joint, first = re.search(r", steps (\d+) to ", out), re.search(r", then updates (\d+) to ", out)
+    if joint and int(joint[1]) != kept.joint:
+        raise Problem("lost", f"went on from step {joint[1]}, kept: {kept}")
+    if first and int(first[1]) != kept.latent + 1:
+        raise Problem("lost", f"went on with update {first[1]} of the latent phase, kept: {kept}")
 
 
 def check_whole(folder: Path) -> None:
