@@ -28,22 +28,23 @@ from aime_fast.cli import parse_arguments
 from aime_fast.errors import Interrupted
 from profiling.faults import disk, fields, flips, folders, kills, process, recordings
 from profiling.faults.outcome import Outcome, Problem, table
-from profiling.faults.runs import Site, collecting, evaluating, training
+from profiling.faults.runs import PHASE, STEPS, Site, collecting, evaluating, training
 from profiling.machine import describe, title, write_json
 
 Kind = Callable[[Site, Iterator[int], float], Iterator[Outcome]]
-# Two lanes run beside each other. A kind takes its share of what time is left to its lane; the last one takes all of it.
+# Two lanes run beside each other. A kind takes its share of what time is left to its lane; the last one takes all of it. First come those
+# that end by themselves: what is left of their time goes to the processes.
 LANES: tuple[dict[str, tuple[Kind, float]], ...] = (
     {
-        "fields": (fields.fields, 0.06), "commands": (fields.commands, 0.2), "folders": (folders.folders, 0.24),
-        "start-up": (kills.start_up, 0.1), "train": (kills.train, 0.4),
+        "fields": (fields.fields, 0.08), "commands": (fields.commands, 0.1), "folders": (folders.folders, 0.25),
+        "start-up": (kills.start_up, 0.12), "train": (kills.train, 0.45),
     },
     {
-        "flips": (flips.flips, 0.08), "records": (flips.records, 0.12), "disk": (disk.disk, 0.3), "pictures": (kills.pictures, 0.15),
-        "collect": (recordings.collect, 0.25), "train": (kills.train, 0.1),
+        "flips": (flips.flips, 0.05), "texts": (flips.texts, 0.05), "records": (flips.records, 0.15), "disk": (disk.disk, 0.35),
+        "pictures": (kills.pictures, 0.15), "collect": (recordings.collect, 0.25),
     },
 )  # fmt: skip
-KINDS = tuple(dict.fromkeys(name for lane in LANES for name in lane))
+KINDS = tuple(name for lane in LANES for name in lane)
 RESERVE = 30.0  # seconds that the last fault of a lane may take
 
 
@@ -69,6 +70,8 @@ def prepare(site: Site) -> None:
     ):
         command = process.Command(f"aime_fast.{name}", words, site.folder)
         status = command.check(0, 2) if name == "collect" else command.check(0)
+        if name == "train" and (printed := kills.printed_updates(command.out)) != (STEPS, PHASE):
+            raise Problem("lost", f"its lines are not understood: {printed}, not {STEPS} and {PHASE}")
         site.seconds[name] = time.monotonic() - command.began
         if name == "collect":
             site.data = site.folder / "data.h5" if status == 0 else None
@@ -83,12 +86,22 @@ def run_lane(number: int, config: FaultsConfig, site: Site, until: float) -> Non
         for place, (name, (kind, share)) in enumerate(kinds.items()):
             rest = sum(other for _, other in list(kinds.values())[place:])
             limit = time.monotonic() + (until - time.monotonic()) * share / rest
-            shared = sum(name in lane for lane in LANES) > 1
-            numbers = itertools.count(config.first + number, len(LANES)) if shared else itertools.count(config.first)
-            for outcome in kind(site, itertools.islice(numbers, config.most), limit):
+            numbers = itertools.islice(itertools.count(config.first), config.most)
+            for outcome in _outcomes(name, kind(site, numbers, limit)):
                 pickle.dump(outcome, file)
                 if outcome.verdict != "survived":
                     print(outcome, flush=True)
+                    process.end_all()  # what a check has left
+
+
+def _outcomes(name: str, found: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Those of one kind; an exception between two faults is the last one."""
+    try:
+        yield from found
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"between two faults ({Path(place.filename).name}, line {place.lineno})"
+        yield Outcome(name, where, "lost", f"{type(error).__name__}: {error}")
 
 
 def fork_lane(number: int, config: FaultsConfig, site: Site, until: float) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from profiling.faults import fields, runs
+from profiling.faults import fields, kills, runs
 from profiling.faults.outcome import Outcome, Problem, attempt, table, tally
 from profiling.faults.process import isolated
 
@@ -41,6 +41,8 @@ def test_a_problem_is_the_outcome_of_an_attempt():
     outcome = attempt("kind", "fault", fails)
     assert (outcome.verdict, outcome.seen) == ("silent", "numbers | differ")
     assert attempt("kind", "fault", lambda: "fine").verdict == "survived"
+    outcome = attempt("kind", "fault", lambda: {}["a name"])  # a check that fails itself
+    assert (outcome.verdict, outcome.seen) == ("lost", "KeyError: 'a name'")
 
 
 def test_a_crash_and_a_hang_cost_one_number_each():
@@ -57,6 +59,74 @@ def test_a_crash_and_a_hang_cost_one_number_each():
         2: "traceback the process ended with status -9",
         4: "traceback hung for 1 s",
     }
+
+
+def test_a_child_ends_with_the_last_answer_that_is_wanted():
+    answers = isolated(lambda number: str(os.getpid()) if number == 0 else time.sleep(60), range(2))
+    _, pid = next(answers)
+    os.kill(int(pid), 0)
+    answers.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+SIGNALLED = """
+import signal, sys
+from pathlib import Path
+from profiling.faults.process import Command
+
+for handled in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(handled, lambda *_: sys.exit("the handler of the parent"))
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 10:
+    command = Command("sleeper", [], Path("."))
+    command.signal(signum)
+    command.check(-signum, 128 + signum)
+"""
+
+
+def test_a_signal_at_once_ends_a_forked_command_as_one_that_imports_itself(tmp_path):
+    (tmp_path / "sleeper.py").write_text("import time\n\n\ndef main():\n    time.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+PHASE_LINES = """training 0.1 M parameters on cpu, steps 6 to 8
+step 7/8, 100 frames/s: elbo 1
+step 8/8, 100 frames/s: elbo 1
+step 8: inferring all episodes once, then updates 1 to 6 of recurrence and priors alone
+latent phase 1/6, 1 s, held out
+latent phase 2/6, 1 s, held out
+latent phase 3/6, 1 s, held out
+"""
+
+
+def test_updates_that_were_lost_are_seen_in_both_phases(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "read_checkpoint", lambda path: torch.load(path, weights_only=True))
+
+    def kept(latent_phase: dict | None, interval: int) -> runs.Updates:
+        torch.save({"latent_phase": latent_phase}, tmp_path / f"checkpoint_{runs.STEPS:08d}.pt")
+        return runs.check_kept(tmp_path, kills.printed_updates(PHASE_LINES), interval)
+
+    assert kills.printed_updates(PHASE_LINES) == (8, 3)
+    assert kills.printed_updates("".join(PHASE_LINES.splitlines(keepends=True)[:1])) == (6, 0)
+    assert kept({"progress": {"update": 1}}, 2) == (8, 1)
+    assert kept({"progress": {"update": 3}}, 0) == (8, 3)
+    assert kept({"progress": None}, 0) == (8, 6)
+    for phase, interval in (({"progress": {"update": 2}}, 0), ({"progress": {}}, 2), (None, 2)):
+        with pytest.raises(Problem, match="lost"):
+            kept(phase, interval)
+
+
+def test_a_run_that_goes_on_from_elsewhere_is_seen():
+    runs.check_went_on(PHASE_LINES, runs.Updates(6, 0))
+    runs.check_went_on("no checkpoint here yet", runs.Updates(6, 0))
+    again = PHASE_LINES.replace("steps 6 to", "steps 8 to")
+    for out, updates in ((PHASE_LINES, (4, 0)), (again, (8, 4)), (again, (8, 6))):
+        with pytest.raises(Problem, match="went on"):
+            runs.check_went_on(out, runs.Updates(*updates))
 
 
 def test_extremes_are_judged_without_the_code_that_is_tested():
@@ -113,7 +183,7 @@ def prepare(site):  # one command instead of four, once
     shutil.copytree("run", site.run, dirs_exist_ok=True)
 
 campaign.prepare = prepare
-words = ["--minutes", "1", "--kinds", "fields", "flips", "--most", "25", "--out"]
+words = ["--minutes", "3", "--kinds", "fields", "flips", "--most", "25", "--out"]
 print(campaign.main([*words, "good.json"]), flush=True)
 zipfile.ZipFile.testzip = lambda self: None
 config.check = lambda config: None
@@ -124,7 +194,7 @@ print(campaign.main([*words, "bad.json"]), flush=True)
 def test_a_short_campaign_passes_and_without_verification_and_bounds_it_fails(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", CAMPAIGN], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", CAMPAIGN], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=380, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     good, bad = (json.loads((tmp_path / name).read_text()) for name in ("good.json", "bad.json"))
