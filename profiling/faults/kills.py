@@ -31,7 +31,7 @@ from profiling.faults.runs import (
 
 MOST = 6  # kills of one run
 # Where a run is killed: after it has printed a text, within a share of the seconds of a whole run; and how often there.
-INSTANTS = (("", 0.12, 0.2), ("training ", 0.25, 0.4), ("inferring all episodes", 0.1, 0.25), (f"latent phase {PHASE}/{PHASE}", 0.45, 0.15))
+INSTANTS = (("", 0.12, 0.2), ("training ", 0.25, 0.35), ("inferring all episodes", 0.1, 0.3), (f"latent phase {PHASE}/{PHASE}", 0.45, 0.15))
 ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
