@@ -96,7 +96,7 @@ def test_a_signal_at_once_ends_a_forked_command_as_one_that_imports_itself(tmp_p
 PHASE_LINES = """training 0.1 M parameters on cpu, steps 6 to 8
 step 7/8, 100 frames/s: elbo 1
 step 8/8, 100 frames/s: elbo 1
-step 8: inferring all episodes once, then updates 1 to 6 of recurrence and priors alone
+step 8: inferring all episodes, then updates 1 to 6 of recurrence and priors alone
 latent phase 1/6, 1 s, held out
 latent phase 2/6, 1 s, held out
 latent phase 3/6, 1 s, held out
