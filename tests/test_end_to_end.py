@@ -73,7 +73,15 @@ def test_another_task_trains_by_name(tmp_path):
 
 
 def test_compiled_regions_train_on_a_cpu(tmp_path):
-    done = command("train", "--tier", "debug", "--data", "synthetic", "--steps", "2", "--compile", cwd=tmp_path)
+    same = (
+        "--sequence-length",
+        "3",
+        "--overshoot-frames",
+        "2",
+        "--slot-iterations",
+        "2",
+    )  # as in test_compile.py, whose kernels are reused
+    done = command("train", "--tier", "debug", "--data", "synthetic", "--steps", "2", *same, "--compile", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = next((tmp_path / "runs").iterdir())
     assert json.loads((run / "run.json").read_text())["compile"] == "on"

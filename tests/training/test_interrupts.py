@@ -120,7 +120,7 @@ def test_a_latent_phase_that_a_signal_stops_goes_on_and_leaves_no_row_twice(tmp_
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(LatentPhase, "update", update_and_stop)
-    with pytest.raises(Interrupted, match="SIGTERM"):
+    with pytest.raises(Interrupted, match="stopped after step 2, update 3 of the latent phase; saved"):
         trainer.train()
     monkeypatch.undo()
     assert len([row for row in rows(tmp_path / "stopped") if "latent_phase/update" in row]) == 3
