@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -52,7 +51,7 @@ class EvaluateConfig:
 def evaluate(options: EvaluateConfig) -> dict:
     """Runs the evaluation and writes its files. Returns the content of evaluation.json."""
     from aime_fast.data import make_batches
-    from aime_fast.data.split import Split, split_by_place
+    from aime_fast.data.split import Split, split_of_run
     from aime_fast.evaluation.clips import cut_clips
     from aime_fast.evaluation.lpips import find_lpips
     from aime_fast.evaluation.open_loop import evaluate_prediction
@@ -73,7 +72,7 @@ def evaluate(options: EvaluateConfig) -> dict:
     model, config, info = load_model(options.run, device, ema=options.ema)
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
-    run_split = info["split"] or partial(split_by_place, validation_fraction=data.validation_fraction, seed=config.run.seed)
+    run_split = split_of_run(info["split"], data.validation_fraction, config.run.seed)
     names = Split._fields if options.data or info["split"] else ("training", "validation")
     parts = dict(zip(names, make_batches(data, config.run.seed, device, None if options.data else run_split, names)))
     try:

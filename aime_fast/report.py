@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -42,7 +41,7 @@ def report(options: ReportConfig) -> Path:
 def _model(options: ReportConfig):
     """The model of the newest checkpoint with validation episodes, or the reason why there is none; the report is written either way."""
     from aime_fast.data import make_batches
-    from aime_fast.data.split import split_by_place
+    from aime_fast.data.split import split_of_run
     from aime_fast.errors import CheckpointError, DataError
     from aime_fast.reporting.page import EPISODES, Model
     from aime_fast.runtime.machine import choose_device, choose_kernels
@@ -53,8 +52,7 @@ def _model(options: ReportConfig):
     try:
         model, config, info = load_model(latest_checkpoint(options.run), device, ema=options.ema)
         data = replace(config.data, data=options.data or config.data.data, replay="host")
-        by_place = partial(split_by_place, validation_fraction=data.validation_fraction, seed=config.run.seed)
-        split = None if options.data else info["split"] or by_place
+        split = None if options.data else split_of_run(info["split"], data.validation_fraction, config.run.seed)
         (validation,) = make_batches(data, config.run.seed, device, split, parts=("validation",))
     except (CheckpointError, ConfigError, DataError, FileNotFoundError) as error:
         return str(error)

@@ -20,9 +20,8 @@ from aime_fast.config import Config, preset
 from aime_fast.runtime.spans import open_spans
 from profiling.machine import describe, write_json
 from profiling.steps import Updates
-from profiling.trace import OUTSIDE, PILLARS
+from profiling.trace import OUTSIDE, Share, by_pillar
 
-Counts = dict[str, list[float]]  # by range: operations forward, backward
 SEQUENCES = 4  # of the batch that is counted
 PER_UPDATE = ("step: RGB", "step: Adam", "step: EMA")  # ranges whose operations do not grow with the batch
 
@@ -40,7 +39,7 @@ class CountByRange(TorchDispatchMode):
 
     def __init__(self, names: list[str]):
         super().__init__()
-        self.names, self.counts = names, defaultdict(lambda: [0.0, 0.0])
+        self.names, self.counts = names, defaultdict(Share)
         self._makers: dict[int, str] = {}  # by the number of an autograd node: autograd has just made it when it calls the operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -53,11 +52,15 @@ class CountByRange(TorchDispatchMode):
             name = self._makers.get(node._sequence_nr(), OUTSIDE)
         packet = func._overloadpacket
         if packet in flop_registry:
-            self.counts[name][node is not None] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            operations, share = flop_registry[packet](*args, **(kwargs or {}), out_val=out), self.counts[name]
+            if node is None:
+                share.forward += operations
+            else:
+                share.backward += operations
         return out
 
 
-def count(config: Config) -> Counts:
+def count(config: Config) -> dict[str, Share]:
     """Operations a frame by range, mean over a cycle of updates."""
     one = dataclasses.replace(
         config,
@@ -74,25 +77,21 @@ def count(config: Config) -> Counts:
         updates.close()
     whole = config.data.batch_size * config.data.sequence_length * config.optim.accumulate  # frames of an update as it is
     frames = {name: updates.cycle * (whole if name in PER_UPDATE else updates.frames) for name in counter.counts}
-    return {name: [value / frames[name] for value in values] for name, values in counter.counts.items() if any(values)}
+    return {name: Share(s.forward / frames[name], s.backward / frames[name]) for name, s in counter.counts.items() if s.total}
 
 
-def table(counts: Counts) -> str:
+def table(counts: dict[str, Share]) -> str:
     """MFLOP a frame: pillars, their parts, what lies outside, the sum."""
 
-    def line(name: str, rows: Sequence[list[float]]) -> str:
-        forward, backward = (sum(row[i] for row in rows) / 1e6 for i in (0, 1))
+    def line(name: str, *parts: Share) -> str:
+        forward, backward = (sum(getattr(part, way) for part in parts) / 1e6 for way in ("forward", "backward"))
         return f"  {name:<42} {forward:9.2f} {backward:9.2f} {forward + backward:9.2f}"
 
     lines = [f"{'MFLOP a frame':<44} {'forward':>9} {'backward':>9} {'both':>9}"]
-    ordered = sorted(counts.items(), key=lambda item: -sum(item[1]))
-    for pillar in (*PILLARS, "outside any pillar"):
-        inside = pillar in PILLARS
-        parts = {n: row for n, row in ordered if (n.split(": ")[0] == pillar if inside else n.split(": ")[0] not in PILLARS)}
-        if parts:
-            lines.append(line(pillar, list(parts.values())))
-            lines += [line(f"  {name.removeprefix(f'{pillar}: ')}", [row]) for name, row in parts.items()]
-    return "\n".join([*lines, line("sum", list(counts.values()))])
+    for pillar, parts in by_pillar(counts):
+        lines.append(line(pillar, *parts.values()))
+        lines += [line(f"  {name}", part) for name, part in parts.items()]
+    return "\n".join([*lines, line("sum", *counts.values())])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = count(options.config)
     print(f"tier {options.config.tier}\n{table(counts)}")
     if options.json:
-        write_json(options.json, describe("cpu") | {"tier": options.config.tier, "flop_a_frame": counts})
+        write_json(
+            options.json,
+            describe("cpu") | {"tier": options.config.tier, "flop_a_frame": {n: [s.forward, s.backward] for n, s in counts.items()}},
+        )
 
 
 if __name__ == "__main__":

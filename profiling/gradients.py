@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from aime_fast.bounds import Count, check
 from aime_fast.cli import parse_arguments, run_command
 from aime_fast.config import LossConfig
 from aime_fast.data import make_batches, normalise
-from aime_fast.data.split import split_by_place
+from aime_fast.data.split import split_of_run
 from aime_fast.errors import ConfigError
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TERMS
@@ -88,8 +87,8 @@ def measure(options: GradientsConfig) -> dict[str, dict[str, float]]:
     ema = load_model(info["checkpoint"], device)[0]
     losses = LossAggregator(weights(config.loss, options.set))
     data = dataclasses.replace(config.data, data=options.data or config.data.data, prefetch=0)
-    by_place = partial(split_by_place, validation_fraction=data.validation_fraction, seed=config.run.seed)
-    (training,) = make_batches(data, config.run.seed, device, info["split"] or by_place, parts=("training",))
+    split = split_of_run(info["split"], data.validation_fraction, config.run.seed)
+    (training,) = make_batches(data, config.run.seed, device, split, parts=("training",))
     learnt = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(0)
     sums: dict[str, dict[str, float]] = {}
@@ -119,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(GradientsConfig, "python -m profiling.gradients", "Gradient norms of each loss term by module.", argv)
     measured = measure(options)
     device = choose_device(options.device)
-    print(f"{options.run} on {title(device)}, commit {describe(device)['git_commit']}\n{table(measured)}")
+    head = describe(device)
+    print(f"{options.run} on {title(device)}, commit {head['git_commit']}\n{table(measured)}")
     if options.json:
-        write_json(options.json, describe(device) | {"terms": measured})
+        write_json(options.json, head | {"terms": measured})
 
 
 if __name__ == "__main__":

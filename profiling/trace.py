@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.autograd import DeviceType
@@ -47,7 +47,7 @@ class TraceConfig:
 
 @dataclasses.dataclass
 class Share:
-    """Microseconds of the operators in a range, and of their backward."""
+    """What the operators in a range cost, and their backward: microseconds here, operations in `profiling.flops`."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -122,6 +122,16 @@ def _kernel_time(event: FunctionEvent) -> float:
     return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
 
 
+def by_pillar(shares: dict[str, Share]) -> Iterator[tuple[str, dict[str, Share]]]:
+    """The pillars that have any, then what lies outside of all, each with its ranges by their names within it, the largest first."""
+    largest_first = sorted(shares.items(), key=lambda item: -item[1].total)
+    for pillar in PILLARS:
+        if parts := {name.removeprefix(f"{pillar}: "): share for name, share in largest_first if name.startswith(f"{pillar}: ")}:
+            yield pillar, parts
+    if outside := {name: share for name, share in largest_first if name.split(": ")[0] not in PILLARS}:
+        yield "outside any pillar", outside
+
+
 def pillar_table(shares: dict[str, Share], steps: int) -> str:
     """Shares as text, milliseconds an update: the pillars by part, then the time outside any pillar, then the sum."""
     total = sum(share.total for share in shares.values())
@@ -132,13 +142,9 @@ def pillar_table(shares: dict[str, Share], steps: int) -> str:
         return f"  {name:<42} {each[0]:9.2f} {each[1]:9.2f} {each[2]:9.2f} {share.total / total:8.1%}"
 
     lines = [f"{'pillar, ms an update':<44} {'forward':>9} {'backward':>9} {'both':>9} {'share':>8}"]
-    largest_first = sorted(shares.items(), key=lambda item: -item[1].total)
-    outside = {name: share for name, share in largest_first if name.split(": ")[0] not in PILLARS}
-    for pillar in (*PILLARS, "outside any pillar"):
-        parts = {name: share for name, share in largest_first if name.startswith(f"{pillar}: ")} if pillar in PILLARS else outside
-        if parts:
-            lines.append(line(pillar, *parts.values()))
-            lines += [line(f"  {name.removeprefix(f'{pillar}: ')}", share) for name, share in parts.items()]
+    for pillar, parts in by_pillar(shares):
+        lines.append(line(pillar, *parts.values()))
+        lines += [line(f"  {name}", share) for name, share in parts.items()]
     return "\n".join([*lines, line("sum", *shares.values())])
 
 

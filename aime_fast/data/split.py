@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,11 @@ def split_by_place(identities: Sequence[str], validation_fraction: float, seed: 
     order = np.random.default_rng(seed).permutation(n)
     training, validation = (tuple(identities[i] for i in sorted(part)) for part in (order[validated:], order[:validated]))
     return Split(training, validation, ())
+
+
+def split_of_run(named: Split | None, validation_fraction: float, seed: int) -> Split | Callable[[Sequence[str]], Split]:
+    """What `make_batches` takes to split data as a run did: the split that its checkpoint names, else `split_by_place`."""
+    return named or partial(split_by_place, validation_fraction=validation_fraction, seed=seed)
 
 
 def find_episodes(part: Sequence[str], identities: Sequence[str], data: str) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from tensordict import TensorDict
 from aime_fast.bounds import check
 from aime_fast.config import Config, to_dict
 from aime_fast.data import make_batches
-from aime_fast.data.split import saved_split, split_by_place
+from aime_fast.data.split import saved_split, split_of_run
 from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
@@ -91,8 +90,7 @@ class DMCVBTrainer:
             with checkpoint.fitting(self.saved):
                 checkpoint.check_same_config(resumed["config"], config, resumed["format"])
 
-        by_place = partial(split_by_place, validation_fraction=config.data.validation_fraction, seed=run.seed)
-        split = None if resumed is None else saved_split(resumed) or by_place
+        split = None if resumed is None else split_of_run(saved_split(resumed), config.data.validation_fraction, run.seed)
         self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
         check_lengths(config.optim, self.batches, self.validation)
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)

@@ -12,7 +12,7 @@ from aime_fast.config import preset
 from aime_fast.runtime.spans import open_spans, span
 from profiling.flops import SEQUENCES, CountByRange, count, main
 from profiling.steps import Updates
-from profiling.trace import OUTSIDE
+from profiling.trace import OUTSIDE, Share
 
 
 def test_backward_counts_where_its_forward_was():
@@ -27,7 +27,8 @@ def test_backward_counts_where_its_forward_was():
         z.sum().backward()
         torch.mm(x.detach(), x.detach())
     product = 2 * 8**3
-    assert dict(counter.counts) == {"a: one": [product, 2 * product], "b: two": [product, 2 * product], OUTSIDE: [product, 0]}
+    both = Share(product, 2 * product)
+    assert dict(counter.counts) == {"a: one": both, "b: two": both, OUTSIDE: Share(product, 0)}
 
 
 def test_nothing_is_lost_beside_pytorchs_own_counter():
@@ -39,10 +40,12 @@ def test_nothing_is_lost_beside_pytorchs_own_counter():
         for _ in range(updates.cycle):
             updates()
     updates.close()
-    ours = sum(sum(row) for row in counts.values()) * updates.frames * updates.cycle
+    ours = sum(share.total for share in counts.values()) * updates.frames * updates.cycle
     assert ours == pytest.approx(theirs.get_total_flops(), rel=1e-9)
     for pillar in ("perceiver_io", "generative_prior", "encoder_decoder", "temporal_dynamics", "attention_schema"):
-        assert all(sum(row[i] for name, row in counts.items() if name.startswith(pillar)) > 0 for i in (0, 1)), pillar
+        parts = [share for name, share in counts.items() if name.startswith(pillar)]
+        assert sum(part.forward for part in parts) > 0, pillar
+        assert sum(part.backward for part in parts) > 0, pillar
 
 
 def test_the_command_prints_pillars_and_their_sum(capsys):

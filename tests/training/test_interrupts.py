@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_latent_phase import stop_after
 from test_trainer import config_of, poison, rows
 
 from aime_fast.errors import Interrupted, NonFiniteError
 from aime_fast.training import DMCVBTrainer, load_model
 from aime_fast.training.interrupts import StopSignals
-from aime_fast.training.latent_phase import LatentPhase
 from aime_fast.training.logging import Console
 from aime_fast.training.schedules import CheckpointDue
 
@@ -112,14 +112,8 @@ def test_a_latent_phase_that_a_signal_stops_goes_on_and_leaves_no_row_twice(tmp_
     config = config_of(tmp_path / "stopped", steps=2)
     optim = dataclasses.replace(config.optim, latent_phase_frames=3, latent_phase_batch_size=4, latent_phase_updates=4)
     config = dataclasses.replace(config, optim=optim)
-    trainer, update = DMCVBTrainer(config), LatentPhase.update
-
-    def update_and_stop(phase):
-        update(phase)
-        if phase.made == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(LatentPhase, "update", update_and_stop)
+    trainer = DMCVBTrainer(config)
+    stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted, match="stopped after step 2, update 3 of the latent phase; saved"):
         trainer.train()
     monkeypatch.undo()

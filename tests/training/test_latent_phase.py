@@ -36,6 +36,18 @@ def config_of(run_dir: Path, **optim) -> Config:
     )
 
 
+def stop_after(monkeypatch, updates: int) -> None:
+    """SIGTERM comes in this update of a latent phase."""
+    update = LatentPhase.update
+
+    def update_and_end(phase):
+        update(phase)
+        if phase.made == updates:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(LatentPhase, "update", update_and_end)
+
+
 @torch.no_grad()
 def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
     model = make_model()
@@ -158,14 +170,7 @@ def test_a_phase_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypat
 
 def test_other_settings_begin_a_phase_again(tmp_path, monkeypatch):
     """A phase stopped half-way, resumed with another learning rate, is that of the other rate from its first update."""
-    update = LatentPhase.update
-
-    def update_and_end(phase):
-        update(phase)
-        if phase.made == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(LatentPhase, "update", update_and_end)
+    stop_after(monkeypatch, 2)
     with pytest.raises(Interrupted):
         DMCVBTrainer(config_of(tmp_path / "stopped", latent_phase_updates=4)).train()
     monkeypatch.undo()
@@ -212,14 +217,7 @@ def test_an_impossible_phase_is_refused_before_training(optim, says, tmp_path):
 
 def test_a_phase_that_is_given_up_half_way_is_undone(tmp_path, monkeypatch):
     """`--resume --latent-phase-updates 0` after a stop leaves the weights of the joint updates; a finished phase stays."""
-    update = LatentPhase.update
-
-    def update_and_end(phase):
-        update(phase)
-        if phase.made == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(LatentPhase, "update", update_and_end)
+    stop_after(monkeypatch, 2)
     with pytest.raises(Interrupted, match="stopped after step 2, update 2 of the latent phase; saved"):
         DMCVBTrainer(config_of(tmp_path / "given up", latent_phase_updates=4)).train()
     monkeypatch.undo()
