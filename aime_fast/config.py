@@ -7,7 +7,7 @@ Legend of shapes for the whole repository:
 
     B batch of sequences    T frames a sequence    C, H, W image    A action width
     Z latent    Dh LSTM hidden    Dc context    K mixture components
-    S slots     Ds slot width     Ha, Wa attention grid (H/4)    Ht, Wt token grid (H/8)
+    S slots     Ds slot width     Ha, Wa attention grid (H/8)    Ht, Wt token grid (H/8)
     Q quantiser heads    V codes a head
 """
 
@@ -79,15 +79,11 @@ class ModelConfig:
     code_dim: Width = 64  # width of one head's code
     share_codebook: bool = False  # one codebook for all heads
     codebook_decay: OpenShare = 0.99  # EMA decay of the codebook
-    tokenizer_channels: Annotated[tuple[Width, ...], Length(3, 3)] = (64, 128, 256)  # widths at H/2, H/4, H/8
-    encoder_channels: Annotated[tuple[Width, ...], Length(4, 4)] = (
-        64,
-        128,
-        256,
-        256,
-    )  # widths at H/2, H/4, H/8, H/16; the decoder mirrors them
-    blocks_per_level: Few = 2  # residual blocks at each resolution of the VAE towers
-    discriminator_channels: Annotated[tuple[Width, ...], Length(1, 8)] = (64, 128, 256)  # widths at H/2, H/4, H/8
+    tokenizer_channels: Annotated[tuple[Width, ...], Length(2, 2)] = (128, 256)  # widths at H/4, H/8
+    encoder_channels: Annotated[tuple[Width, ...], Length(3, 3)] = (128, 256, 256)  # widths at H/4, H/8, H/16; the decoder mirrors them
+    blocks_per_level: Few = 1  # residual blocks at each resolution of the VAE towers
+    dense_dim: Width = 512  # width of the dense layers at the narrow ends of the VAE towers
+    discriminator_channels: Annotated[tuple[Width, ...], Length(1, 8)] = (128, 256)  # widths at H/4, H/8 and so on
     discriminator_dim: HeadedWidth = 128  # width of the temporal discriminator
     likelihood: Literal["gaussian", "mol"] = "gaussian"  # p(x | z, A): Gaussian, or mixture of discretised logistics
     likelihood_std: Positive = 0.1  # standard deviation of the Gaussian likelihood, pixels in [-1, 1]
@@ -97,6 +93,7 @@ class ModelConfig:
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
     attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
     overshoot_frames: Steps = 5  # imagined frames that are scored in training
+    auxiliary_share: Share = 1.0  # share of training sequences that token tasks, discriminators and imagined frames see
     refinement_steps: Few = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
 
 
@@ -141,7 +138,7 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    latent_phase_updates: Steps = 0  # after the joint updates: updates of recurrence and priors alone, on inferred latents
+    latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: one for each joint update
     latent_phase_batch_size: Count = 32  # sequences of such an update
     latent_phase_frames: Count = 15  # frames imagined in it, after up to 8 observed ones
     latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 1e-3  # of its Adam, falling as a cosine
@@ -191,13 +188,13 @@ TIER_1 = Config(
     data=DataConfig(augment=False),  # a thousand updates are too few to learn invariance to a moving background
     model=ModelConfig(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
-        num_latents=16, num_latent_channels=128, context_layers=2, predictor_dim=128, predictor_layers=2, codebook_size=256,
-        tokenizer_channels=(16, 32, 64), encoder_channels=(24, 32, 64, 64), blocks_per_level=1,
-        discriminator_channels=(16, 32, 64), discriminator_dim=64,
+        attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2, codebook_size=256, code_dim=16,
+        tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
+        discriminator_channels=(32, 64), discriminator_dim=64, auxiliary_share=0.25,
     ),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
-    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, latent_phase_updates=1000),
+    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, latent_phase_updates=None),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 
@@ -222,8 +219,8 @@ DEBUG = Config(
         latent_dim=6, hidden_dim=24, context_dim=20, max_components=4, attention_dim=16, num_attention_slots=3, attention_prior_dim=16,
         num_latents=4, num_latent_channels=16, context_layers=1, predictor_dim=32, predictor_layers=1,
         codebook_heads=2, codebook_size=32, code_dim=8,
-        tokenizer_channels=(8, 8, 16), encoder_channels=(8, 8, 16, 16), blocks_per_level=1,
-        discriminator_channels=(8, 8, 16), discriminator_dim=16, mol_components=3,
+        tokenizer_channels=(8, 16), encoder_channels=(8, 16, 16), blocks_per_level=1,
+        discriminator_channels=(8, 16), discriminator_dim=16, mol_components=3,
     ),
     run=RunConfig(steps=4, log_every=1, validate_every=2, sample_every=2, checkpoint_every=2, validation_batches=1),
 )  # fmt: skip

@@ -62,6 +62,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         check(c)
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, c.latent_dim
         self.prior_context, self.overshoot_frames, self.attention_dropout = c.prior_context, c.overshoot_frames, c.attention_dropout
+        self.auxiliary_share = c.auxiliary_share
         self.perceiver_io = CausalPerceiverIO(
             (sequence_length, 3, image_size, image_size), c.num_latents, c.num_latent_channels, 2 * c.num_latent_channels, c.context_dim,
             action_dim, c.context_layers,
@@ -73,9 +74,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
                 dim=c.predictor_dim, layers=c.predictor_layers, corruption=c.token_corruption, refinement_steps=c.refinement_steps
             ),
         )  # fmt: skip
-        self.encoder = VAEEncoder(image_size, c.latent_dim, c.context_dim, c.encoder_channels, c.blocks_per_level)
+        self.encoder = VAEEncoder(image_size, c.latent_dim, c.context_dim, c.encoder_channels, c.blocks_per_level, c.dense_dim)
         self.decoder = VAEDecoder(
-            image_size, c.latent_dim, c.encoder_channels, c.blocks_per_level, c.likelihood, c.likelihood_std, c.mol_components
+            image_size, c.latent_dim, c.encoder_channels, c.blocks_per_level, c.dense_dim, c.likelihood, c.likelihood_std, c.mol_components,
         )
         self.prior = DPGMMPrior(c.hidden_dim, c.context_dim, c.latent_dim, c.max_components, c.kl)
         self.recurrence = LSTMLayer(2 * c.latent_dim + c.context_dim + action_dim, c.hidden_dim, c.lstm_layers)
@@ -85,7 +86,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             image_size, c.hidden_dim, c.context_dim, c.latent_dim, c.attention_dim, c.num_attention_slots, c.slot_iterations,
             c.attention_fusion, c.attention_prior_dim,
         )  # fmt: skip
-        self.image_discriminator = ImageDiscriminator(c.discriminator_channels)
+        self.image_discriminator = ImageDiscriminator(image_size, c.discriminator_channels)
         self.temporal_discriminator = TemporalDiscriminator(image_size, c.latent_dim, c.discriminator_dim, max_frames=sequence_length)
         self.roll_out = RollOut(one_frame.imagine)
         self.to(memory_format=torch.channels_last)
@@ -166,14 +167,15 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         tokens, inferred = self._infer(video, actions, start, learn=self.training, decode=True)
         q, p = inferred.posterior, inferred.prior
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
+        few = slice(0, self._few(start.shape[0]))
         with span("perceiver_io: tokenizer decoder"):
-            decoded = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized, start)
-            terms["token_reconstruction"] = F.mse_loss(full_precision(decoded), video)
+            decoded = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
+            terms["token_reconstruction"] = F.mse_loss(full_precision(decoded), video[few])
         if self.training:  # context and decoder have read the codebook: only now may it change
             self.perceiver_io.tokenizer.learn(tokens)
         with span("perceiver_io: predictor"):
             terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(
-                tokens.codes, inferred.context, actions, start, own_tokens, self.perceiver_io.context
+                tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context
             )
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(inferred.decoded, video.flatten(0, 1)).mean()
@@ -191,11 +193,18 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
             terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
         with span("temporal_dynamics: overshooting"):
-            terms |= pixel_overshooting(self, inferred, video, actions, start, self.overshoot_frames)
+            seen = inferred.rows(few, start.shape)
+            terms |= pixel_overshooting(self, seen, video[few], actions[few], start[few], self.overshoot_frames)
         out = inferred.describe(tokens.codes, self.decoder.likelihood, start.shape)
         with span("encoder_decoder: adversarial"):
-            terms |= self._adversarial(out["reconstructions"], video, out["latents"])
+            z, maps = (x.detach().unflatten(0, start.shape)[few] for x in (inferred.latents, inferred.maps.attention))
+            fake = self.decoder.likelihood.mean(self.decoder(z.flatten(0, 1), maps.flatten(0, 1))).unflatten(0, z.shape[:2])
+            terms |= self._adversarial(fake, video[few], z)
         return out | terms
+
+    def _few(self, batch: int) -> int:
+        """Sequences of a batch that the dear tasks see: in training `auxiliary_share` of them, at least one; else all."""
+        return max(1, round(self.auxiliary_share * batch)) if self.training else batch
 
     def forward_sequence(self, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
         """`infer_and_score`, with the same arguments, as a TensorDict without batch size. Raises ValueError for pixels out of range too."""
@@ -247,7 +256,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
         Returns: (scalar, scalars by name).
         """
-        real, fake, z = self._frames(observations, check=False), outputs["reconstructions"].detach(), outputs["latents"].detach()
+        few = slice(0, self._few(observations.shape[0]))
+        real = self._frames(observations, check=False)[few]
+        fake, z = outputs["reconstructions"].detach()[few], outputs["latents"].detach()[few]
         real_frames = real.flatten(0, 1).requires_grad_(gradient_penalty > 0)
         image_real, _ = self.image_discriminator(real_frames)
         image_fake, _ = self.image_discriminator(fake.flatten(0, 1))

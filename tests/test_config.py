@@ -84,7 +84,7 @@ def test_every_number_has_bounds_that_are_checked(section, name):
     ("section", "name", "value", "says"),
     [
         ("model", "attention_dim", 6, "in [4, 65536], a multiple of 4"),
-        ("model", "encoder_channels", (8, 8), "4 to 4 entries"),
+        ("model", "encoder_channels", (8, 8), "3 to 3 entries"),
         ("model", "codebook_decay", 1.0, "a number in [0, 1)"),
         ("optim", "aggregation", "sum", "one of norm_weighted, mean"),
         ("run", "epochs", "many", "a number in (0, 1e+06]"),

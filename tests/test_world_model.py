@@ -261,7 +261,7 @@ def test_public_constructor_takes_the_arguments_that_users_type():
     from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
     small = dict(num_latents=4, num_latent_channels=16, predictor_dim=16, predictor_layers=1, codebook_size=16, code_dim=4)
-    narrow = dict(tokenizer_channels=(8, 8, 8), encoder_channels=(8, 8, 8, 8), discriminator_channels=(8, 8, 8), blocks_per_level=1)
+    narrow = dict(tokenizer_channels=(8, 8), encoder_channels=(8, 8, 8), discriminator_channels=(8, 8), blocks_per_level=1)
     model = DPGMMVariationalRecurrentAutoencoder(
         max_components=5, latent_dim=7, hidden_dim=12, context_dim=20, image_size=84, action_dim=6, attention_dim=16,
         num_attention_slots=2, sequence_length=3, **small, **narrow,

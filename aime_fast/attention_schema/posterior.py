@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aime_fast.attention_schema.slot_attention import SlotAttention
 from aime_fast.config import ModelConfig
-from aime_fast.layers import downsample, full_precision, grid_positions, halvings
+from aime_fast.layers import ToPatches, downsample, full_precision, grid_positions, halvings
 
 
 class AttentionMaps(NamedTuple):
@@ -21,19 +21,19 @@ class AttentionMaps(NamedTuple):
 
 
 class FeaturePyramid(nn.Module):
-    """Frame -> features at H/4, merged top-down with those at H/8 (feature pyramid; Lin et al., arXiv 1612.03144)."""
+    """Frame -> features at H/8, merged top-down with those at H/16 (feature pyramid; Lin et al., arXiv 1612.03144)."""
 
     def __init__(self, image_size: int, dim: int):
         super().__init__()
-        self.grid = halvings(image_size, 2)[-1]
-        self.stem = nn.Sequential(downsample(3, dim // 4), nn.SiLU())
-        self.fine = nn.Sequential(downsample(dim // 4, dim), nn.SiLU())
+        self.grid = halvings(image_size, 3)[-1]
+        self.stem = nn.Sequential(ToPatches(image_size, dim // 2), nn.SiLU())
+        self.fine = nn.Sequential(downsample(dim // 2, dim), nn.SiLU())
         self.coarse = nn.Sequential(downsample(dim, dim), nn.SiLU(), nn.Conv2d(dim, dim, 1))
         self.lateral = nn.Conv2d(dim, dim, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, Ha * Wa, Ds]."""
-        fine = self.fine(self.stem(frames.contiguous(memory_format=torch.channels_last)))
+        fine = self.fine(self.stem(frames))
         above = F.interpolate(self.coarse(fine), fine.shape[-2:], mode="nearest")
         return (self.lateral(fine) + above).permute(0, 2, 3, 1).flatten(1, 2)
 

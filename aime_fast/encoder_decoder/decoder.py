@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.encoder_decoder.keypoints import GaussianHeatmaps
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
-from aime_fast.layers import ResidualCell, Upsample, full_precision, group_norm, halvings
+from aime_fast.layers import FromPatches, ResidualCell, Upsample, full_precision, halvings
 
 
 class AttentionModulation(nn.Module):
@@ -27,13 +26,14 @@ class AttentionModulation(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """Decodes frames from z and A: a dense layer at H/16, and Gaussians positioned by z at each finer resolution.
+    """Decodes frames from z and A: a dense layer at H/16, transposed convolutions up to H/4, and a patch of pixels for each place there.
 
     Args:
         image_size: H = W.
         latent_dim: Z.
-        channels: the encoder's widths, at H/2, H/4, H/8, H/16.
-        blocks: residual cells at each resolution up to H/4.
+        channels: the encoder's widths, at H/4, H/8, H/16.
+        blocks: residual cells at each resolution.
+        dense: width of the dense layer.
         likelihood: "gaussian" or "mol".
         likelihood_std: standard deviation of the Gaussian, pixels in [-1, 1].
         mol_components: logistics of the mixture.
@@ -47,39 +47,34 @@ class VAEDecoder(nn.Module):
         latent_dim: int,
         channels: tuple[int, ...],
         blocks: int = ModelConfig.blocks_per_level,
+        dense: int = ModelConfig.dense_dim,
         likelihood: str = ModelConfig.likelihood,
         likelihood_std: float = ModelConfig.likelihood_std,
         mol_components: int = ModelConfig.mol_components,
     ):
         super().__init__()
-        full, half, quarter, eighth, self.grid = halvings(image_size, 4)
-        c2, c4, c8, c16 = channels
+        *_, quarter, eighth, self.grid = halvings(image_size, 4)
+        c4, c8, c16 = channels
         if likelihood not in ("gaussian", "mol"):
             raise ValueError(f"likelihood is {likelihood!r}, expected 'gaussian' or 'mol'")
         self.likelihood = Gaussian(likelihood_std) if likelihood == "gaussian" else MixtureOfLogistics(mol_components)
         self.background = nn.Parameter(torch.zeros(3, image_size, image_size))
         self.unpool = nn.Sequential(
-            nn.Linear(latent_dim, 4 * c16), nn.SiLU(), nn.Linear(4 * c16, c16 * self.grid**2), nn.Unflatten(1, (c16, self.grid, self.grid))
+            nn.Linear(latent_dim, dense), nn.SiLU(), nn.Linear(dense, c16 * self.grid**2), nn.Unflatten(1, (c16, self.grid, self.grid))
         )
-        self.heatmaps = GaussianHeatmaps(latent_dim, c16 // 2, (eighth, quarter, half), (c8, c4, c2))
-        widths, sizes = [c16, c8, c4], [self.grid, eighth, quarter]
-        self.up = nn.ModuleList(Upsample(a, b, size) for a, b, size in zip(widths, widths[1:], sizes[1:]))
-        self.modulations = nn.ModuleList(AttentionModulation(c) for c in (*widths, c2))
-        self.levels = nn.ModuleList(nn.Sequential(*(ResidualCell(c) for _ in range(blocks))) for c in widths)
-        self.to_half = nn.Sequential(group_norm(c4), nn.SiLU(), Upsample(c4, c2, half))
-        self.head = Upsample(c2, self.likelihood.channels, full)
+        widths = (c16, c8, c4)
+        self.up = nn.ModuleList([Upsample(c16, c8, eighth), Upsample(c8, c4, quarter)])
+        self.modulations = nn.ModuleList(AttentionModulation(c) for c in widths)
+        self.levels = nn.ModuleList(nn.Sequential(*(ResidualCell(c) for _ in range(blocks)), nn.SiLU()) for c in widths)
+        self.head = FromPatches(c4, self.likelihood.channels, image_size)
         with torch.no_grad():
-            self.head.conv.weight.zero_()  # the first output is the background: a random picture would teach it to ignore z
-            self.head.conv.bias.zero_()
+            self.head.linear.weight.zero_()  # the first output is the background: a random picture would teach it to ignore z
+            self.head.linear.bias.zero_()
 
     def forward(self, latents: Tensor, attention: Tensor) -> Tensor:
         """latents [N, Z], attention [N, Ha, Wa] (sums to 1) -> parameters of p(x | z, A) [N, P, H, W], P = 3 for the Gaussian."""
         a = torch.log1p(attention * attention[0].numel()).unsqueeze(1).to(latents.dtype)
         x = self.unpool(latents).contiguous(memory_format=torch.channels_last)
-        placed = self.heatmaps(latents)
-        for i, (modulate, level) in enumerate(zip(self.modulations, self.levels)):
-            x = level(modulate(x, a))
-            if i < len(self.up):
-                x = self.up[i](F.silu(x)) + placed[i]
-        x = F.silu(self.modulations[-1](self.to_half(x) + placed[-1], a))
+        for enter, modulate, level in zip((nn.Identity(), *self.up), self.modulations, self.levels):
+            x = level(modulate(enter(x), a))
         return self.likelihood.around(full_precision(self.head(x)), self.background)

@@ -13,20 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import TransformerBlock, downsample, full_precision
+from aime_fast.layers import ToPatches, TransformerBlock, downsample, full_precision
 
 
 class ImageDiscriminator(nn.Module):
-    """Real or decoded, patch by patch: frames [N, 3, H, W] -> (logits [N, 1, H/8, W/8], features of each level)."""
+    """Real or decoded, patch by patch: frames [N, 3, H, W] -> (logits [N, 1, H/8, W/8], features of each level).
 
-    def __init__(self, channels: tuple[int, ...]):
+    Args: image_size: H; channels: widths at H/4, H/8 and so on.
+    """
+
+    def __init__(self, image_size: int, channels: tuple[int, ...]):
         super().__init__()
-        widths = (3, *channels)
-        self.levels = nn.ModuleList(downsample(a, b) for a, b in itertools.pairwise(widths))
+        self.levels = nn.ModuleList(
+            [ToPatches(image_size, channels[0]), *(downsample(a, b) for a, b in itertools.pairwise(channels))]
+        )
         self.head = nn.Conv2d(channels[-1], 1, 1)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, features = frames.contiguous(memory_format=torch.channels_last), []
+        x, features = frames, []
         for level in self.levels:
             x = F.leaky_relu(level(x), 0.2)
             features.append(x)

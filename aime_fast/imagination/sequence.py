@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,16 @@ class Inference(NamedTuple):
     attention_before: Tensor  # [N, Ha, Wa], attention of the frame before
     predicted: PredictedAttention
     decoded: Tensor | None  # [N, P, H, W], parameters of the likelihood; None where nobody looks at the pictures
+
+    def rows(self, chosen: slice, shape: tuple[int, int]) -> Inference:
+        """What is inferred about some of the B = shape[0] sequences, of T = shape[1] frames each; without pictures."""
+
+        def choose(part: Any) -> Any:
+            if isinstance(part, tuple):
+                return type(part)(*map(choose, part))
+            return None if part is None else part[chosen] if part.shape[:2] == shape else part.unflatten(0, shape)[chosen].flatten(0, 1)
+
+        return Inference(*map(choose, self._replace(decoded=None)))
 
     def describe(self, codes: Tensor, likelihood: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The per-frame outputs by name, with leading axes `shape`: [B, T], or [B] for one frame."""

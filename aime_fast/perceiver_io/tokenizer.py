@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import Upsample, downsample, group_norm, halvings, starts, to_frames
+from aime_fast.layers import FromPatches, ToPatches, Upsample, group_norm, halvings, starts, to_frames
 from aime_fast.perceiver_io.quantizer import VectorQuantizer
 
 
@@ -76,7 +76,7 @@ class VQPTTokenizer(nn.Module):
 
     Args:
         image_size: H = W in pixels; the token grid is ceil(H / 8).
-        channels: widths at H/2, H/4 and H/8.
+        channels: widths at H/4 and H/8.
         codebook_heads, codebook_size, code_dim: Q, V, d. The code width is Q * d.
     """
 
@@ -91,24 +91,22 @@ class VQPTTokenizer(nn.Module):
         codebook_decay: float = ModelConfig.codebook_decay,
     ):
         super().__init__()
-        if len(channels) != 3:
-            raise ValueError(f"tokenizer_channels is {channels}, expected three widths, for H/2, H/4 and H/8")
-        low, middle, high = channels
-        full, half, quarter, self.grid = halvings(image_size, 3)
-        self.cache_shapes = ((middle, quarter, quarter), (high, self.grid, self.grid), (high, self.grid, self.grid))
+        if len(channels) != 2:
+            raise ValueError(f"tokenizer_channels is {channels}, expected two widths, for H/4 and H/8")
+        middle, high = channels
+        *_, quarter, self.grid = halvings(image_size, 3)
+        self.cache_shapes = ((high, self.grid, self.grid), (high, self.grid, self.grid))
         self.image_size, self.width = image_size, codebook_heads * code_dim
         self.quantizer = VectorQuantizer(codebook_heads, codebook_size, code_dim, share_codebook, codebook_decay)
 
-        self.stem = nn.Sequential(downsample(3, low), nn.SiLU(), downsample(low, middle))
-        self.encoder = nn.ModuleList([CausalCell(middle), CausalConv3d(middle, high, stride=2), CausalCell(high)])
+        self.stem = nn.Sequential(ToPatches(image_size, middle), nn.SiLU())
+        self.encoder = nn.ModuleList([CausalConv3d(middle, high, stride=2), CausalCell(high)])
         self.to_codes = nn.Sequential(group_norm(high), nn.SiLU(), nn.Conv2d(high, self.width, 1))
 
         self.from_codes = nn.Conv2d(self.width, high, 1)
-        self.decoder = nn.ModuleList([CausalCell(high), CausalCell(high)])
+        self.decoder = nn.ModuleList([CausalCell(high)])
         self.head = nn.Sequential(
-            group_norm(high), nn.SiLU(), Upsample(high, middle, quarter),
-            group_norm(middle), nn.SiLU(), Upsample(middle, low, half),
-            nn.SiLU(), Upsample(low, 3, full),
+            group_norm(high), nn.SiLU(), Upsample(high, middle, quarter), nn.SiLU(), FromPatches(middle, 3, image_size)
         )  # fmt: skip
 
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
@@ -123,9 +121,9 @@ class VQPTTokenizer(nn.Module):
         uninitialised codebook is initialised by the video; `learn` itself is to be called when nothing reads this codebook any more.
         """
         batch, frames = video.shape[:2]
-        x = self.stem(video.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        x = self.stem(video.flatten(0, 1))
         caches = []
-        for layer, before in zip(self.encoder, cache or (None, None, None)):
+        for layer, before in zip(self.encoder, cache or (None, None)):
             x, after = layer(x, start, before)
             caches.append(after)
         vectors = rearrange(self.to_codes(x), "n (q d) h w -> (n h w) q d", q=self.quantizer.heads)

@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 
-from aime_fast.config import RENAMED, Config, from_dict, to_dict
+from aime_fast.config import Config, from_dict, to_dict
 from aime_fast.data.split import saved_split
 from aime_fast.errors import CheckpointError, ConfigError, DamagedError, NonFiniteError, UserError, explain
 from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 
 # 2: flat optimizer state; 3: a prior with inertia; 4: keypoints, a recurrence that reads deltas, a latent phase; 5: other names;
-# 6: progress of the latent phase, Gram and the KL of attention weighed by themselves
-FORMAT = 6
-READS = (4, 5, 6)
+# 6: progress of the latent phase, Gram and the KL of attention weighed by themselves; 7: towers over patches: no weights of others fit
+FORMAT = 7
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the latent phase, which
@@ -105,14 +104,11 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     except MemoryError as error:
         raise CheckpointError(f"{path}: too little memory to read it ({path.stat().st_size / 1e6:.0f} MB); free some") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found not in READS:
+    if found != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format is {found}, this version reads {FORMAT}; run it with the version that wrote it "
             "(git_commit in run.json), or start anew in another --run-dir"
         )
-    with fitting(path):
-        state = _rename_format_4(state) if found == 4 else state
-        state = _as_format_6(state) if found < FORMAT else state
     return state
 
 
@@ -142,32 +138,6 @@ def fitting(path: str | Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: its content does not fit this version of aime_fast ({reason}); use the version that wrote it (git_commit in run.json)"
         ) from error
-
-
-def _rename_format_4(state: dict[str, Any]) -> dict[str, Any]:
-    """A state of format 4 under the names of format 5. The order of parameters, and so the flat optimizer state, is the same."""
-
-    def weights(saved: dict[str, Any]) -> dict[str, Any]:
-        renamed = {"dynamics": "recurrence", "expect_context": "context_prior"}
-        split = {name: name.partition(".") for name in saved}
-        return {renamed.get(first, first) + dot + rest: saved[name] for name, (first, dot, rest) in split.items()}
-
-    phase = state.pop("dynamics")
-    if phase is not None:
-        made = {RENAMED.get(name, name): value for name, value in phase["made"].items()}
-        phase = {"made": made, "before": weights(phase["before"])}
-    config = to_dict(from_dict(state["config"]))
-    names = {"latent_phase": phase, "config": config, "model": weights(state["model"]), "ema": weights(state["ema"])}
-    return state | names
-
-
-def _as_format_6(state: dict[str, Any]) -> dict[str, Any]:
-    """A state of format 4 or 5. `format` stays what it was: the losses of its run were weighed otherwise (`find_resume` says so)."""
-    phase = state["latent_phase"]
-    if phase is not None:
-        phase = {**phase, "progress": None}
-    loss = {**state["config"]["loss"], "lambda_gram": 0.0}  # it was divided by the number of pixel values: next to nothing
-    return {**state, "latent_phase": phase, "config": {**state["config"], "loss": loss}}
 
 
 def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=print, aside: bool = False) -> tuple[Path, dict[str, Any]]:
@@ -201,13 +171,7 @@ def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[s
         CheckpointError: see `read_latest`.
     """
     if resume and (list_checkpoints(run_dir) or any(run_dir.glob(f"checkpoint_*.pt{DAMAGED}*"))):
-        path, state = read_latest(run_dir, report=report, aside=True)
-        if state["format"] < FORMAT:
-            report(
-                f"{path.name} is of format {state['format']}: Gram and the KL of attention were weighed otherwise, "
-                "losses will jump (docs/log.md)"
-            )
-        return path, state
+        return read_latest(run_dir, report=report, aside=True)
     if resume:
         report(f"{run_dir}: no checkpoint here yet; the run starts from step 0")
     elif found := list_checkpoints(run_dir):
@@ -218,18 +182,16 @@ def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[s
     return None, None
 
 
-def check_same_config(saved: dict[str, Any], config: Config, written: int = FORMAT) -> None:
+def check_same_config(saved: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError naming each field in which a resumed run differs from the one that wrote the checkpoint.
 
-    Fields in `MAY_CHANGE` may differ, and for a checkpoint `written` in an earlier format the weight of Gram, which meant something else. A
-    field that the checkpoint does not know yet counts as its default.
+    Fields in `MAY_CHANGE` may differ. A field that the checkpoint does not know yet counts as its default.
     """
-    may_change = MAY_CHANGE | ({"loss.lambda_gram"} if written < FORMAT else set())
     old, new = flatten(to_dict(from_dict(saved))), flatten(to_dict(config))
     differing = [
         f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if name not in may_change and old.get(name) != new.get(name)
+        if name not in MAY_CHANGE and old.get(name) != new.get(name)
     ]
     if differing:
         allowed = ", ".join(sorted(name.split(".")[1] for name in MAY_CHANGE))

@@ -88,13 +88,15 @@ class DMCVBTrainer:
         self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
         if resumed is not None:
             with checkpoint.fitting(self.saved):
-                checkpoint.check_same_config(resumed["config"], config, resumed["format"])
+                checkpoint.check_same_config(resumed["config"], config)
 
         split = None if resumed is None else split_of_run(saved_split(resumed), config.data.validation_fraction, run.seed)
         self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
-        check_lengths(config.optim, self.batches, self.validation)
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
+        phase = config.optim.latent_phase_updates
+        self.optim = dataclasses.replace(config.optim, latent_phase_updates=self.total_steps if phase is None else phase)
+        check_lengths(self.optim, self.batches, self.validation)
         torch.manual_seed(run.seed)
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)
         self.mean_frame = self.batches.mean_frame().to(self.device)
@@ -263,12 +265,12 @@ class DMCVBTrainer:
 
     def _wanted_latent_phase(self) -> dict[str, float]:
         """What identifies a latent phase: the step that it follows, and its settings."""
-        optim = {name: value for name, value in to_dict(self.config)["optim"].items() if name.startswith("latent_phase_")}
-        return {"step": self.step, **optim}
+        optim = dataclasses.asdict(self.optim)
+        return {"step": self.step, **{name: value for name, value in optim.items() if name.startswith("latent_phase_")}}
 
     def _train_latent_phase(self, stop: StopSignals) -> None:
         """Runs what is left of the latent phase on the averaged weights. One of other settings is undone first, and so is one given up."""
-        optim, began, wanted = self.config.optim, time.perf_counter(), self._wanted_latent_phase()
+        optim, began, wanted = self.optim, time.perf_counter(), self._wanted_latent_phase()
         if self.latent_phase is not None and self.latent_phase["made"] != wanted:
             if optim.latent_phase_updates:
                 self._undo_latent_phase()

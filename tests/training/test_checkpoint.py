@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aime_fast.config import RENAMED, preset, to_dict
+from aime_fast.config import preset, to_dict
 from aime_fast.errors import CheckpointError, DamagedError
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training import checkpoint as ck
@@ -77,55 +77,12 @@ def test_resume_names_the_fields_that_differ_and_allows_the_rest():
     assert "steps" in str(error.value).split("only these may change")[1]
 
 
-def test_format_4_is_read_under_the_present_names(tmp_path, capsys):
-    """A checkpoint with a latent phase, rewritten as the version before wrote it."""
-    config = preset("debug")
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, data="synthetic"),
-        optim=dataclasses.replace(config.optim, latent_phase_updates=1, latent_phase_frames=2),
-        run=dataclasses.replace(config.run, steps=1, run_dir=str(tmp_path)),
-    )
-    DMCVBTrainer(config).train()
-    path = ck.latest_checkpoint(tmp_path)
-    new = ck.read_checkpoint(path)
-    old_names = {new: old for old, new in RENAMED.items()}
-
-    def weights(saved):
-        return {
-            name.replace("recurrence.", "dynamics.", 1).replace("context_prior.", "expect_context.", 1): value
-            for name, value in saved.items()
-        }
-
-    old = dict(new, format=4, model=weights(new["model"]), ema=weights(new["ema"]))
-    phase = old.pop("latent_phase")
-    made = {old_names.get(name, name): value for name, value in phase["made"].items()}
-    assert phase["progress"] is None
-    old["dynamics"] = {"made": made, "before": weights(phase["before"])}
-    new["config"]["loss"]["lambda_gram"] = 0.05  # the default of then
-    old["config"] = {
-        name: {old_names.get(field, field): value for field, value in section.items()} if isinstance(section, dict) else section
-        for name, section in new["config"].items()
-    }
-    assert "dynamics_updates" in old["config"]["optim"]
-    assert any(name.startswith("dynamics.") for name in old["model"])
-    torch.save(old, path)
-
-    found = ck.read_checkpoint(path)
-    assert found.keys() == new.keys()
-    assert found["latent_phase"]["progress"] is None
-    new["config"]["loss"]["lambda_gram"] = 0.0
-    assert found["config"] == new["config"]
-    assert found["latent_phase"]["made"] == new["latent_phase"]["made"]
-    for part in ("model", "ema"):
-        assert list(found[part]) == list(new[part])
-    model, _, info = ck.load_model(path)
-    assert info["latent_phase_updates"] == 1
-    assert all(torch.equal(value, new["ema"][name]) for name, value in model.state_dict().items())
-    loss = dataclasses.replace(config.loss, lambda_gram=0.05)  # named in the command of then: it may come again
-    resumed = dataclasses.replace(config, loss=loss, run=dataclasses.replace(config.run, resume=True, steps=2))
-    assert DMCVBTrainer(resumed).train()["step"] == 2
-    assert "is of format 4: Gram and the KL of attention were weighed otherwise" in capsys.readouterr().out
+@pytest.mark.parametrize("found", [None, 6, ck.FORMAT + 1])
+def test_another_format_is_refused_with_both_numbers(tmp_path, found):
+    path = tmp_path / "checkpoint_00000001.pt"
+    torch.save({"format": found, "step": 1}, path)
+    with pytest.raises(CheckpointError, match=rf"format is {found}, this version reads {ck.FORMAT}; .* start anew in another --run-dir"):
+        ck.read_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
