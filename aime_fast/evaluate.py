@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from tyro.conf import Positional
 
 from aime_fast.cli import parse_arguments, run_command
-from aime_fast.errors import ConfigError
+from aime_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -65,8 +65,13 @@ def evaluate(options: EvaluateConfig) -> dict:
 
     check(options)
     runs = (options.run,) if isinstance(options.run, str) else options.run
+    folders = {path.parent if path.is_file() else path for path in (Path(run).resolve() for run in runs)}
+    if not runs or len(folders) < len(runs):
+        raise ConfigError("give one run, or several in different folders: each is written into evaluation/ of its folder")
     if len(runs) == 1:
         return evaluate_run(options, runs[0], options.out)
+    if missing := [run for run in runs if not Path(run).exists()]:
+        raise CheckpointError(f"{missing[0]}: neither a run's folder nor a checkpoint file")
     summary = summarise({run: evaluate_run(options, run, None) for run in runs})
     print_summary(summary)
     if options.out:
@@ -157,8 +162,6 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
 
 def check(options: EvaluateConfig) -> None:
     """Raises ConfigError for a number out of range; `cut_clips` checks those of the clips."""
-    if not options.run or (len(set(options.run)) < len(options.run) and not isinstance(options.run, str)):
-        raise ConfigError("give one run, or several different ones")
     for name, least in (("episodes", 1), ("samples", 0), ("batch", 1), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:

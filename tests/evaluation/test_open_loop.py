@@ -208,4 +208,5 @@ def test_validation_and_evaluation_measure_alike(model):
     assert 0 <= reconstruction.pop("token_accuracy") <= 1
     assert {name: during[name] for name in reconstruction} == reconstruction
     assert any(name.startswith("loss/") for name in during)
+    assert {"probe_attention_db", "probe_context_nats", "probe_action_shuffle_ratio"} <= set(during)
     assert sum(after["calibration"]["rank_histogram"]) == pytest.approx(1)
