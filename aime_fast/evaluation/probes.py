@@ -75,6 +75,11 @@ class SequenceProbes:
         self._add("error_uniform", squared_error(_decode(model, mean, uniform), frames).mean() * weight)
         self._add("error_other_context", squared_error(_decode(model, confused, attention), frames).mean() * weight)
 
+        deviation = (context - context.mean(0)).float().square().mean()
+        self._add("context_spread", (deviation / context.float().square().mean().clamp_min(1e-30)).sqrt() * weight)
+        maps = attention.float().flatten(1)
+        self._add("map_nats", (maps * (maps * maps.shape[1]).clamp_min(1e-30).log()).sum(1).mean() * weight)
+
         predictor, tokens = model.perceiver_io.predictor, outputs["tokens"]
         self._add("nats", outputs["next_token"] * weight)
         self._add("accuracy", outputs["token_accuracy"] * weight)
@@ -106,6 +111,10 @@ class SequenceProbes:
     def compute(self, exchanged: bool = True) -> dict[str, Row]:
         """The rows; without `exchanged`, where there is no other sequence, those that exchange have no value.
 
+        Two rows have nothing replaced, and tell a pillar that is not read from one that has nothing to tell: `attention_from_uniform`, the
+        KL of the inferred map from the uniform one, and `context_spread`, the root mean square deviation of contexts from the mean
+        over sequences at the same time, as a share of their root mean square.
+
         Raises ValueError where there was no batch.
         """
         if not self._frames:
@@ -122,6 +131,8 @@ class SequenceProbes:
             "actions_in_token_accuracy": row(m["accuracy"], other["accuracy_other_actions"], "share"),
             "actions_in_prior": row(m["prior"], other["prior_other_actions"], "nats"),
             "mixture_in_kl": row(m["kl"], m["kl_alone"], "nats"),
+            "attention_from_uniform": row(m["map_nats"], None, "nats"),
+            "context_spread": row(m["context_spread"], None, "share"),
         }
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -259,14 +270,15 @@ class ValidationProbes:
         self._batches += 1
 
     def compute(self) -> dict[str, float]:
-        """`probe_<pillar>_<unit>`: costs of a replaced input; `probe_action_shuffle_ratio`. Empty where no batch was probed."""
+        """`probe_<pillar>_<unit>`: costs of a replaced input; `probe_attention_from_uniform`, `probe_context_spread`, see
+        `SequenceProbes.compute`; `probe_action_shuffle_ratio`. Empty where no batch was probed."""
         if not self._batches:
             return {}
         rows = self._sequences.compute()
         own, shuffled = self._errors.tolist()
-        return {name: rows[source]["cost"] for name, source in LOGGED.items()} | {
-            "probe_action_shuffle_ratio": shuffled / own if own > 0 else 1.0
-        }
+        signals = {f"probe_{name}": rows[name]["intact"] for name in ("attention_from_uniform", "context_spread")}
+        costs = {name: rows[source]["cost"] for name, source in LOGGED.items()}
+        return costs | signals | {"probe_action_shuffle_ratio": shuffled / own if own > 0 else 1.0}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -97,6 +98,7 @@ def test_a_decoder_that_draws_by_attention_loses_decibels_with_a_uniform_map(mod
     monkeypatch.setattr(model.decoder, "forward", draws)
     rows = probe(model, episodes)
     assert rows["attention_in_reconstruction"]["cost"] > 3
+    assert rows["attention_from_uniform"]["intact"] == pytest.approx(math.log(4))
     assert rows["attention_near_points"]["intact"] == 1  # within an eighth of the side of the one point in the picture
     assert rows["attention_near_points"]["replaced"] == 0  # the middle of the picture is not
 
@@ -107,9 +109,9 @@ def test_a_model_that_ignores_context_loses_nothing_with_that_of_another_sequenc
         assert reads[name]["cost"] != 0, name
     with weights(model.perceiver_io.out[-1].weight, factor=0.0):  # every frame has the same context
         ignores = probe(model)
-    for name in ("context_in_reconstruction", "context_in_tokens"):
+    for name in ("context_in_reconstruction", "context_in_tokens", "context_in_films"):
         assert ignores[name]["cost"] == pytest.approx(0, abs=1e-9), name
-    assert ignores["context_in_films"]["cost"] == pytest.approx(0, abs=1e-9)
+    assert ignores["context_spread"]["intact"] < 1e-9 < reads["context_spread"]["intact"]
     assert ignores["actions_in_tokens"]["cost"] != 0
 
 
@@ -212,7 +214,7 @@ def test_validation_logs_costs_and_leaves_random_numbers_alone(model):
         probes.update(model, video, actions.double(), is_init, outputs)
     assert torch.equal(torch.get_rng_state(), state)
     logged, rows = probes.compute(), probe_sequences(model, [e[:FRAMES] for e in episodes], FRAMES, CPU)
-    assert set(logged) == {*LOGGED, "probe_action_shuffle_ratio"}
+    assert set(logged) == {*LOGGED, "probe_attention_from_uniform", "probe_context_spread", "probe_action_shuffle_ratio"}
     assert logged["probe_attention_db"] == pytest.approx(rows["attention_in_reconstruction"]["cost"])
     assert logged["probe_action_shuffle_ratio"] == pytest.approx(1, abs=0.1)
     assert logged["probe_action_shuffle_ratio"] != 1
