@@ -14,7 +14,7 @@ from aime_fast.evaluation.measures import Calibration, Reconstruction
 from aime_fast.evaluation.probes import ValidationProbes
 from aime_fast.multi_task_learning import LossAggregator
 
-PROBE_EVERY = 4  # one of so many batches is probed: on a CPU that makes a validation a quarter longer
+PROBE_EVERY = 4  # one of so many batches is probed: on a CPU that makes a validation of four batches a sixth longer
 
 
 @torch.no_grad()
