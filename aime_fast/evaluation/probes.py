@@ -71,9 +71,9 @@ class SequenceProbes:
         other_context, other_actions = context.roll(shift, 0), actions.roll(shift, 0)
         confused = model.encoder(frames, other_context.flatten(0, 1)).mean
         weight = len(video)
-        self._add("error", squared_error(outputs["reconstructions"], video).mean() * weight)
-        self._add("error_uniform", squared_error(_decode(model, mean, uniform), frames).mean() * weight)
-        self._add("error_other_context", squared_error(_decode(model, confused, attention), frames).mean() * weight)
+        self._add("error", squared_error(outputs["reconstructions"], video).double().mean() * weight)
+        self._add("error_uniform", squared_error(_decode(model, mean, uniform), frames).double().mean() * weight)
+        self._add("error_other_context", squared_error(_decode(model, confused, attention), frames).double().mean() * weight)
 
         deviation = (context - context.mean(0)).float().square().mean()
         self._add("context_spread", (deviation / context.float().square().mean().clamp_min(1e-30)).sqrt() * weight)

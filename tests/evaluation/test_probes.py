@@ -104,9 +104,10 @@ def test_a_decoder_that_draws_by_attention_loses_decibels_with_a_uniform_map(mod
 
 
 def test_a_model_that_ignores_context_loses_nothing_with_that_of_another_sequence(model):
-    reads = probe(model)
+    with weights(model.perceiver_io.out[-1].weight, factor=30.0):  # the debug model's contexts are much alike
+        reads = probe(model)
     for name in ("context_in_reconstruction", "context_in_tokens", "context_in_films"):
-        assert reads[name]["cost"] != 0, name
+        assert abs(reads[name]["cost"]) > 1e-6, name
     with weights(model.perceiver_io.out[-1].weight, factor=0.0):  # every frame has the same context
         ignores = probe(model)
     for name in ("context_in_reconstruction", "context_in_tokens", "context_in_films"):
