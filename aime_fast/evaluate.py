@@ -1,6 +1,7 @@
-"""Evaluate a run on its test episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT [--context 8 --horizon 50 --samples 10 ...]`.
+"""Evaluate runs on their test episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT ... [--context 8 --horizon 50 --samples 10 ...]`.
 
-Writes evaluation.json, prediction.png and prediction.mp4, and prints the tables. docs/evaluation.md says what each number means.
+Writes evaluation.json, prediction.png and prediction.mp4 of each run, and prints the tables; of several runs also mean and spread.
+docs/evaluation.md says what each number means.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tyro.conf import Positional
 
 from aime_fast.cli import parse_arguments, run_command
-from aime_fast.errors import ConfigError
+from aime_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from aime_fast.config import DataConfig
     from aime_fast.data import SequenceBatches
     from aime_fast.data.split import Split
-    from aime_fast.evaluation.open_loop import Clips
+    from aime_fast.evaluation.clips import Clips
     from aime_fast.evaluation.positions import PositionReader
 
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """What to evaluate, and on how much."""
 
-    run: Positional[str]  # run directory, or one of its checkpoints
+    run: Positional[tuple[str, ...]]  # run directories, or checkpoints of them; in Python a string is one run
     part: Literal["test", "validation"] = "test"  # episodes: those that nothing in training has read, or those that validate
     episodes: int | None = None  # number of episodes; none: all
     clips: int = 8  # open-loop clips cut from each episode
@@ -41,18 +42,54 @@ class EvaluateConfig:
     samples: int = 10  # sampled predictions of each clip
     seed: int = 0  # of the samples
     batch: int = 16  # clips predicted at once
-    out: str | None = None  # folder for the results; none: evaluation/ in the run directory
+    out: str | None = None  # folder for the results, of several runs for mean and spread; none: evaluation/ in the run directory
+    probes: bool = True  # also measure what each pillar is worth
     data: str | None = None  # other data of the same task, split alike, without training episodes of the run; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
     compile: Literal["off", "on", "graph", "best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
     ema: bool = True  # the moving average of the weights, or the weights themselves
 
 
+class HeldOut(NamedTuple):
+    """Episodes on the host, and what is known about positions in them."""
+
+    episodes: list[TensorDict]  # to evaluate
+    reader: PositionReader | str  # of positions, or why there is none: "not measured: ..."
+    known: list[TensorDict]  # training episodes whose latents are compared with positions; empty without positions
+
+
 def evaluate(options: EvaluateConfig) -> dict:
-    """Runs the evaluation and writes its files. Returns the content of evaluation.json."""
+    """Evaluates one run, or several, and writes the files. Returns the content of evaluation.json, of several runs that of the summary."""
+    from aime_fast.evaluation.several import print_summary, summarise
+    from aime_fast.runtime.files import write_text
+
+    check(options)
+    runs = (options.run,) if isinstance(options.run, str) else options.run
+    folders = {path.parent if path.is_file() else path for path in (Path(run).resolve() for run in runs)}
+    if not runs or len(folders) < len(runs):
+        raise ConfigError("give one run, or several in different folders: each is written into evaluation/ of its folder")
+    if len(runs) == 1:
+        return evaluate_run(options, runs[0], options.out)
+    if missing := [run for run in runs if not Path(run).exists()]:
+        raise CheckpointError(f"{missing[0]}: neither a run's folder nor a checkpoint file")
+    summary = summarise({run: evaluate_run(options, run, None) for run in runs})
+    print_summary(summary)
+    if options.out:
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "evaluation.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        print(f"\nwritten to {out}: evaluation.json")
+    else:
+        print("\nmean and spread are not written; give --out FOLDER for that")
+    return summary
+
+
+def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
+    """Evaluates one run, writes its files into `folder` or evaluation/ in its directory. Returns the content of evaluation.json."""
     from aime_fast.data import make_batches
     from aime_fast.data.split import Split, split_of_run
     from aime_fast.evaluation.clips import cut_clips
+    from aime_fast.evaluation.explained import explain_reconstruction
     from aime_fast.evaluation.lpips import find_lpips
     from aime_fast.evaluation.open_loop import evaluate_prediction
     from aime_fast.evaluation.pictures import write_prediction
@@ -63,13 +100,12 @@ def evaluate(options: EvaluateConfig) -> dict:
     from aime_fast.runtime.provenance import git_commit, version
     from aime_fast.training.checkpoint import load_model
 
-    check(options)
     began = time.perf_counter()
     device = choose_device(options.device)
     choose_kernels(None)
     if device.type == "cpu":
         keep_freed_memory()
-    model, config, info = load_model(options.run, device, ema=options.ema)
+    model, config, info = load_model(run, device, ema=options.ema)
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
     run_split = split_of_run(info["split"], data.validation_fraction, config.run.seed)
@@ -78,7 +114,8 @@ def evaluate(options: EvaluateConfig) -> dict:
     try:
         training, evaluated, part = choose_part(parts, options, info["split"])
         mean_frame = training.mean_frame()
-        episodes, reader = held_out(data, training, evaluated, options.episodes)
+        held = held_out(data, training, evaluated, options.episodes)
+        episodes, reader = held.episodes, held.reader
         try:
             clips = cut_clips(episodes, options.context, options.horizon, options.clips)
         except ValueError as error:
@@ -89,6 +126,10 @@ def evaluate(options: EvaluateConfig) -> dict:
             model, clips, mean_frame, options.samples, options.batch,
             reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips, seed=options.seed,
         )  # fmt: skip
+        sequences = evaluate_sequences(model, evaluated.one_pass(), mean_frame, config.model.codebook_size, options.seed)
+        if "positions" not in missing:
+            near = explain_reconstruction(model, clips, mean_frame, reader.names, options.batch)
+            sequences["reconstruction"]["explained_near"] = near
         result = {
             "checkpoint": str(info["checkpoint"]),
             "step": info["step"],
@@ -101,11 +142,12 @@ def evaluate(options: EvaluateConfig) -> dict:
             "device": str(device),
             "torch": version("torch"),
             "commit": git_commit(),
-            **evaluate_sequences(model, evaluated.one_pass(), mean_frame, config.model.codebook_size, options.seed),
+            **sequences,
             "open_loop": open_loop | missing,
+            **({"probes": probe(model, held, clips, data.sequence_length, options)} if options.probes else {}),
             "seconds": time.perf_counter() - began,
         }
-        out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"
+        out = Path(folder) if folder else info["checkpoint"].parent / "evaluation"
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         write_clip(model, clips, out / "prediction.png")
@@ -140,28 +182,43 @@ def choose_part(
     return parts["training"], parts[part], part
 
 
-def held_out(
-    data: DataConfig, training: SequenceBatches, evaluated: SequenceBatches, limit: int | None
-) -> tuple[list[TensorDict], PositionReader | str]:
-    """The first `limit` episodes to evaluate, or all, on the host, and a reader of positions, or why there is none: "not measured: ..." """
+def held_out(data: DataConfig, training: SequenceBatches, evaluated: SequenceBatches, limit: int | None) -> HeldOut:
+    """The first `limit` episodes to evaluate, or all."""
     from aime_fast.data import DMCVBDataset
+    from aime_fast.evaluation.clips import spread
     from aime_fast.evaluation.positions import make_reader
+    from aime_fast.evaluation.readout import MAX_FRAMES
 
     chosen = range(len(evaluated.episodes))[:limit]
     if data.data == "synthetic":
-        return [evaluated.episode(i).cpu() for i in chosen], "not measured: synthetic data have no positions"
+        return HeldOut([evaluated.episode(i).cpu() for i in chosen], "not measured: synthetic data have no positions", [])
     dataset = DMCVBDataset(data.data, data.sequence_length)
     episodes = [dataset.read_episode(evaluated.episodes[i]) for i in chosen]
     if not dataset.position_names:
-        return episodes, f"not measured: {data.data} has no 'positions'; collect the data again with this version"
-    return episodes, make_reader(dataset, training.episodes, training.device)
+        return HeldOut(episodes, f"not measured: {data.data} has no 'positions'; collect the data again with this version", [])
+    few = spread(max(1, MAX_FRAMES // max(training.lengths)), len(training.episodes))
+    known = [dataset.read_episode(training.episodes[i]) for i in few]
+    return HeldOut(episodes, make_reader(dataset, training.episodes, training.device), known)
+
+
+def probe(model: nn.Module, held: HeldOut, clips: Clips, frames: int, options: EvaluateConfig) -> dict:
+    """What each pillar is worth, and what the latent tells about positions; `frames` of a sequence."""
+    from aime_fast.evaluation.probes import probe_films, probe_sequences
+    from aime_fast.evaluation.readout import probe_latents
+
+    device = model.decoder.background.device
+    rows = probe_sequences(model, held.episodes, frames, device, options.batch, options.seed)
+    rows |= probe_films(model, clips, device, options.batch)
+    if not held.known:
+        return {"pillars": rows, "latents": held.reader}
+    return {"pillars": rows, "latents": probe_latents(model, held.known, held.episodes, held.reader.names, device)}
 
 
 def write_clip(model: nn.Module, clips: Clips, path: Path, count: int = 8) -> None:
     """A sheet of the first clip's predicted frames: truth | prediction | error | attention overlay, evenly spaced in the horizon."""
     from aime_fast.data import normalise
     from aime_fast.evaluation.clips import spread
-    from aime_fast.evaluation.open_loop import predict
+    from aime_fast.evaluation.films import predict
     from aime_fast.evaluation.pictures import write_sheet
 
     first = clips[:1].to(model.decoder.background.device)

@@ -1,4 +1,4 @@
-"""Five checks for collapse on logged scalars, each with a threshold, its reason and a remedy.
+"""Eight checks for collapse on logged scalars, each with a threshold, its reason and a remedy.
 
 A check reads the names of `metrics.jsonl` and returns a `Reading`, or None where what it needs was not logged. `Watch` reports a
 collapse that shows in `PATIENCE` validations in a row: once when it begins, once when it ends.
@@ -23,6 +23,11 @@ KL_AT_ZERO = 0.01
 # -log D(x) - log(1 - D(x_hat)) of one discriminator, 1.39 at chance: 0.1 is 95 % certain of either. The generator's loss is then at least
 # -log(1 - exp(-0.1)) = 2.35 by Jensen's inequality, so it is not checked too.
 DISCRIMINATOR_WINS = 0.1
+# A pillar is unused where replacing its output costs less than this (`probes.py`). 0.1 dB is 2.3 % of the squared error; a hundredth of a
+# nat a token is 1 % in the probability of each; a ratio of 1.05 is 5 % of the squared error of the short films of validation.
+UNUSED_DB, UNUSED_NATS, UNUSED_RATIO = 0.1, 0.01, 1.05
+# dB by which reconstructions must beat the mean frame for these three to apply: what draws nothing has no use for any input.
+DRAWS = 1.0
 # One validation can be chance.
 PATIENCE = 2
 
@@ -96,6 +101,36 @@ def discriminator_winning(values: Mapping[str, float], **sizes: int) -> Reading 
     return Reading(losses[kind] < DISCRIMINATOR_WINS, words)
 
 
+def _draws(values: Mapping[str, float]) -> bool:
+    """Whether reconstructions show more than the mean frame."""
+    return values.get("validation/psnr", -math.inf) - values.get("validation/psnr_mean_frame", math.inf) >= DRAWS
+
+
+def attention_unused(values: Mapping[str, float], **sizes: int) -> Reading | None:
+    """Reconstructions are as good with a uniform map: the decoder does not read the attention."""
+    cost = values.get("validation/probe_attention_db")
+    if cost is None or not _draws(values):
+        return None
+    return Reading(cost < UNUSED_DB, f"a uniform map costs reconstructions {cost:.3g} dB (threshold {UNUSED_DB})")
+
+
+def context_unused(values: Mapping[str, float], **sizes: int) -> Reading | None:
+    """Neither the next tokens nor the encoder's latents are worse with the context of another sequence."""
+    nats, decibels = (values.get(f"validation/probe_context_{unit}") for unit in ("nats", "db"))
+    if nats is None or decibels is None or not _draws(values):
+        return None
+    words = f"another sequence's context costs {nats:.3g} nats a token (threshold {UNUSED_NATS}) and {decibels:.3g} dB ({UNUSED_DB})"
+    return Reading(nats < UNUSED_NATS and decibels < UNUSED_DB, words)
+
+
+def actions_unused(values: Mapping[str, float], **sizes: int) -> Reading | None:
+    """Predicted films are as good with the actions of another sequence."""
+    ratio = values.get("validation/probe_action_shuffle_ratio")
+    if ratio is None or not _draws(values):
+        return None
+    return Reading(ratio < UNUSED_RATIO, f"other actions multiply the error of films by {ratio:.3f} (threshold {UNUSED_RATIO})")
+
+
 CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     "dead_codebook": (
         dead_codebook,
@@ -113,6 +148,19 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     "discriminator_winning": (
         discriminator_winning,
         "lower --discriminator-lr, raise --n-critic, or set --gradient-penalty 1, which needs --compile off",
+    ),
+    "attention_unused": (
+        attention_unused,
+        "lower --attention-dropout, which trains the decoder to do without the map, or lower --latent-dim so that z cannot hold all places",
+    ),
+    "context_unused": (
+        context_unused,
+        "raise --own-tokens or --token-corruption so that present tokens alone do not tell the next ones, or raise --perceiver-lr-scale",
+    ),
+    "actions_unused": (
+        actions_unused,
+        "raise --lambda-overshoot or --overshoot-frames, train the recurrence longer with --latent-phase-updates, or collect data whose "
+        "actions move things further (--policy mixed)",
     ),
 }
 

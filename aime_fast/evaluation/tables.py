@@ -8,6 +8,7 @@ SOURCES = {
     "model": "model",
     "sample_mean": "mean of samples",
     "sample_best": "best sample",
+    "mean_picture": "mean picture",
     "token_model": "token model",
     "repeat_last_frame": "repeat-last-frame",
     "mean_frame": "mean frame",
@@ -37,6 +38,17 @@ def print_tables(result: dict) -> None:
     if isinstance(o["positions"], dict):
         curves = {_label(name): curve for name, curve in o["positions"].items() if isinstance(curve, list)}
         _print_curves("position error, pixels", curves, steps, 2)
+        for name, table in o["positions"].items():
+            if name.startswith("by_point"):
+                _print_table(f"position error, pixels, {_label(name)}", {_label(film): row for film, row in table.items()}, 2)
+        for span, table in o["explained_near"].items():
+            _print_table(f"share explained near, {_label(span)}", {_label(film): row for film, row in table.items()}, 3)
+        _print_table("share explained near, reconstruction", {"model": r["explained_near"]}, 3)
+    if "sampled_minus_deterministic" in o:
+        gap = o["sampled_minus_deterministic"]["at_step_5"]
+        print(f"\nsampled minus deterministic at step 5 {'-' if gap is None else f'{gap:+.2f} dB'}")
+    if "probes" in result:
+        _print_probes(result["probes"])
     for name in ("lpips", "positions"):
         if isinstance(o.get(name), str):
             print(f"{name} {o[name]}")
@@ -45,6 +57,26 @@ def print_tables(result: dict) -> None:
         value = "    none" if target["value"] is None else f"{target['value']:8.3f}"
         verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
         print(f"  {name:35s} {value}  >= {target['wanted']:5.2f}  {verdict}")
+
+
+def _print_probes(probes: dict) -> None:
+    """What each pillar is worth, and what is read out of latents."""
+    _print_table("what each pillar is worth", {_label(name): row for name, row in probes["pillars"].items()}, 4)
+    if isinstance(probes["latents"], dict):
+        _print_table("R^2 of what is read out of latents", {_label(name): row for name, row in probes["latents"].items()}, 3)
+    else:
+        print(f"latents {probes['latents']}")
+
+
+def _print_table(title: str, rows: dict[str, dict[str, float | str | None]], digits: int) -> None:
+    """A table with one row for each entry, one column for each name in the first; a dash where nothing could be measured."""
+    columns = list(next(iter(rows.values()), {}))
+    first, width = max(map(len, rows), default=0) + 2, max(map(len, [*columns, "-" * 9])) + 2
+    print(f"\n{title}\n  {'':{first}s}" + "".join(f"{column:>{width}s}" for column in columns))
+    for name, row in rows.items():
+        values = (row[column] for column in columns)
+        cells = ("-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}" for value in values)
+        print(f"  {name:{first}s}" + "".join(f"{cell:>{width}s}" for cell in cells))
 
 
 def _label(name: str) -> str:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from aime_fast.data import normalise
 from aime_fast.evaluation.measures import Calibration, Reconstruction
+from aime_fast.evaluation.probes import ValidationProbes
 from aime_fast.multi_task_learning import LossAggregator
+
+PROBE_EVERY = 4  # one of so many batches is probed: on a CPU that makes a validation of four batches a sixth longer
 
 
 @torch.no_grad()
@@ -29,22 +32,24 @@ def validate(
         limit: number of batches.
 
     Returns:
-        what `measures.Reconstruction` measures, and every loss as `loss/<name>`.
+        what `measures.Reconstruction` measures, every loss as `loss/<name>`, and what `probes.ValidationProbes` measures.
 
     Raises:
         ValueError: the held-out episodes give no batch.
     """
-    measured = Reconstruction(mean_frame, codebook_size)
+    measured, probes = Reconstruction(mean_frame, codebook_size), ValidationProbes()
     totals: dict[str, Tensor | float] = {}
     count = 0
-    for batch in islice(batches, limit):
+    for number, batch in enumerate(islice(batches, limit)):
         video = normalise(batch["pixels"])  # [B, T, 3, H, W]
         outputs = model.forward_sequence(video, batch["action"], batch["is_init"])
         measured.update(outputs, video)
+        if number % PROBE_EVERY == 0:
+            probes.update(model, video, batch["action"], batch["is_init"], outputs)
         for name, value in losses.compute_losses(outputs)[0].items():
             totals[name] = totals.get(name, 0.0) + value.float() * len(video)
         count += len(video)
-    return measured.compute() | {f"loss/{name}": float(total) / count for name, total in totals.items()}
+    return measured.compute() | {f"loss/{name}": float(total) / count for name, total in totals.items()} | probes.compute()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from aime_fast.reporting import imagery
 from aime_fast.reporting.charts import Line, Mark, line_chart, number
 from aime_fast.reporting.records import Record
 from aime_fast.reporting.style import STYLE
-from aime_fast.reporting.tables import facts_table, render, targets_table, words
+from aime_fast.reporting.tables import facts_table, matrix_table, render, targets_table, words
 from aime_fast.runtime.files import write_text
 
 EPISODES = 3  # held-out episodes to draw
@@ -47,6 +47,7 @@ def write_report(record: Record, model: Model | str, out: Path) -> Path:
     sections = {
         "Collapse": _collapse(watch, findings),
         "Evaluation": _evaluation(record),
+        "What each pillar is worth": _pillars(record),
         "Open-loop prediction": pictures["open_loop"] + _video(record),
         "Mixture": pictures["mixture"],
         "Attention": pictures["attention"],
@@ -136,7 +137,22 @@ def _evaluation(record: Record) -> str:
         old = _missing(why.format(*measured, *reached), command)
     loop = dict(record.evaluation.get("open_loop", {}))
     targets = loop.pop("targets", {})
-    return f'{old}{targets_table(targets)}<div class="charts">{render(record.evaluation | {"open_loop": loop})}</div>'
+    shown = {name: value for name, value in record.evaluation.items() if name != "probes"} | {"open_loop": loop}
+    return f'{old}{targets_table(targets)}<div class="charts">{render(shown)}</div>'
+
+
+def _pillars(record: Record) -> str:
+    """The probes of evaluation.json: what it costs to replace what a pillar gives, and what is read out of latents."""
+    probes = record.evaluation.get("probes", {})
+    if not probes:
+        return _missing("no probes yet; make them with", f"python -m aime_fast.evaluate {shlex.quote(str(record.folder))}")
+    latents = probes.get("latents", {})
+    readout = f"<p>Latents {escape(latents)}</p>" if isinstance(latents, str) else matrix_table(latents)
+    return (
+        "<p>The trained model with what one pillar gives replaced: the map by a uniform one, context and actions by those of another "
+        "sequence, the mixture by its likeliest component. A cost above 0 says that the pillar helps.</p>"
+        f"{matrix_table(probes.get('pillars', {}))}<h3>R² of what is read out of latents</h3>{readout}"
+    )
 
 
 def _pictures(record: Record, model: Model | str) -> dict[str, str]:

@@ -54,7 +54,13 @@ NUMBER = (int, float)
 KINDS: dict[str, dict[str, Any]] = {
     "run.json": {"parameters": NUMBER, "started": str, "device": str, "versions": dict, "resumed": list},
     "config.yaml": {"data": dict, "model": dict, "loss": dict, "optim": dict, "run": dict},
-    "evaluation/evaluation.json": {"step": NUMBER, "latent_phase_updates": NUMBER, "dynamics_updates": NUMBER, "open_loop": dict},
+    "evaluation/evaluation.json": {
+        "step": NUMBER,
+        "latent_phase_updates": NUMBER,
+        "dynamics_updates": NUMBER,
+        "open_loop": dict,
+        "probes": dict,
+    },
 }
 
 

@@ -75,7 +75,7 @@ def render(node: Mapping[str, Any], title: str = "", level: int = 3) -> str:
 
 def words(name: str) -> str:
     """A name of the code as words: "psnr_mean_frame" is "PSNR mean frame"."""
-    known = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "ema": "EMA", "kl": "KL", "elbo": "ELBO"}
+    known = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "ema": "EMA", "kl": "KL", "elbo": "ELBO", "db": "dB"}
     return " ".join(known.get(word, word) for word in name.replace("/", " ").replace("_", " ").split())
 
 

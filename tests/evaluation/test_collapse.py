@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from aime_fast.config import LossConfig, ModelConfig, OptimConfig, RunConfig
+from aime_fast.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from aime_fast.evaluation.collapse import CHECKS, Watch, replay
 
 HEALTHY = {
@@ -19,6 +19,12 @@ HEALTHY = {
     "loss/discriminator_temporal": 1.2,
     "loss/generator": 1.5,
     "loss/adversarial": 0.2,
+    "validation/psnr": 30.0,
+    "validation/psnr_mean_frame": 27.0,
+    "validation/probe_attention_db": 0.8,
+    "validation/probe_context_nats": 0.3,
+    "validation/probe_context_db": 0.0,  # one use is enough
+    "validation/probe_action_shuffle_ratio": 1.4,
 }
 # what makes a healthy row collapse, and the same just on the other side of the threshold
 CASES = {
@@ -27,6 +33,12 @@ CASES = {
     "slots_alike": ({"validation/slot_overlap": 0.951}, {"validation/slot_overlap": 0.949}),
     "kl_at_zero": ({"validation/loss/kl_z": 0.09}, {"validation/loss/kl_z": 0.11}),  # Z = 10
     "discriminator_winning": ({"loss/discriminator_temporal": 0.09, "loss/generator": 4.0}, {"loss/discriminator_temporal": 0.11}),
+    "attention_unused": ({"validation/probe_attention_db": 0.09}, {"validation/probe_attention_db": 0.11}),
+    "context_unused": (
+        {"validation/probe_context_nats": 0.009, "validation/probe_context_db": 0.09},
+        {"validation/probe_context_nats": 0.009, "validation/probe_context_db": 0.11},
+    ),
+    "actions_unused": ({"validation/probe_action_shuffle_ratio": 1.04}, {"validation/probe_action_shuffle_ratio": 1.06}),
 }
 
 
@@ -40,7 +52,7 @@ def test_a_check_speaks_on_its_side_of_the_threshold_only(name):
     assert [f.name for f in make_watch(patience=1).look(1, HEALTHY | bad)] == [name]
     watch = make_watch(patience=1)
     assert watch.look(1, HEALTHY | good) == []
-    assert watch.flags() == {f"collapse/{check}": 0.0 for check in CHECKS}  # all five were made
+    assert watch.flags() == {f"collapse/{check}": 0.0 for check in CHECKS}  # all were made
 
 
 def test_a_collapse_is_told_once_when_it_begins_and_once_when_it_ends():
@@ -68,7 +80,14 @@ def test_what_is_no_collapse():
     assert single.look(1, HEALTHY | CASES["one_component"][0]) == []
 
 
+def test_a_model_that_draws_nothing_is_not_said_to_ignore_its_inputs():
+    watch = make_watch(patience=1)
+    ignored = {key: value for name in CASES if name.endswith("_unused") for key, value in CASES[name][0].items()}
+    assert watch.look(1, HEALTHY | ignored | {"validation/psnr": 27.9}) == []
+    assert {f.name for f in watch.look(2, HEALTHY | ignored)} == {"attention_unused", "context_unused", "actions_unused"}
+
+
 def test_every_flag_of_a_remedy_exists():
-    known = {f.name for cls in (ModelConfig, LossConfig, OptimConfig, RunConfig) for f in dataclasses.fields(cls)}
+    known = {f.name for cls in (DataConfig, ModelConfig, LossConfig, OptimConfig, RunConfig) for f in dataclasses.fields(cls)}
     flags = {flag.replace("-", "_") for _, remedy in CHECKS.values() for flag in re.findall(r"--([a-z-]+)", remedy)}
     assert flags <= known

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aime_fast.config import preset
 from aime_fast.data import EpisodeWriter
-from aime_fast.errors import DataError
+from aime_fast.errors import CheckpointError, ConfigError, DataError
 from aime_fast.evaluate import EvaluateConfig, evaluate
 from aime_fast.training import DMCVBTrainer
 
@@ -59,6 +60,8 @@ def measure(folder, **options) -> dict:
 def test_test_episodes_are_reported_and_stay_the_same_as_data_are_added(run):
     first = measure(run)
     assert (first["part"], first["episodes"]) == ("test", 1)
+    assert first["probes"]["latents"].startswith("not measured: ")
+    assert "explained_near" not in first["reconstruction"]
     assert measure(run, part="validation")["open_loop"] != first["open_loop"]
     write_shard(run / "data" / "a.h5", 4, 2)  # sorts first
     try:
@@ -86,3 +89,23 @@ def test_other_data_must_not_hold_training_episodes(run, tmp_path):
     assert measure(run, data=str(tmp_path / "other.h5"), out=str(tmp_path / "out"))["part"] == "test"
     with pytest.raises(DataError, match="are training episodes of the run"):
         measure(run, data=str(run / "data" / "m.h5"))
+
+
+def test_several_runs_are_summarised_beside_their_own_results(run, tmp_path):
+    second = shutil.copytree(run / "run", tmp_path / "second")
+    runs = (str(run / "run"), str(second))
+    options = EvaluateConfig(runs, clips=1, context=3, horizon=5, samples=2, device="cpu", out=str(tmp_path / "both"), probes=False)
+    summary = evaluate(options)
+    assert summary == json.loads((tmp_path / "both/evaluation.json").read_text())
+    each = [json.loads((Path(folder) / "evaluation/evaluation.json").read_text()) for folder in runs]
+    assert [Path(one["checkpoint"]).parent for one in each] == [run / "run", second]
+    value = each[0]["reconstruction"]["psnr"]
+    assert summary["scalars"]["reconstruction/psnr"] == {"mean": pytest.approx(value), "spread": pytest.approx(0, abs=1e-6), "runs": 2}
+    assert summary["curves"]["open_loop/mean_picture/psnr"]["mean"] == pytest.approx(each[0]["open_loop"]["mean_picture"]["psnr"])
+    assert "seed" not in summary["scalars"]
+    assert "probes" not in each[0]
+    for wrong in ((), (runs[0], runs[0]), (runs[0], runs[0] + "/checkpoint_00000002.pt")):
+        with pytest.raises(ConfigError, match="several in different folders"):
+            evaluate(dataclasses.replace(options, run=wrong))
+    with pytest.raises(CheckpointError, match="gone: neither"):
+        evaluate(dataclasses.replace(options, run=(runs[0], "gone")))

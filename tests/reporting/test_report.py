@@ -18,7 +18,17 @@ from aime_fast.report import ReportConfig, report
 from aime_fast.reporting import charts, tables
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
-SECTIONS = ("Collapse", "Evaluation", "Open-loop prediction", "Mixture", "Attention", "Codebook", "Curves", "The run")
+SECTIONS = (
+    "Collapse",
+    "Evaluation",
+    "What each pillar is worth",
+    "Open-loop prediction",
+    "Mixture",
+    "Attention",
+    "Codebook",
+    "Curves",
+    "The run",
+)
 
 
 class Page(HTMLParser):
@@ -103,6 +113,8 @@ def test_evaluation_and_targets_are_shown(run, tmp_path):
     assert "repeat last frame" in text
     assert "step of the prediction" in text
     assert "aime_fast.evaluate" not in text
+    assert "attention in reconstruction" in text
+    assert "not measured: synthetic data have no positions" in text
     ratio = json.loads((copy / "evaluation/evaluation.json").read_text())["open_loop"]["action_shuffle_ratio"]
     assert f"{ratio:.4g}" in text
 
