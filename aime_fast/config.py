@@ -48,6 +48,7 @@ class DataConfig:
     split_seed: Seed = 0  # of the split into training, validation and test episodes
     sequence_length: Count = 10  # T
     batch_size: Count = 16  # B
+    stills: Few = 0  # updates of encoder and decoder alone before each other one, on B T single frames of all episodes
     prefetch: Few = 2  # batches made ready ahead of the step
     replay: Literal["auto", "device", "host"] = "auto"  # unpacked frames; auto: on the GPU if a quarter of its free memory holds them
     augment: bool = True  # random zoom and shift, on the device
@@ -93,7 +94,7 @@ class ModelConfig:
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
     attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
     overshoot_frames: Steps = 5  # imagined frames that are scored in training
-    auxiliary_share: Share = 1.0  # share of training sequences that token tasks, discriminators and imagined frames see
+    auxiliary_share: Share = 1.0  # share of training sequences that are decoded, and that token tasks, discriminators and imagined frames see
     refinement_steps: Few = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
 
 
@@ -185,7 +186,7 @@ class Config:
 # Tier 1 keeps the specification's Z, Dh, K, T and B and shrinks every width it leaves open, so that two CPU cores suffice.
 TIER_1 = Config(
     tier="1",
-    data=DataConfig(augment=False),  # a thousand updates are too few to learn invariance to a moving background
+    data=DataConfig(augment=False, stills=4),  # a thousand updates are too few to learn invariance to a moving background
     model=ModelConfig(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2, codebook_size=256, code_dim=16,
@@ -214,7 +215,7 @@ TIER_3 = Config(
 # Every dimension small and most of them different, so that a mixed-up axis shows.
 DEBUG = Config(
     tier="debug",
-    data=DataConfig(episodes=4, image_size=32, sequence_length=5, batch_size=2, frame_skip=8, workers=1, validation_fraction=0.25),
+    data=DataConfig(episodes=4, image_size=32, sequence_length=5, batch_size=2, stills=2, frame_skip=8, workers=1, validation_fraction=0.25),
     model=ModelConfig(
         latent_dim=6, hidden_dim=24, context_dim=20, max_components=4, attention_dim=16, num_attention_slots=3, attention_prior_dim=16,
         num_latents=4, num_latent_channels=16, context_layers=1, predictor_dim=32, predictor_layers=1,

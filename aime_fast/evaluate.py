@@ -87,7 +87,7 @@ def evaluate(options: EvaluateConfig) -> dict:
 def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
     """Evaluates one run, writes its files into `folder` or evaluation/ in its directory. Returns the content of evaluation.json."""
     from aime_fast.data import make_batches
-    from aime_fast.data.split import Split, split_of_run
+    from aime_fast.data.split import Split
     from aime_fast.evaluation.clips import cut_clips
     from aime_fast.evaluation.explained import explain_reconstruction
     from aime_fast.evaluation.lpips import find_lpips
@@ -108,11 +108,10 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
     model, config, info = load_model(run, device, ema=options.ema)
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
-    run_split = split_of_run(info["split"], data.validation_fraction, config.run.seed)
-    names = Split._fields if options.data or info["split"] else ("training", "validation")
-    parts = dict(zip(names, make_batches(data, config.run.seed, device, None if options.data else run_split, names)))
+    split = None if options.data else info["split"]
+    parts = dict(zip(Split._fields, make_batches(data, config.run.seed, device, split, Split._fields)))
     try:
-        training, evaluated, part = choose_part(parts, options, info["split"])
+        training, evaluated = choose_parts(parts, options, info["split"])
         mean_frame = training.mean_frame()
         held = held_out(data, training, evaluated, options.episodes)
         episodes, reader = held.episodes, held.reader
@@ -136,7 +135,7 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
             "latent_phase_updates": info["latent_phase_updates"],
             "ema": options.ema,
             "data": data.data,
-            "part": part,
+            "part": options.part,
             "episodes": len(episodes),
             "seed": options.seed,
             "device": str(device),
@@ -168,18 +167,15 @@ def check(options: EvaluateConfig) -> None:
             raise ConfigError(f"--{name} {value}: expected at least {least}")
 
 
-def choose_part(
-    parts: dict[str, SequenceBatches], options: EvaluateConfig, run_split: Split | None
-) -> tuple[SequenceBatches, SequenceBatches, str]:
-    """(training episodes, those to evaluate, their part). Raises DataError where other data hold training episodes of the run."""
+def choose_parts(
+    parts: dict[str, SequenceBatches], options: EvaluateConfig, run_split: Split
+) -> tuple[SequenceBatches, SequenceBatches]:
+    """(training episodes, those to evaluate). Raises DataError where other data hold training episodes of the run."""
     from aime_fast.data.split import check_disjoint
 
-    if options.data and run_split is not None:
+    if options.data:
         check_disjoint([identity for part in parts["training"].split for identity in part], run_split, options.data)
-    part = options.part if options.part in parts else "validation"
-    if part != options.part:
-        print("this run has no test episodes: its checkpoint is older than the split in three; its validation episodes are evaluated")
-    return parts["training"], parts[part], part
+    return parts["training"], parts[options.part]
 
 
 def held_out(data: DataConfig, training: SequenceBatches, evaluated: SequenceBatches, limit: int | None) -> HeldOut:

@@ -41,7 +41,6 @@ def report(options: ReportConfig) -> Path:
 def _model(options: ReportConfig):
     """The model of the newest checkpoint with validation episodes, or the reason why there is none; the report is written either way."""
     from aime_fast.data import make_batches
-    from aime_fast.data.split import split_of_run
     from aime_fast.errors import CheckpointError, DataError
     from aime_fast.reporting.page import EPISODES, Model
     from aime_fast.runtime.machine import choose_device, choose_kernels
@@ -52,7 +51,7 @@ def _model(options: ReportConfig):
     try:
         model, config, info = load_model(latest_checkpoint(options.run), device, ema=options.ema)
         data = replace(config.data, data=options.data or config.data.data, replay="host")
-        split = None if options.data else split_of_run(info["split"], data.validation_fraction, config.run.seed)
+        split = None if options.data else info["split"]
         (validation,) = make_batches(data, config.run.seed, device, split, parts=("validation",))
     except (CheckpointError, ConfigError, DataError, FileNotFoundError) as error:
         return str(error)

@@ -144,6 +144,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Infers, reconstructs and scores a batch of sequences, in parallel over time.
 
+        In training, `auxiliary_share` of the sequences are decoded, tokenised back, imagined on and judged by the discriminators.
+
         Args:
             observations: [B, T, 3, H, W], uint8 or float in [-1, 1].
             actions: [B, T, A]; a_t is taken after seeing x_t.
@@ -152,7 +154,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             own_tokens: in training, share of frames whose tokens are replaced, as the predictor's input, by its own prediction of them.
 
         Returns:
-            reconstructions [B, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z], mixture_weights [B, T, K],
+            reconstructions [B or less, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z], mixture_weights [B, T, K],
             component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc], slot_maps [B, T, S, Ha, Wa],
             attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa], tokens [B, T, Ht, Wt, Q], and scalars: every name of
             `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame), perplexity, code_usage, token_accuracy, slot_overlap.
@@ -164,13 +166,16 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations, check=False)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, inferred = self._infer(video, actions, start, learn=self.training, decode=True)
+        tokens, inferred = self._infer(video, actions, start, learn=self.training)
         q, p = inferred.posterior, inferred.prior
-        terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         few = slice(0, self._few(start.shape[0]))
+        seen = inferred.rows(few, start.shape)
+        with span("encoder_decoder: decoder"):
+            decoded = self.decoder(seen.latents, self._with_dropout(seen.maps.attention, start[few].shape))
+        terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
-            decoded = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
-            terms["token_reconstruction"] = F.mse_loss(full_precision(decoded), video[few])
+            from_tokens = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
+            terms["token_reconstruction"] = F.mse_loss(full_precision(from_tokens), video[few])
         if self.training:  # context and decoder have read the codebook: only now may it change
             self.perceiver_io.tokenizer.learn(tokens)
         with span("perceiver_io: predictor"):
@@ -178,7 +183,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
                 tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context
             )
         with span("encoder_decoder: likelihood"):
-            terms["recon"] = self.decoder.likelihood.nll(inferred.decoded, video.flatten(0, 1)).mean()
+            terms["recon"] = self.decoder.likelihood.nll(decoded, video[few].flatten(0, 1)).mean()
         with span("generative_prior: KL"):
             z = inferred.latents if self.training else sample_latents(q.mean, q.logvar, True)
             terms["kl_z"] = losses.kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean()
@@ -193,13 +198,12 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
             terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
         with span("temporal_dynamics: overshooting"):
-            seen = inferred.rows(few, start.shape)
             terms |= pixel_overshooting(self, seen, video[few], actions[few], start[few], self.overshoot_frames)
-        out = inferred.describe(tokens.codes, self.decoder.likelihood, start.shape)
-        with span("encoder_decoder: adversarial"):
-            z, maps = (x.detach().unflatten(0, start.shape)[few] for x in (inferred.latents, inferred.maps.attention))
-            fake = self.decoder.likelihood.mean(self.decoder(z.flatten(0, 1), maps.flatten(0, 1))).unflatten(0, z.shape[:2])
-            terms |= self._adversarial(fake, video[few], z)
+        out = inferred._replace(decoded=decoded).describe(tokens.codes, self.decoder.likelihood, start.shape)
+        with span("encoder_decoder: adversarial"):  # decoded anew: with gradient to the decoder alone, and always with the map
+            z, maps = seen.latents.detach(), seen.maps.attention.detach()
+            fake = self.decoder.likelihood.mean(self.decoder(z, maps)).unflatten(0, start[few].shape)
+            terms |= self._adversarial(fake, video[few], z.unflatten(0, start[few].shape))
         return out | terms
 
     def _few(self, batch: int) -> int:
@@ -258,7 +262,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         """
         few = slice(0, self._few(observations.shape[0]))
         real = self._frames(observations, check=False)[few]
-        fake, z = outputs["reconstructions"].detach()[few], outputs["latents"].detach()[few]
+        fake, z = outputs["reconstructions"].detach(), outputs["latents"].detach()[few]
         real_frames = real.flatten(0, 1).requires_grad_(gradient_penalty > 0)
         image_real, _ = self.image_discriminator(real_frames)
         image_fake, _ = self.image_discriminator(fake.flatten(0, 1))

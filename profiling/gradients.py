@@ -18,7 +18,6 @@ from aime_fast.bounds import Count, check
 from aime_fast.cli import parse_arguments, run_command
 from aime_fast.config import LossConfig
 from aime_fast.data import make_batches, normalise
-from aime_fast.data.split import split_of_run
 from aime_fast.errors import ConfigError
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TERMS
@@ -87,8 +86,7 @@ def measure(options: GradientsConfig) -> dict[str, dict[str, float]]:
     ema = load_model(info["checkpoint"], device)[0]
     losses = LossAggregator(weights(config.loss, options.set))
     data = dataclasses.replace(config.data, data=options.data or config.data.data, prefetch=0)
-    split = split_of_run(info["split"], data.validation_fraction, config.run.seed)
-    (training,) = make_batches(data, config.run.seed, device, split, parts=("training",))
+    (training,) = make_batches(data, config.run.seed, device, info["split"], parts=("training",))
     learnt = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(0)
     sums: dict[str, dict[str, float]] = {}

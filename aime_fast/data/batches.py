@@ -8,7 +8,7 @@ on the seed and on n (`windows.py`), not on where they are stored, so a run resu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ def make_batches(
     config: DataConfig,
     seed: int,
     device: torch.device | str = "cpu",
-    split: Split | Callable[[Sequence[str]], Split] | None = None,
+    split: Split | None = None,
     parts: Sequence[str] = ("training", "validation"),
 ) -> tuple[SequenceBatches, ...]:
     """Batches of parts of `config.data`: an HDF5 file, a folder of them, or "synthetic".
@@ -42,8 +42,7 @@ def make_batches(
         config: the data, how they must have been recorded, how they are split, and the sizes of sequences and batches.
         seed: of the order of sequences and of synthetic episodes.
         device: of the batches; `config.replay` says whether all frames are stored there too (`replay.replay_on_device`).
-        split: that of a run, whose very episodes are taken, in its order, or a function from identities to one; None splits the data by
-            `split_episodes`.
+        split: that of a run, whose very episodes are taken, in its order; None splits the data by `split_episodes`.
         parts: of the split.
     Returns:
         one for each of `parts`; no episode is in two. `split` of each names the episodes of all parts.
@@ -56,8 +55,6 @@ def make_batches(
     try:
         if split is None:
             split = split_episodes(source.identities, config.validation_fraction, config.test_fraction, config.split_seed)
-        elif callable(split):
-            split = split(source.identities)
         chosen = [find_episodes(getattr(split, part), source.identities, str(config.data)) for part in parts]
         needed = replay_bytes(sum(source.lengths[i] for part in chosen for i in part), source.image_size, source.action_dim)
         resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
@@ -71,6 +68,7 @@ def make_batches(
                 device=device,
                 prefetch=config.prefetch,
                 resident=resident,
+                stills=config.stills > 0,
                 split=split,
             )
             for episodes in chosen
@@ -105,7 +103,8 @@ def _open_source(config: DataConfig, seed: int) -> EpisodeSource:
 
 class SequenceBatches:
     """An endless iterator of batches: TensorDict [B, T] on `device` with `pixels` uint8 [B, T, 3, H, W], `action` float32
-    [B, T, A], `reward` float32 [B, T, 1], `is_init` bool [B, T, 1].
+    [B, T, A], `reward` float32 [B, T, 1], `is_init` bool [B, T, 1], and with `stills` also `stills` uint8 [B, T, 3, H, W]: as many single
+    frames, drawn at random from all episodes.
 
     An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). A thread prepares
     `prefetch` batches ahead (see `Replay.prepare`), and `next` never waits for the device. `next` raises the errors of the thread.
@@ -118,6 +117,7 @@ class SequenceBatches:
         seed: of offsets and order.
         device: of the batches.
         prefetch: batches prepared ahead; 0 prepares each in the calling thread.
+        stills: whether a batch has `stills`; those of `one_pass` and `episode` have none.
         split: of the source, for the records of a run.
         resident: store the frames on `device` instead of in a memory map on the host; the batches are bit-identical.
     Attributes:
@@ -138,9 +138,10 @@ class SequenceBatches:
         device: torch.device | str = "cpu",
         prefetch: int = 2,
         resident: bool = False,
+        stills: bool = False,
         split: Split | None = None,
     ):
-        self.episodes, self.split = list(episodes), split
+        self.episodes, self.split, self.stills = list(episodes), split, stills
         self.action_dim, self.image_size = source.action_dim, source.image_size
         self.device = torch.device(device)
         self.prefetch = prefetch
@@ -158,7 +159,7 @@ class SequenceBatches:
 
     def __next__(self) -> TensorDict:
         replay = self._open_replay()
-        make = partial(_prepare, replay, self._windows)
+        make = partial(_prepare, replay, self._windows, self.stills)
         if self.prefetch < 1:
             prepared = make(self._consumed)
         else:
@@ -171,7 +172,11 @@ class SequenceBatches:
                 self._stop_thread()
                 raise
         self._consumed += 1
-        return replay.deliver(prepared)
+        delivered = replay.deliver(prepared)
+        if not self.stills:
+            return delivered
+        batch, stills = delivered.chunk(2)
+        return batch.clone(recurse=False).set("stills", stills["pixels"])
 
     @property
     def epoch(self) -> int:
@@ -232,6 +237,7 @@ class SequenceBatches:
         return self._replay
 
 
-def _prepare(replay: Replay, windows: Windows, number: int) -> Any:
+def _prepare(replay: Replay, windows: Windows, stills: bool, number: int) -> Any:
     # Not a method: the thread would hold a reference to the SequenceBatches, whose finaliser stops the thread.
-    return replay.prepare(windows.batch(number))
+    rows = windows.batch(number)
+    return replay.prepare(torch.cat([rows, windows.stills(number)]) if stills else rows)

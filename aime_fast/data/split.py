@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from aime_fast.errors import DataError
 
@@ -20,9 +17,9 @@ class Split(NamedTuple):
     test: tuple[str, ...]  # is reported: nothing in training reads it
 
 
-def saved_split(state: Mapping[str, Any]) -> Split | None:
-    """The split that a checkpoint names; None for those of formats 4 and 5 that name none."""
-    return Split(**{part: tuple(identities) for part, identities in state["split"].items()}) if "split" in state else None
+def saved_split(state: Mapping[str, Any]) -> Split:
+    """The split that a checkpoint names."""
+    return Split(**{part: tuple(identities) for part, identities in state["split"].items()})
 
 
 def split_episodes(identities: Sequence[str], validation_fraction: float, test_fraction: float, seed: int) -> Split:
@@ -40,20 +37,6 @@ def split_episodes(identities: Sequence[str], validation_fraction: float, test_f
     tested = min(max(1, round(test_fraction * n)), n - 2)
     validated = min(max(1, round(validation_fraction * n)), n - 1 - tested)
     return Split(tuple(order[tested + validated :]), tuple(order[tested : tested + validated]), tuple(order[:tested]))
-
-
-def split_by_place(identities: Sequence[str], validation_fraction: float, seed: int) -> Split:
-    """The split of runs whose checkpoints do not name their episodes (formats 4 and 5): by place in the files, with no test episodes."""
-    n = len(identities)
-    validated = min(max(1, round(validation_fraction * n)), n - 1)
-    order = np.random.default_rng(seed).permutation(n)
-    training, validation = (tuple(identities[i] for i in sorted(part)) for part in (order[validated:], order[:validated]))
-    return Split(training, validation, ())
-
-
-def split_of_run(named: Split | None, validation_fraction: float, seed: int) -> Split | Callable[[Sequence[str]], Split]:
-    """What `make_batches` takes to split data as a run did: the split that its checkpoint names, else `split_by_place`."""
-    return named or partial(split_by_place, validation_fraction=validation_fraction, seed=seed)
 
 
 def find_episodes(part: Sequence[str], identities: Sequence[str], data: str) -> list[int]:

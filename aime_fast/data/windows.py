@@ -42,6 +42,11 @@ class Windows:
         index = np.arange(position * self.batch_size, (position + 1) * self.batch_size) % len(self._starts)
         return self._rows(self._starts[index])
 
+    def stills(self, number: int) -> Tensor:
+        """Rows int64 [B, T] of single frames for batch `number`, each drawn at random from all episodes."""
+        random = np.random.default_rng([self.seed, number, 1])
+        return torch.from_numpy(random.integers(self.lengths.sum(), size=(self.batch_size, self.sequence_length)))
+
     def in_order(self, limit: int | None = None) -> Iterator[Tensor]:
         """Rows int64 [<= B, T] of the sequences that start at 0, T, 2T, ... in each episode, in order.
 

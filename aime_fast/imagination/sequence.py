@@ -41,14 +41,14 @@ class Inference(NamedTuple):
         return Inference(*map(choose, self._replace(decoded=None)))
 
     def describe(self, codes: Tensor, likelihood: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The per-frame outputs by name, with leading axes `shape`: [B, T], or [B] for one frame."""
+        """The per-frame outputs by name, with leading axes `shape`: [B, T], or [B] for one frame; B may be less for pictures."""
         flat = dict(
             reconstructions=likelihood.mean(self.decoded), latents=self.latents, posterior_mean=self.posterior.mean,
             posterior_logvar=self.posterior.logvar, mixture_weights=self.prior.log_weights.exp(), component_means=self.prior.means,
             component_logvars=self.prior.logvars, slot_maps=self.maps.slot_maps, attention=self.maps.attention,
             attention_prior=self.predicted.log_attention.exp(), movement=self.predicted.movement,
         )  # fmt: skip
-        out = {name: value.unflatten(0, shape) for name, value in flat.items()}
+        out = {name: value.unflatten(0, (-1, *shape[1:])) for name, value in flat.items()}
         return out | dict(hidden=self.hidden, context=self.context, tokens=codes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -37,6 +38,13 @@ class Arena:
         for parameter, view in zip(self.parameters, self.split(self.flat)):
             view.copy_(parameter.detach())
             parameter.data = view
+
+    def head(self, count: int) -> Arena:
+        """The first `count` parameters as an arena of their own, in the same memory."""
+        part = copy.copy(self)
+        part.parameters, part._orders, part._padding = self.parameters[:count], self._orders[:count], self._padding[:count]
+        part.flat = self.flat[: sum(p.numel() + padding for p, padding in zip(part.parameters, part._padding))]
+        return part
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor [P] that belong to the parameters, as views in their shapes and layouts."""

@@ -237,7 +237,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
 
     Returns:
         (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`,
-        `split` (`Split` or None, see `saved_split`), and `latent_phase_updates`, those of the latent phase that the weights went through.
+        `split` (`data.split.Split`), and `latent_phase_updates`, those of the latent phase that the weights went through.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another version (of which the names or shapes of weights may tell).

@@ -1,5 +1,6 @@
 """One update of AIME, from a batch of frames to new weights, with nothing read back to the host.
 
+    single frames -> encoder, decoder -> Adam                      (`--stills` times)
     pixels -> augment -> infer_and_score -> LossAggregator -> four task gradients -> RGB -> clip -> Adam -> EMA
                                        └-> discriminator loss -> Adam      (every n_critic updates)
 
@@ -7,7 +8,8 @@
 new weights). `execution.py` runs it eagerly, compiled or captured as one CUDA graph. Schedules come in as tensors, the kind of update as
 two bools, and metrics go out as tensors on the device. An update whose losses or gradients are not finite changes nothing: weights and
 averages move by zero, buffers that the forward pass learns (codebooks) are restored, and RGB guards its own state. `faults` counts such
-updates and remembers which terms were not finite, to be read when it suits the caller.
+updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames stand for themselves, each
+is made or not (`stills.py`).
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
 from aime_fast.training.execution import Compile, Execution, Kind
 from aime_fast.training.faults import Faults, first_error
+from aime_fast.training.stills import STILLS, StillUpdates
 
-BATCH_KEYS = ("pixels", "action", "is_init")
+BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
 
 # Outputs in the order in which the model computes them: the first that is not finite is where a fault began.
@@ -43,6 +46,7 @@ COMPUTED = (
 
 # Scalars that must be finite for an update to be made, in the order of computation.
 CHECKED = (
+    *STILLS,
     *(f"loss/{name}" for name in (*TERMS, *TASKS)),
     *(f"loss/{name}" for name in ("discriminator_image", "discriminator_temporal", "discriminator")),
     *(f"gradient_norm/{name}" for name in ("discriminator", *TASKS, "total")),
@@ -79,15 +83,16 @@ class TrainingStep:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         optim = config.optim
-        perceiver = list(model.perceiver_io.parameters())
-        ids = {id(p) for p in perceiver}
-        self.generator = Arena([*(p for p in model.get_share_params() if id(p) not in ids), *perceiver])
+        towers, perceiver = [*model.encoder.parameters(), *model.decoder.parameters()], list(model.perceiver_io.parameters())
+        ids, first = {id(p) for p in perceiver}, {id(p) for p in (*towers, *perceiver)}
+        self.generator = Arena([*towers, *(p for p in model.get_share_params() if id(p) not in first), *perceiver])
         self.discriminator = Arena(model.discriminator_parameters())
         self.ema = EMA(model, optim.ema_decay, (self.generator, self.discriminator))
 
         scales = [torch.full_like(p, optim.perceiver_lr_scale if id(p) in ids else 1.0) for p in self.generator.parameters]
         self.optimizer = Adam(self.generator.flat, optim.adam_beta1, scale=self.generator.flatten(scales))
         self.discriminator_optimizer = Adam(self.discriminator.flat)
+        self.stills = StillUpdates(model, self.generator, config.data.stills, config.loss, optim.grad_clip, optim.adam_beta1)
         self.discriminator_lr = torch.tensor(optim.discriminator_lr, device=self.device)
         self._task_rows, self._discriminator_row = GradientRows(self.generator, len(TASKS)), GradientRows(self.discriminator, 1)
         self.gradient = torch.zeros_like(self.generator.flat)  # balanced by RGB and clipped
@@ -137,7 +142,7 @@ class TrainingStep:
             present = set(batch.keys())
             if missing := [key for key in BATCH_KEYS if key not in present]:
                 raise KeyError(f"a batch lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
-        inputs = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
+        inputs = [{key: batch[key] for key in (*BATCH_KEYS, "stills") if key in present} for batch in batches]
         given = Warmups(beta, own_tokens, overshoot)
         warmups = Warmups(*(x if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in given))
         kind = Kind(train_discriminator, adversarial)
@@ -157,7 +162,10 @@ class TrainingStep:
             zeros = self._discriminator_row.zeros() if kind.train_discriminator else None
             gradients = Gradients(self._task_rows.zeros(), zeros)
         for batch in batches:
-            gradients, scalars, outputs = self.execution.compute_gradients(kind, batch, warmups, 1.0 / len(batches), gradients)
+            of_stills = {name: value / len(batches) for name, value in self._learn_stills(batch, learning_rate, warmups).items()}
+            inputs = {key: batch[key] for key in BATCH_KEYS}
+            gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients)
+            scalars |= of_stills
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
@@ -170,9 +178,8 @@ class TrainingStep:
 
         Losses and scalars are multiplied by `share`.
         """
-        data, pixels = self.config.data, batch["pixels"]
         with span("step: augment"):
-            observations = augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)  # [B, T, 3, H, W]
+            observations = self._observe(batch["pixels"])  # [B, T, 3, H, W]
         ema = self.ema.model if self.config.loss.lambda_gram else None
         with span("step: forward"), self.autocast():
             outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], ema, warmups.own_tokens)
@@ -190,6 +197,17 @@ class TrainingStep:
             metrics |= {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
         metrics = {name: value * share for name, value in metrics.items()}
         return Gradients(tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
+
+    def _observe(self, pixels: Tensor) -> Tensor:
+        data = self.config.data
+        return augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)
+
+    def _learn_stills(self, batch: dict[str, Tensor], learning_rate: Tensor, warmups: Warmups) -> dict[str, Tensor]:
+        """Updates of encoder and decoder alone; returns their scalars by name, none where the batch has no single frames."""
+        if "stills" not in batch:
+            return {}
+        frames = self._observe(batch["stills"].flatten(0, 1).unsqueeze(1)).squeeze(1)  # each is a sequence of one
+        return self.stills(frames, warmups.beta, learning_rate, self.autocast())
 
     def apply_gradients(
         self, gradients: Gradients, metrics: dict[str, Tensor], learnt_before: list[Tensor], learning_rate: Tensor
@@ -238,7 +256,7 @@ class TrainingStep:
 
     def _terms(self) -> Iterator[tuple[str, Tensor]]:
         for one in self._evidence:
-            yield from ((f"batch {key!r}", one["batch"][key]) for key in BATCH_KEYS)
+            yield from ((f"batch {key!r}", one["batch"][key]) for key in one["batch"])
             yield from ((f"output {key!r}", one["output"][key]) for key in COMPUTED)
             yield from ((name, value) for name, value in one["loss"].items() if name.startswith("loss/"))
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -258,6 +276,7 @@ class TrainingStep:
             "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "stills_optimizer": self.stills.optimizer.state_dict(),
             "rgb": self.rgb.state_dict(),
             "faults": self.faults.state_dict(),
         }
@@ -270,4 +289,5 @@ class TrainingStep:
         self.rgb.load_state_dict(state["rgb"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.stills.optimizer.load_state_dict(state["stills_optimizer"])
         self.faults.load_state_dict(state["faults"])

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from aime_fast.bounds import check
 from aime_fast.config import Config, to_dict
 from aime_fast.data import make_batches
-from aime_fast.data.split import saved_split, split_of_run
+from aime_fast.data.split import saved_split
 from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
@@ -90,7 +90,7 @@ class DMCVBTrainer:
             with checkpoint.fitting(self.saved):
                 checkpoint.check_same_config(resumed["config"], config)
 
-        split = None if resumed is None else split_of_run(saved_split(resumed), config.data.validation_fraction, run.seed)
+        split = None if resumed is None else saved_split(resumed)
         self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))

@@ -18,7 +18,7 @@ from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 def config_of(**optim) -> Config:
     config = preset("debug")
-    data = dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0)
+    data = dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0, stills=0)
     return dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, **optim))
 
 

@@ -1,0 +1,72 @@
+"""Updates of encoder and decoder alone, on single frames drawn from all episodes (`--stills`).
+
+The frames of a sequence look alike, and an update of all tasks costs as much as a dozen of these: pictures are learnt faster from many
+small batches of single frames (docs/log.md). A single frame is a sequence of one: its prior is that of an empty state, it has no context,
+and it is decoded with the uniform attention map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aime_fast.config import LossConfig
+from aime_fast.imagination.frame import initial_state
+from aime_fast.imagination.sequence import sample_latents
+from aime_fast.multi_task_learning.losses import kl_monte_carlo
+from aime_fast.runtime.spans import span
+from aime_fast.training.adam import Adam
+from aime_fast.training.arena import Arena, GradientRows
+
+# Scalars of these updates, in the order of computation.
+STILLS = ("loss/recon_stills", "loss/kl_stills", "gradient_norm/stills")
+
+
+def score_stills(model: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL_z), scalars in nats a frame. The prior gets no gradient."""
+    empty, count = initial_state(model, 1), len(frames)
+    q = model.encoder(frames, empty.context.expand(count, -1))
+    z = sample_latents(q.mean, q.logvar, True)
+    with torch.no_grad():
+        p = model.prior(empty.hidden, empty.context, empty.latents, empty.delta, sample=False)
+    decoded = model.decoder(z, empty.attention.expand(count, -1, -1))
+    kl = kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars)
+    return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
+
+
+class StillUpdates:
+    """Adam on encoder and decoder.
+
+    Args:
+        model: whose `encoder` and `decoder` have the first parameters of `generator`.
+        generator: arena of the model.
+        batches: into which the frames of a batch are cut; each makes an update.
+        losses: weights.
+        clip: largest gradient norm.
+        beta1: of Adam.
+    """
+
+    def __init__(self, model: nn.Module, generator: Arena, batches: int, losses: LossConfig, clip: float, beta1: float):
+        self.model, self.batches, self.losses, self.clip = model, batches, losses, clip
+        self.arena = generator.head(sum(1 for tower in (model.encoder, model.decoder) for _ in tower.parameters()))
+        self._row = GradientRows(self.arena, 1)
+        self.optimizer = Adam(self.arena.flat, beta1)
+
+    def __call__(self, frames: Tensor, beta: Tensor, learning_rate: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
+        """Updates from frames [N, 3, H, W] in [-1, 1]; one whose gradient is not finite is not made.
+
+        Args: beta, learning_rate: scalar tensors, beta the warm-up factor of the KL.
+
+        Returns: `STILLS`, means over the updates.
+        """
+        scalars = []
+        for part in frames.chunk(self.batches):
+            with span("encoder_decoder: stills"), autocast:
+                recon, kl = score_stills(self.model, part)
+            loss = (self.losses.lambda_recon * recon + beta * self.losses.beta * kl) / part[0].numel()
+            gradient = self._row.gather({"stills": loss})[0]
+            norm = torch.linalg.vector_norm(gradient)
+            clip = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            self.optimizer.update(gradient * clip, learning_rate, torch.isfinite(norm))
+            scalars.append(torch.stack([recon.detach(), kl.detach(), norm]))
+        return dict(zip(STILLS, torch.stack(scalars).mean(0).unbind()))
