@@ -94,7 +94,8 @@ class ModelConfig:
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
     attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
     overshoot_frames: Steps = 5  # imagined frames that are scored in training
-    auxiliary_share: Share = 1.0  # share of training sequences that are decoded, and that token tasks, discriminators and imagined frames see
+    decoded_share: Share = 1.0  # share of training sequences that are decoded, at least the next; with --stills few are enough
+    auxiliary_share: Share = 1.0  # share of training sequences that token tasks, discriminators and imagined frames see
     refinement_steps: Few = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
 
 
@@ -191,7 +192,7 @@ TIER_1 = Config(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2, codebook_size=256, code_dim=16,
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
-        discriminator_channels=(32, 64), discriminator_dim=64, auxiliary_share=0.25,
+        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25,
     ),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
@@ -202,12 +203,14 @@ TIER_1 = Config(
 TIER_2 = Config(
     tier="2",
     data=DataConfig(domain="reacher", task="easy", image_size=84, sequence_length=20, batch_size=32, episodes=200),
+    model=ModelConfig(auxiliary_share=0.25),
     run=RunConfig(epochs=200, precision="bf16"),
 )
 
 TIER_3 = Config(
     tier="3",
     data=DataConfig(domain="humanoid", task="walk", image_size=84, sequence_length=50, batch_size=8, episodes=500, frame_skip=2),
+    model=ModelConfig(auxiliary_share=0.25),
     optim=OptimConfig(accumulate=4),  # 4 x 8 sequences: the specification's batch of 32
     run=RunConfig(epochs=500, precision="bf16"),
 )

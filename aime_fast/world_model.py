@@ -62,7 +62,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         check(c)
         self.image_size, self.action_dim, self.latent_dim = image_size, action_dim, c.latent_dim
         self.prior_context, self.overshoot_frames, self.attention_dropout = c.prior_context, c.overshoot_frames, c.attention_dropout
-        self.auxiliary_share = c.auxiliary_share
+        self.auxiliary_share, self.decoded_share = c.auxiliary_share, max(c.decoded_share, c.auxiliary_share)
         self.perceiver_io = CausalPerceiverIO(
             (sequence_length, 3, image_size, image_size), c.num_latents, c.num_latent_channels, 2 * c.num_latent_channels, c.context_dim,
             action_dim, c.context_layers,
@@ -144,7 +144,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Infers, reconstructs and scores a batch of sequences, in parallel over time.
 
-        In training, `auxiliary_share` of the sequences are decoded, tokenised back, imagined on and judged by the discriminators.
+        In training, `decoded_share` of the sequences are decoded, and `auxiliary_share` tokenised back, imagined on and discriminated.
 
         Args:
             observations: [B, T, 3, H, W], uint8 or float in [-1, 1].
@@ -168,10 +168,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         start = starts(is_init, *video.shape[:2], video.device)
         tokens, inferred = self._infer(video, actions, start, learn=self.training)
         q, p = inferred.posterior, inferred.prior
-        few = slice(0, self._few(start.shape[0]))
-        seen = inferred.rows(few, start.shape)
+        few, drawn = self._share(len(start), self.auxiliary_share), self._share(len(start), self.decoded_share)
+        seen, shown = inferred.rows(few, start.shape), inferred.rows(drawn, start.shape)
         with span("encoder_decoder: decoder"):
-            decoded = self.decoder(seen.latents, self._with_dropout(seen.maps.attention, start[few].shape))
+            decoded = self.decoder(shown.latents, self._with_dropout(shown.maps.attention, start[drawn].shape))
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
             from_tokens = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
@@ -183,7 +183,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
                 tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context
             )
         with span("encoder_decoder: likelihood"):
-            terms["recon"] = self.decoder.likelihood.nll(decoded, video[few].flatten(0, 1)).mean()
+            terms["recon"] = self.decoder.likelihood.nll(decoded, video[drawn].flatten(0, 1)).mean()
         with span("generative_prior: KL"):
             z = inferred.latents if self.training else sample_latents(q.mean, q.logvar, True)
             terms["kl_z"] = losses.kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean()
@@ -206,9 +206,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms |= self._adversarial(fake, video[few], z.unflatten(0, start[few].shape))
         return out | terms
 
-    def _few(self, batch: int) -> int:
-        """Sequences of a batch that the dear tasks see: in training `auxiliary_share` of them, at least one; else all."""
-        return max(1, round(self.auxiliary_share * batch)) if self.training else batch
+    def _share(self, batch: int, share: float) -> slice:
+        """The sequences of a batch that a dear task sees: in training a share of them, at least one; else all."""
+        return slice(max(1, round(share * batch)) if self.training else batch)
 
     def forward_sequence(self, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
         """`infer_and_score`, with the same arguments, as a TensorDict without batch size. Raises ValueError for pixels out of range too."""
@@ -260,9 +260,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
         Returns: (scalar, scalars by name).
         """
-        few = slice(0, self._few(observations.shape[0]))
+        few = self._share(len(observations), self.auxiliary_share)
         real = self._frames(observations, check=False)[few]
-        fake, z = outputs["reconstructions"].detach(), outputs["latents"].detach()[few]
+        fake, z = outputs["reconstructions"].detach()[few], outputs["latents"].detach()[few]
         real_frames = real.flatten(0, 1).requires_grad_(gradient_penalty > 0)
         image_real, _ = self.image_discriminator(real_frames)
         image_fake, _ = self.image_discriminator(fake.flatten(0, 1))
