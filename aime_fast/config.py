@@ -110,6 +110,7 @@ class LossConfig:
     lambda_overshoot: Weight = 0.5  # scores of imagined frames
     lambda_commitment: Weight = 0.25  # VQ commitment
     lambda_attention_motion: Weight = 0.1  # attention motion
+    lambda_attention_foreground: Weight = 1.0  # KL of the map to where the frame differs from the background
     lambda_kl_attention: Weight = 0.1  # KL between inferred and predicted attention, of observed and of imagined frames
     lambda_gan: Weight = 0.1  # generator GAN loss
     lambda_fm: Weight = 1.0  # feature matching
@@ -192,7 +193,7 @@ TIER_1 = Config(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2, codebook_size=256, code_dim=16,
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
-        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25,
+        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25, attention_dropout=0.0,
     ),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.

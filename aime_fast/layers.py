@@ -120,7 +120,10 @@ def emphasise_last(linear: nn.Linear, count: int) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or x itself); `rotary` adds positions in time."""
+    """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or x itself); `rotary` adds positions in time.
+
+    A mask is bool, or is added to the logits: [B, N or 1, M].
+    """
 
     def __init__(self, dim: int, heads: int = 4, memory_dim: int | None = None, rotary: bool = False):
         super().__init__()

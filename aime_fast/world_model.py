@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from aime_fast.attention_schema import AttentionSchema
-from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
+from aime_fast.attention_schema.schema import LOG_FLOOR, attention_kl, foreground, map_entropy, slot_overlap
 from aime_fast.bounds import check
 from aime_fast.config import Config, ModelConfig
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
@@ -195,6 +195,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             maps = (inferred.maps.attention, inferred.attention_before, inferred.predicted.movement)
             terms["kl_attention"] = attention_kl(inferred.maps.attention, inferred.predicted.log_attention).mean()
             terms["attention_motion"] = self.attention.motion_loss(*(m.unflatten(0, start.shape) for m in maps), start)
+            seen_there = foreground(video.flatten(0, 1), self.decoder.background, self.attention.grid)
+            terms["attention_foreground"] = attention_kl(seen_there, maps[0].clamp_min(LOG_FLOOR).log()).mean()
             terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
             terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
         with span("temporal_dynamics: overshooting"):

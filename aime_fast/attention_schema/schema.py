@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aime_fast.attention_schema.posterior import AttentionPosterior
 from aime_fast.attention_schema.prior import AttentionPrior
 from aime_fast.config import ModelConfig
-from aime_fast.layers import grid_coordinates, outside_autocast
+from aime_fast.layers import full_precision, grid_coordinates, outside_autocast
 
 LOG_FLOOR = 1e-8  # keeps log A finite where a map is zero
 
@@ -67,6 +67,19 @@ class AttentionSchema(nn.Module):
 def attention_kl(attention: Tensor, log_prior: Tensor) -> Tensor:
     """KL(A_post || A_prior) in nats: [..., Ha, Wa] twice -> [...]."""
     return (attention * (attention.clamp_min(LOG_FLOOR).log() - log_prior)).sum((-2, -1))
+
+
+def foreground(frames: Tensor, background: Tensor, grid: int) -> Tensor:
+    """Where frames differ from the background: share of the squared difference in each cell, without gradient.
+
+    Args: frames [N, 3, H, W]; background [3, H, W]; grid: Ha = Wa.
+
+    Returns: [N, Ha, Wa], sums to 1.
+    """
+    with torch.no_grad():
+        difference = (full_precision(frames) - full_precision(background)).square().mean(1, keepdim=True)
+        cells = F.adaptive_avg_pool2d(difference, grid)[:, 0] + LOG_FLOOR
+        return cells / cells.sum((1, 2), keepdim=True)
 
 
 def slot_overlap(slot_maps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 # In the order of computation: the first term that is not finite is where a fault began.
 TERMS = (
     "commitment", "token_reconstruction", "next_token", "recon", "kl_z", "kl_hierarchical", "kl_attention", "mixture_entropy", "gram",
-    "attention_motion", "diversity", *OVERSHOOT, "generator", "feature_matching",
+    "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator", "feature_matching",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class LossAggregator:
         elbo        = (lambda_recon recon + beta (KL_z + KL_hierarchical) - entropy_weight H(pi)
                        + lambda_overshoot (roll-out: recon + latent + context)) / D + lambda_gram Gram
         perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy
-        predictive  = lambda_attention_motion attention motion + diversity
+        predictive  = lambda_attention_motion attention motion + diversity + lambda_attention_foreground attention's distance from the foreground
                       + lambda_kl_attention (KL_attention + lambda_overshoot KL_attention of the roll-out)
         adversarial = lambda_gan generator loss + lambda_fm feature matching
 
@@ -76,6 +76,7 @@ class LossAggregator:
             "elbo": elbo / outputs["reconstructions"].shape[-3:].numel() + c.lambda_gram * term["gram"],
             "perceiver": c.lambda_commitment * term["commitment"] + term["token_reconstruction"] + term["next_token"],
             "predictive": c.lambda_attention_motion * term["attention_motion"]
+            + c.lambda_attention_foreground * term["attention_foreground"]
             + c.lambda_kl_attention * kl_attention
             + c.enforce_diversity * term["diversity"],
             "adversarial": generator if adversarial else torch.zeros_like(generator),

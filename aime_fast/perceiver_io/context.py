@@ -115,9 +115,13 @@ class CausalPerceiverIO(nn.Module):
         return PerceptionCache(self.tokenizer.empty_cache(batch), context)
 
     def _summarise(self, tokens: Tensor) -> Tensor:
-        """One vector for each frame, of that frame alone: int64 [B, T, Ht, Wt, Q] -> [B, T, D]."""
+        """One vector for each frame, of that frame alone: int64 [B, T, Ht, Wt, Q] -> [B, T, D].
+
+        Tokens are attended to by how rare their codes are: in a mean over the picture the few that change would vanish.
+        """
+        rarity = self.tokenizer.quantizer.surprise(tokens).flatten(2).flatten(0, 1).unsqueeze(1)  # [B * T, 1, Ht * Wt]
         memory = self.embed(rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c")) + self.positions
-        latents = self.read(self.latents.expand(memory.shape[0], -1, -1), memory)
+        latents = self.read(self.latents.expand(memory.shape[0], -1, -1), memory, rarity.to(memory.dtype))
         return self.think(latents).mean(1).unflatten(0, tokens.shape[:2])
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:

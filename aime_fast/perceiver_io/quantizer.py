@@ -66,6 +66,12 @@ class VectorQuantizer(nn.Module):
         head = torch.arange(self.heads, device=codes.device) % self.codebook.shape[0]
         return self.codebook[head, codes]
 
+    def surprise(self, codes: Tensor) -> Tensor:
+        """-log of how often a code is used, in nats, mean over the heads: int64 [..., Q] -> [...], without gradient."""
+        head = torch.arange(self.heads, device=codes.device) % self.codebook.shape[0]
+        share = self.cluster_size / self.cluster_size.sum(1, keepdim=True)
+        return -share.log()[head, codes].mean(-1)
+
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """At the first call, set every code to a vector of x [N, Q, d]."""

@@ -1,8 +1,8 @@
 """Updates of encoder and decoder alone, on single frames drawn from all episodes (`--stills`).
 
 The frames of a sequence look alike, and an update of all tasks costs as much as a dozen of these: pictures are learnt faster from many
-small batches of single frames (docs/log.md). A single frame is a sequence of one: its prior is that of an empty state, it has no context,
-and it is decoded with the uniform attention map.
+small batches of single frames (docs/log.md). A single frame is a sequence of one: its prior is that of an empty state, and it has no
+context.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ STILLS = ("loss/recon_stills", "loss/kl_stills", "gradient_norm/stills")
 
 
 def score_stills(model: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL_z), scalars in nats a frame. The prior gets no gradient."""
+    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL_z), scalars in nats a frame. Prior and attention get no gradient."""
     empty, count = initial_state(model, 1), len(frames)
     q = model.encoder(frames, empty.context.expand(count, -1))
     z = sample_latents(q.mean, q.logvar, True)
     with torch.no_grad():
         p = model.prior(empty.hidden, empty.context, empty.latents, empty.delta, sample=False)
-    decoded = model.decoder(z, empty.attention.expand(count, -1, -1))
+        maps = model.attention.posterior(frames, empty.hidden.expand(count, -1), empty.context.expand(count, -1))
+    decoded = model.decoder(z, maps.attention)
     kl = kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
 
