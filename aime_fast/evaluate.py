@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aime_fast.config import DataConfig
     from aime_fast.data import SequenceBatches
     from aime_fast.data.split import Split
-    from aime_fast.evaluation.open_loop import Clips
+    from aime_fast.evaluation.clips import Clips
     from aime_fast.evaluation.positions import PositionReader
 
 
@@ -161,7 +161,7 @@ def write_clip(model: nn.Module, clips: Clips, path: Path, count: int = 8) -> No
     """A sheet of the first clip's predicted frames: truth | prediction | error | attention overlay, evenly spaced in the horizon."""
     from aime_fast.data import normalise
     from aime_fast.evaluation.clips import spread
-    from aime_fast.evaluation.open_loop import predict
+    from aime_fast.evaluation.films import predict
     from aime_fast.evaluation.pictures import write_sheet
 
     first = clips[:1].to(model.decoder.background.device)

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 
 from aime_fast.config import preset
 from aime_fast.data import make_batches, normalise
+from aime_fast.evaluation import films
 from aime_fast.evaluation import open_loop as evaluation
 from aime_fast.evaluation.clips import Clips, cut_clips
 from aime_fast.evaluation.measures import MAX_PSNR
@@ -127,10 +128,10 @@ def test_samples_depend_on_neither_batch_nor_number_of_samples(model):
     assert several["sample_mean"]["psnr"] != pytest.approx(
         evaluate(model, clips, samples=3, batch=8, seed=4)["sample_mean"]["psnr"], rel=1e-4
     )
-    seeds = [evaluation.sample_seed(3, clip, 0) for clip in range(len(clips))]
-    first = evaluation.predict(model, clips, sample=True, seeds=seeds)["latents"]
+    seeds = [films.sample_seed(3, clip, 0) for clip in range(len(clips))]
+    first = films.predict(model, clips, sample=True, seeds=seeds)["latents"]
     for row in range(len(clips)):
-        alone = evaluation.predict(model, clips[row : row + 1], sample=True, seeds=seeds[row : row + 1])["latents"]
+        alone = films.predict(model, clips[row : row + 1], sample=True, seeds=seeds[row : row + 1])["latents"]
         torch.testing.assert_close(alone[0], first[row])
     assert fewer["samples"] == 1
 
