@@ -16,7 +16,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -26,6 +26,7 @@ from aime_fast.data import normalise
 
 UNIMIX = 0.01  # share of the uniform distribution in every categorical, as published
 REWARD_BINS = 255
+FAINT = 0.1  # factor of the decoder's last layer where the mean frame is given
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class DreamerV3(nn.Module):
         from torchrl.trainers.algorithms.dreamer_v3 import DreamerV3Optimizer
 
         self.config = config or DreamerV3Config()
+        self.sizes = (image_size, action_dim)
         self.latents: Literal["mode", "expected"] = "mode"
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -100,9 +102,11 @@ class DreamerV3(nn.Module):
         )
 
     def initialise_background(self, mean_frame: Tensor) -> None:
-        """Draw from now on the difference from this frame [3, H, W] in [-1, 1]: our own decoder is given the mean frame too."""
+        """Draw from now on the difference from this frame [3, H, W] in [-1, 1], at first a small one: our own decoder is given the mean
+        frame too. Not published; it saves the first minutes of a short run."""
         for model in (self.world_model, self.averaged):
             model.background.copy_((mean_frame + 1) / 2)
+            model.decoder.layers[-1].weight.data.mul_(FAINT)
 
     def update(self, batch: TensorDict, spent: float = 0.0) -> dict[str, Tensor]:
         """One update of the weights and of their average.
@@ -192,6 +196,19 @@ class DreamerV3(nn.Module):
         self.latents = min(errors, key=errors.get)
         return errors
 
+    def state(self) -> dict[str, Any]:
+        """What prediction needs: sizes, updates made and the averaged weights."""
+        return {"sizes": self.sizes, "updates": self.updates, "averaged": self.averaged.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], config: DreamerV3Config) -> DreamerV3:
+        """The inverse of `state`, to predict with; the weights in training are the averaged ones."""
+        peer = cls(*state["sizes"], config=config)
+        peer.updates = state["updates"]
+        for model in (peer.averaged, peer.world_model):
+            model.load_state_dict(state["averaged"])
+        return peer.eval()
+
     def _observe(self, observations: Tensor, led: Tensor, noise: Tensor | None) -> tuple[list[Latent], Latent]:
         """The latent of each frame, and the last; `led` [B, T, A] led to the frames; noise as from `_noise`, None takes `self.latents`."""
         model = self.averaged
@@ -235,7 +252,12 @@ class WorldModel(nn.Module):
         super().__init__()
         from tensordict.nn import TensorDictModule
         from torchrl.modules import (
-            DreamerV3ImageDecoder, DreamerV3ImageEncoder, DreamerV3MLP, RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3,
+            DreamerV3ImageDecoder,
+            DreamerV3ImageEncoder,
+            DreamerV3MLP,
+            RSSMPosteriorV3,
+            RSSMPriorV3,
+            RSSMRolloutV3,
         )  # fmt: skip
 
         state_dim = config.categoricals * config.classes
