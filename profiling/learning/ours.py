@@ -109,7 +109,8 @@ def measure(spec: dict, folder: Path) -> None:
     episodes and the measures on the way) and of one of its updates (`latent_update`)."""
     config, watch = _begin(spec, folder)
     # With all tasks from the first update on: later updates cost more than early ones.
-    config = replace(config, optim=replace(config.optim, adversarial_start_epochs=0.0), run=replace(config.run, log_every=1, checkpoint_every=0))
+    optim, run = replace(config.optim, adversarial_start_epochs=0.0), replace(config.run, log_every=1, checkpoint_every=0)
+    config = replace(config, optim=optim, run=run)
     DMCVBTrainer(_for(config, COSTED, latent=0)).train()
     costs = {"update": (watch.rows[COSTED - 1] - watch.rows[1]) / (COSTED - 2), "latent_begin": 0.0, "latent_update": 0.0}
     if config.optim.latent_phase_updates:
