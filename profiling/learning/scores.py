@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from aime_fast.config import Config
 from aime_fast.data import make_batches, normalise
-from aime_fast.evaluate import held_out
 from aime_fast.evaluation.clips import Clips, cut_clips
 from aime_fast.evaluation.films import GAIN_STEPS, NEAR_STEPS, evaluate_films, predict
 from aime_fast.evaluation.lpips import Lpips, find_lpips
@@ -33,6 +32,8 @@ class HeldOut:
 
 def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOut:
     """The clips of a run's data. Raises ValueError where no episode is as long as a clip."""
+    from aime_fast.evaluate import held_out  # a command: it needs tyro
+
     parts = make_batches(config.data, config.run.seed, "cpu", parts=("training", "validation", "test"))
     try:
         training, validation, test = parts

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 POLL = 0.2  # seconds between looks at the running process
+PATIENCE = 20  # a turn ends after so many times its length in seconds of the clock, as where a process waits
 
 
 def processor_seconds(pid: int) -> float:
@@ -83,8 +84,8 @@ def take_turns(commands: Mapping[str, Sequence[str]], folder: Path, turn: float,
 def _run_for(process: subprocess.Popen, seconds: float) -> None:
     """Returns when the process has used so many processor seconds more, or has ended."""
     with suppress(ProcessLookupError):
-        until = processor_seconds(process.pid) + seconds
-        while process.poll() is None and processor_seconds(process.pid) < until:
+        until, late = processor_seconds(process.pid) + seconds, time.monotonic() + PATIENCE * seconds
+        while process.poll() is None and processor_seconds(process.pid) < until and time.monotonic() < late:
             time.sleep(POLL)
 
 
