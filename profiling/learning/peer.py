@@ -33,7 +33,7 @@ def train(spec: dict, folder: Path) -> None:
     (training,) = make_batches(data, config.run.seed, "cpu", parts=("training",))
     try:
         peer = DreamerV3(training.image_size, training.action_dim, config.run.seed, sizes)
-        peer.initialise_background(training.mean_frame())
+        peer.give_mean_frame(training.mean_frame())
         torch.manual_seed(config.run.seed)  # of the samples in training
         seconds = clock.seconds
         while seconds < budget:

@@ -43,12 +43,13 @@ class DreamerV3Config:
     classes: int = 16  # of so many classes
     lambda_reco: float = 1.0  # weight of the reconstruction: sum of squares over pixels in [0, 1]
     free_nats: float = 1.0  # of both KL terms
-    learning_rate: float = 1e-3
+    mean_frame: Literal["none", "encoder", "both"] = "encoder"  # what is given the mean training frame; published: none
+    learning_rate: float = 3e-3  # published: 4e-5, for runs of millions of frames
     warmup_steps: int = 50  # published: 1000, as many as a whole short run
     final_rate: float = 0.1  # share of the learning rate that is left at the end of the budget; it falls as a cosine
     ema_decay: float = 0.99  # of the weights that are evaluated
     batch_size: int = 8
-    sequence_length: int = 32
+    sequence_length: int = 16
 
 
 class Latent(NamedTuple):
@@ -101,12 +102,17 @@ class DreamerV3(nn.Module):
             self.world_model.parameters(), lr=self.config.learning_rate, warmup_steps=self.config.warmup_steps
         )
 
-    def initialise_background(self, mean_frame: Tensor) -> None:
-        """Draw from now on the difference from this frame [3, H, W] in [-1, 1], at first a small one: our own decoder is given the mean
-        frame too. Not published; it saves the first minutes of a short run."""
+    def give_mean_frame(self, mean_frame: Tensor) -> None:
+        """Gives the mean training frame [3, H, W] in [-1, 1] to what `config.mean_frame` says; our own model is given it too.
+
+        The encoder then sees, and the decoder draws, the difference from it, the decoder at first a small one.
+        """
         for model in (self.world_model, self.averaged):
-            model.background.copy_((mean_frame + 1) / 2)
-            model.decoder.layers[-1].weight.data.mul_(FAINT)
+            if self.config.mean_frame != "none":
+                model.seen.copy_((mean_frame + 1) / 2)
+            if self.config.mean_frame == "both":
+                model.drawn.copy_((mean_frame + 1) / 2)
+                model.decoder.layers[-1].weight.data.mul_(FAINT)
 
     def update(self, batch: TensorDict, spent: float = 0.0) -> dict[str, Tensor]:
         """One update of the weights and of their average.
@@ -290,7 +296,8 @@ class WorldModel(nn.Module):
             ),
         )
         self.sizes = (state_dim, config.belief_dim)
-        self.register_buffer("background", torch.full((3, image_size, image_size), 0.5))  # what a decoder of zeros draws
+        for name in ("seen", "drawn"):  # pictures from which the encoder sees, and the decoder draws, the difference; 0.5 is TorchRL's
+            self.register_buffer(name, torch.full((3, image_size, image_size), 0.5))
         self.to(memory_format=torch.channels_last)  # 8 % faster on a CPU: the RMS norms are over channels
 
     def start(self, batch: int) -> Latent:
@@ -300,11 +307,12 @@ class WorldModel(nn.Module):
 
     def embed(self, frames: Tensor) -> Tensor:
         """Frames [B, T, 3, H, W] in [0, 1] -> [B, T, E]."""
-        return self.encoder(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, frames.shape[:2])
+        difference = frames - (self.seen - 0.5)  # the encoder subtracts 0.5
+        return self.encoder(difference.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, frames.shape[:2])
 
     def decode(self, state: Tensor, belief: Tensor) -> Tensor:
         """Latents [B, T, .] -> frames [B, T, 3, H, W], unbounded, near [0, 1]."""
-        return self.decoder(state, belief) + (self.background - 0.5)
+        return self.decoder(state, belief) + (self.drawn - 0.5)  # it adds 0.5
 
     def forward(self, sequences: TensorDict) -> TensorDict:
         """Sequences [B, T] as of `DreamerV3.sequences`; adds under `next` logits, latents, reco_pixels [B, T, 3, H, W], reward_logits."""

@@ -113,11 +113,11 @@ def test_updates_lower_the_loss_and_a_saved_peer_predicts_alike():
     assert torch.equal(*films)
 
 
-def test_it_begins_with_the_mean_frame():
-    made = DreamerV3(SIZE, A, config=DreamerV3Config(**TINY))
+def test_a_decoder_that_is_given_the_mean_frame_begins_with_it():
+    made = DreamerV3(SIZE, A, config=DreamerV3Config(**TINY, mean_frame="both"))
     mean = torch.rand(3, SIZE, SIZE) - 0.5
     before = (made.reconstruct(batch()["pixels"], batch()["action"]) - mean).square().mean()
-    made.initialise_background(mean)
+    made.give_mean_frame(mean)
     after = (made.reconstruct(batch()["pixels"], batch()["action"]) - mean).square().mean()
     assert after < 0.05 * before
 
