@@ -32,6 +32,7 @@ from profiling.machine import describe, title, write_json
 PEERS = ("dreamer_v3",)
 LATENT_SHARE = 0.4  # most of the budget that the latent phase may take; of more, fewer updates are made
 POINTS = 10  # of a curve, about
+COSTED, COSTED_LATENT = 8, (20, 60)  # updates by which the cost of ours is measured: joint ones, and those of two latent phases
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
 
 def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
     """What the parts of our training cost, see `learning.ours.measure`."""
-    spec = _spec(out / "costs", {"config": to_dict(config), "threads": threads})
+    spec = _spec(out / "costs", {"config": to_dict(config), "threads": threads, "updates": COSTED, "latent_updates": COSTED_LATENT})
     take_turns({"costs": python("profiling.learning.ours", "measure", spec, str(out / "costs"))}, out / "costs", math.inf, _env(threads))
     found = json.loads((out / "costs" / "costs.json").read_text())
     shutil.rmtree(out / "costs")
@@ -136,7 +137,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, names: li
         points, facts = json.loads((folder / name / "points.json").read_text()), {}
         curve = []
         for point in points:
-            model, facts = _load(name, point["checkpoint"], held)
+            model, facts = _load(name, point["checkpoint"], held, last=point is points[-1])
             curve.append({key: point[key] for key in ("seconds", "updates", "frames")} | measure_point(model, held))
             if point is not points[-1]:
                 Path(point["checkpoint"]).unlink()
@@ -151,8 +152,8 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, names: li
     return found
 
 
-def _load(name: str, checkpoint: str, held: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """(the model of a checkpoint, facts about it); the peer chooses by validation clips what stands for a distribution."""
+def _load(name: str, checkpoint: str, held: Any, last: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(the model of a checkpoint, facts about it). The last one of the peer chooses by validation clips what stands for a distribution."""
     if name == "ours":
         from aime_fast.training.checkpoint import load_model
 
@@ -161,6 +162,8 @@ def _load(name: str, checkpoint: str, held: Any) -> tuple[torch.nn.Module, dict[
     from profiling.learning.peer import load
 
     peer, clips = load(checkpoint), held.validation
+    if not last:
+        return peer, {}
     errors = peer.choose_latents(clips.pixels[:, : clips.context], clips.actions, clips.pixels[:, clips.context :])
     return peer, {"latents": peer.latents, "validation_errors": errors, "config": asdict(peer.config)}
 

@@ -7,7 +7,8 @@ stopped by SIGTERM when their share of the budget is spent; then the run is resu
 latent phase. What that needs was measured before (`measure`, once for all seeds). Unpacking the data, making batches and checkpoints count;
 imports, reading the data a second time for the resumed run, and the video at the end do not.
 
-SPEC is a JSON file with `config`, `threads` and, to train, `joint_seconds` and `steps`, at which the joint updates end in any case.
+SPEC is a JSON file with `config`, `threads` and, to train, `joint_seconds` and `steps`, at which the joint updates end in any case; to
+measure, `updates` and `latent_updates`, two numbers.
 FOLDER gets `points.json`, a list of {seconds, updates, frames, checkpoint}, one for each checkpoint, the last of the end.
 """
 
@@ -33,8 +34,6 @@ from profiling.learning.clock import Clock
 from profiling.machine import write_json
 
 POLL = 0.05  # seconds between looks at the run's folder
-COSTED = 8  # joint updates of which the cost is measured, the first two left out
-LATENT = (20, 60)  # updates of two short latent phases: the difference is the cost of an update, the rest that of its beginning
 
 
 class Watch(threading.Thread):
@@ -105,26 +104,28 @@ def train(spec: dict, folder: Path) -> None:
 
 
 def measure(spec: dict, folder: Path) -> None:
-    """Write `costs.json`: processor seconds of a joint `update`, of the beginning of a latent phase (`latent_begin`: the inference of all
-    episodes and the measures on the way) and of one of its updates (`latent_update`)."""
+    """Write `costs.json`: processor seconds of a joint `update` (of `updates`, the first two left out), of the beginning of a latent phase
+    (`latent_begin`: the inference of all episodes and the measures on the way) and of one of its updates (`latent_update`), from two
+    phases of `latent_updates`."""
+    updates, (few, more) = spec["updates"], spec["latent_updates"]
     config, watch = _begin(spec, folder)
     # With all tasks from the first update on: later updates cost more than early ones.
     optim, run = replace(config.optim, adversarial_start_epochs=0.0), replace(config.run, log_every=1, checkpoint_every=0)
     config = replace(config, optim=optim, run=run)
-    DMCVBTrainer(_for(config, COSTED, latent=0)).train()
-    costs = {"update": (watch.rows[COSTED - 1] - watch.rows[1]) / (COSTED - 2), "latent_begin": 0.0, "latent_update": 0.0}
+    DMCVBTrainer(_for(config, updates, latent=0)).train()
+    costs = {"update": (watch.rows[updates - 1] - watch.rows[1]) / (updates - 2), "latent_begin": 0.0, "latent_update": 0.0}
     if config.optim.latent_phase_updates:
         spent = []
-        for updates in LATENT:
-            trainer = DMCVBTrainer(_for(config, COSTED, updates, resume=True))
+        for made in (few, more):
+            trainer = DMCVBTrainer(_for(config, updates, made, resume=True))
             began, before = watch.clock.seconds, len(watch.points)
             trainer.train()
             time.sleep(2 * POLL)
             if len(watch.points) == before:
                 raise RuntimeError("the latent phase wrote no checkpoint")
             spent.append(watch.points[-1]["seconds"] - began)
-        costs["latent_update"] = max(0.0, spent[1] - spent[0]) / (LATENT[1] - LATENT[0])
-        costs["latent_begin"] = max(0.0, spent[0] - LATENT[0] * costs["latent_update"])
+        costs["latent_update"] = max(0.0, spent[1] - spent[0]) / (more - few)
+        costs["latent_begin"] = max(0.0, spent[0] - few * costs["latent_update"])
     watch.finish()
     write_json(folder / "costs.json", costs)
 

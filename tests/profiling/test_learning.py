@@ -160,7 +160,8 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="turns are taken by /proc")
 def test_bench_trains_measures_and_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_learning, "POINTS", 3)
+    for name, value in (("POINTS", 3), ("COSTED", 4), ("COSTED_LATENT", (2, 6))):
+        monkeypatch.setattr(bench_learning, name, value)
     monkeypatch.setattr(bench_learning, "LATENT_SHARE", 0.8)  # beginning a phase takes a second
     seconds, out = 3.0, tmp_path / "out"
     ours = (
