@@ -44,11 +44,11 @@ class DreamerV3Config:
     lambda_reco: float = 1.0  # weight of the reconstruction: sum of squares over pixels in [0, 1]
     free_nats: float = 1.0  # of both KL terms
     mean_frame: Literal["none", "encoder", "both"] = "encoder"  # what is given the mean training frame; published: none
-    learning_rate: float = 3e-3  # published: 4e-5, for runs of millions of frames
+    learning_rate: float = 1e-3  # published: 4e-5, for runs of millions of frames
     warmup_steps: int = 50  # published: 1000, as many as a whole short run
-    final_rate: float = 0.1  # share of the learning rate that is left at the end of the budget; it falls as a cosine
+    final_rate: float = 1.0  # share of the learning rate that is left at the end of the budget; it falls as a cosine
     ema_decay: float = 0.99  # of the weights that are evaluated
-    batch_size: int = 8
+    batch_size: int = 16
     sequence_length: int = 16
 
 
