@@ -1,4 +1,4 @@
-"""Measure speed: `python -m profiling.bench kernels|train|data|collect [OPTION ...]`; each has a --help of its own."""
+"""Measure: `python -m profiling.bench kernels|train|data|collect|learning [OPTION ...]`; each has a --help of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ BENCHES = {
     "kernels": "each kernel against eager PyTorch, torch.compile and the best public peer",
     "train": "the training step by tier, precision, kernels and compile mode",
     "data": "the loader, with prefetch and without",
+    "learning": "what ours and a peer learn in the same processor time",
     "collect": "recording episodes of a dm_control task",
 }
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choices = "\n".join(f"  {name:<8} {text}" for name, text in BENCHES.items())
     chooser = argparse.ArgumentParser(
         prog="python -m profiling.bench",
-        description=f"Measure speed. WHAT is one of\n\n{choices}\n\nand takes options of its own: WHAT --help.",
+        description=f"Measure. WHAT is one of\n\n{choices}\n\nand takes options of its own: WHAT --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chooser.add_argument("what", choices=tuple(BENCHES), metavar="WHAT")

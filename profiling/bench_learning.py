@@ -1,0 +1,199 @@
+"""Compare what two models learn in the same processor time: ours and a peer, trained on the same data, split, threads and machine.
+
+For each seed the two train in processes of their own that take turns (SIGSTOP and SIGCONT), until each has spent the budget in processor
+seconds. Ours is trained as `aime_fast.train` trains it, with its latent phase within the budget; the peer is a world model that TorchRL
+ships (docs/learning.md says how it was tuned). Both are then measured by the same code on the same clips of test episodes. The folder gets
+learning.json (everything, by seed), learning.md (one table), curves.png (validation, against seconds and against frames) and films.png
+(rows: truth, then each model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aime_fast.cli import parse_config
+from aime_fast.config import PRESETS, Config, to_dict
+from aime_fast.errors import UserError
+from aime_fast.runtime.provenance import version
+from profiling.learning.turns import python, take_turns
+from profiling.machine import describe, title, write_json
+
+PEERS = ("dreamer_v3",)
+LATENT_SHARE = 0.4  # most of the budget that the latent phase may take; of more, fewer updates are made
+POINTS = 10  # of a curve, about
+COSTED, COSTED_LATENT = 8, (20, 60)  # updates by which the cost of ours is measured: joint ones, and those of two latent phases
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `profiling.bench learning`."""
+    parser.add_argument("--data", required=True, metavar="FILE", help="HDF5 file or folder, or synthetic")
+    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="processor minutes of training for each model and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each model a seed; default 0")
+    parser.add_argument("--peer", choices=PEERS, default=PEERS[0])
+    parser.add_argument("--only", choices=("ours", "peer"), help="train and measure one of the two")
+    parser.add_argument("--tier", choices=tuple(PRESETS), default="1", help="of ours; default 1")
+    parser.add_argument("--ours", default="", metavar="FLAGS", help="flags of aime_fast.train for ours, in quotes")
+    parser.add_argument("--peer-config", default="{}", metavar="JSON", help="fields of the peer's config that differ from its defaults")
+    parser.add_argument("--threads", type=int, metavar="T", help="threads of each; default: all cores")
+    parser.add_argument("--turn", type=float, default=60.0, metavar="S", help="processor seconds of a turn; default 60")
+    parser.add_argument("--context", type=int, default=8, metavar="N", help="observed frames of a clip; default 8")
+    parser.add_argument("--horizon", type=int, default=50, metavar="N", help="predicted frames of a clip; default 50")
+    parser.add_argument("--clips", type=int, default=8, metavar="N", help="clips of each test episode; default 8")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="sampled films of each clip; default 10")
+    parser.add_argument("--out", default="runs/bench-learning", metavar="FOLDER", help="default runs/bench-learning")
+
+
+def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    """Train, measure, print and write; returns the exit status."""
+    out, threads = Path(options.out), options.threads or torch.get_num_threads()
+    if not Path("/proc/self/stat").exists():
+        usage_error("learning: processes take turns by what /proc says of them; run it on Linux")
+    for name, value in (("minutes", options.minutes), ("turn", options.turn), ("threads", threads)):
+        if not value > 0:
+            usage_error(f"--{name} {value:g}: expected more than 0")
+    if any(out.glob("seed*")):
+        usage_error(f"--out {out}: results of an earlier bench are there; name another folder, or remove it")
+    torch.set_num_threads(threads)
+    flags = ["--tier", options.tier, "--data", options.data, *shlex.split(options.ours)]
+    config = parse_config("python -m aime_fast.train", "The flags of --ours.", flags)
+    head = describe("cpu")
+    head["versions"] |= {name: version(name) for name in ("torchrl", "tensordict")}
+    head |= {"minutes": options.minutes, "threads": threads, "config": to_dict(config)}
+    print(f"{title(torch.device('cpu'))}, torch {torch.__version__}, torchrl {version('torchrl')}", flush=True)
+    try:
+        head["costs"] = None if options.only == "peer" else costs(config, threads, out)
+        results = []
+        for seed in options.seeds:
+            results.append(one_seed(replace(config, run=replace(config.run, seed=seed)), options, threads, head["costs"], out))
+            write(out, head, results, options)
+    except (UserError, RuntimeError, ValueError) as error:
+        print(f"FAILED: {error}", flush=True)
+        return 1
+    print((out / "learning.md").read_text())
+    return 0
+
+
+def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
+    """What the parts of our training cost, see `learning.ours.measure`."""
+    spec = _spec(out / "costs", {"config": to_dict(config), "threads": threads, "updates": COSTED, "latent_updates": COSTED_LATENT})
+    take_turns({"costs": python("profiling.learning.ours", "measure", spec, str(out / "costs"))}, out / "costs", math.inf, _env(threads))
+    found = json.loads((out / "costs" / "costs.json").read_text())
+    shutil.rmtree(out / "costs")
+    return found
+
+
+def plan(seconds: float, costs: dict[str, float], latent: int) -> tuple[float, int]:
+    """(processor seconds of the joint updates, updates of the latent phase) of a budget, for a wanted phase of `latent` updates."""
+    most = LATENT_SHARE * seconds - costs["latent_begin"]
+    if latent and costs["latent_update"] > 0:
+        latent = min(latent, int(most / costs["latent_update"]))
+    if latent <= 0 or most <= 0:
+        return seconds, 0
+    return seconds - costs["latent_begin"] - latent * costs["latent_update"], latent
+
+
+def one_seed(config: Config, options: argparse.Namespace, threads: int, cost: dict[str, float] | None, out: Path) -> dict[str, Any]:
+    """Train and measure both models with one seed: {seed, seconds (wall), contestants: {name: {cost, test, curve, ...}}}."""
+    began, folder, seconds = time.perf_counter(), out / f"seed{config.run.seed}", 60 * options.minutes
+    commands = {}
+    if options.only != "peer":
+        joint, latent = plan(seconds, cost, config.optim.latent_phase_updates)
+        # Where the learning rate falls by a schedule, it falls over the updates that the budget is expected to give.
+        expected = max(1, int(joint / cost["update"]))
+        run = replace(config.run, checkpoint_every=max(1, expected // POINTS))
+        ours = replace(config, run=run, optim=replace(config.optim, latent_phase_updates=latent))
+        steps = 10**9 if config.optim.schedule == "constant" else expected
+        spec = _spec(folder / "ours", {"config": to_dict(ours), "threads": threads, "joint_seconds": joint, "steps": steps})
+        commands["ours"] = python("profiling.learning.ours", "train", spec, str(folder / "ours"))
+    if options.only != "ours":
+        peer = {"peer": json.loads(options.peer_config), "seconds": seconds, "points": POINTS}
+        spec = _spec(folder / options.peer, {"config": to_dict(config), "threads": threads} | peer)
+        commands[options.peer] = python("profiling.learning.peer", spec, str(folder / options.peer))
+    take_turns(commands, folder, options.turn, _env(threads))
+    contestants = measure(config, options, folder, list(commands))
+    return {"seed": config.run.seed, "seconds": time.perf_counter() - began, "contestants": contestants}
+
+
+def measure(config: Config, options: argparse.Namespace, folder: Path, names: list[str]) -> dict[str, Any]:
+    """The measures of both models; the checkpoints of their curves are deleted, the last ones stay. Writes films.png."""
+    from aime_fast.training.checkpoint import list_checkpoints
+    from profiling.learning.output import write_films
+    from profiling.learning.scores import hold_out, measure, measure_point
+
+    held = hold_out(config, options.context, options.horizon, options.clips)
+    found, models = {}, {}
+    for name in names:
+        points, facts = json.loads((folder / name / "points.json").read_text()), {}
+        curve = []
+        for point in points:
+            model, facts = _load(name, point["checkpoint"], held, last=point is points[-1])
+            curve.append({key: point[key] for key in ("seconds", "updates", "frames")} | measure_point(model, held))
+            if point is not points[-1]:
+                Path(point["checkpoint"]).unlink()
+        for checkpoint in list_checkpoints(folder / name / "run")[:-1]:
+            checkpoint.unlink()
+        models[name] = model
+        cost = {key: points[-1][key] for key in ("seconds", "updates", "frames")}
+        cost["parameters"] = sum(parameter.numel() for parameter in getattr(model, "averaged", model).parameters())
+        found[name] = {"cost": cost, "test": measure(model, held, options.samples), "curve": curve} | facts
+        print(f"seed {config.run.seed}, {name}: {cost['seconds']:.0f} processor seconds, {cost['updates']} joint updates", flush=True)
+    write_films(folder / "films.png", models, held.test)
+    return found
+
+
+def _load(name: str, checkpoint: str, held: Any, last: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(the model of a checkpoint, facts about it). The last one of the peer chooses by validation clips what stands for a distribution."""
+    if name == "ours":
+        from aime_fast.training.checkpoint import load_model
+
+        model, _, info = load_model(checkpoint)
+        return model, {"latent_phase_updates": info["latent_phase_updates"]}
+    from profiling.learning.peer import load
+
+    peer, clips = load(checkpoint), held.validation
+    if not last:
+        return peer, {}
+    errors = peer.choose_latents(clips.pixels[:, : clips.context], clips.actions, clips.pixels[:, clips.context :])
+    return peer, {"latents": peer.latents, "validation_errors": errors, "config": asdict(peer.config)}
+
+
+def write(out: Path, head: dict[str, Any], results: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the files of all seeds so far."""
+    from profiling.learning.output import summary, table, write_curves
+
+    found = summary(results)
+    write_json(out / "learning.json", head | {"table": found, "seeds": results})
+    versions, seeds = head["versions"], " ".join(map(str, options.seeds))
+    lines = [
+        f"{options.minutes:g} processor minutes for each model and seed, seeds {seeds}; {title(torch.device('cpu'))}; "
+        f"torch {versions['torch']}, torchrl {versions['torchrl']}; commit {head['git_commit']}.",
+        f"Test episodes of {Path(options.data).name}: {options.context} frames observed, {options.horizon} predicted. "
+        "Mean over seeds and, of several, the range.",
+    ]
+    (out / "learning.md").write_text(table(found, lines))
+    write_curves(out / "curves.png", results)
+    first = out / f"seed{results[0]['seed']}" / "films.png"
+    if first.exists():
+        first.replace(out / "films.png")
+
+
+def _spec(folder: Path, content: dict[str, Any]) -> str:
+    path = folder / "spec.json"
+    write_json(path, content)
+    return str(path)
+
+
+def _env(threads: int) -> dict[str, str]:
+    """Variables of a training process: libraries that read them start with as many threads."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

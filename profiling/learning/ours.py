@@ -1,0 +1,154 @@
+"""Trains ours for so many processor seconds, or measures what its parts cost.
+
+    python -m profiling.learning.ours train|measure SPEC FOLDER
+
+The trainer is used as a user does: a config, `DMCVBTrainer(config).train()`, a signal to stop, and a resumed run. The joint updates are
+stopped by SIGTERM when their share of the budget is spent; then the run is resumed with as many steps as were made, which leaves the
+latent phase. What that needs was measured before (`measure`, once for all seeds). Unpacking the data, making batches and checkpoints count;
+imports, reading the data a second time for the resumed run, and the video at the end do not.
+
+SPEC is a JSON file with `config`, `threads` and, to train, `joint_seconds` and `steps`, at which the joint updates end in any case; to
+measure, `updates` and `latent_updates`, two numbers.
+FOLDER gets `points.json`, a list of {seconds, updates, frames, checkpoint}, one for each checkpoint, the last of the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aime_fast.config import Config, from_dict
+from aime_fast.errors import Interrupted
+from aime_fast.training import DMCVBTrainer
+from aime_fast.training.checkpoint import list_checkpoints
+from profiling.learning.clock import Clock
+from profiling.machine import write_json
+
+POLL = 0.05  # seconds between looks at the run's folder
+
+
+class Watch(threading.Thread):
+    """Notes at how many processor seconds checkpoints and rows of metrics.jsonl appear in a run's folder, and stops the run in time.
+
+    Attributes:
+        points: {seconds, updates, checkpoint} for each checkpoint, a link that a later one of the same step does not replace.
+        rows: seconds of each row.
+        stop_at: processor seconds at which SIGTERM is sent to this process, once; None: never.
+    """
+
+    def __init__(self, run_dir: Path, links: Path, clock: Clock):
+        super().__init__(daemon=True)
+        self.run_dir, self.links, self.clock = run_dir, links, clock
+        self.points: list[dict[str, Any]] = []
+        self.rows: list[float] = []
+        self.stop_at: float | None = None
+        self._seen: dict[Path, int] = {}
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(POLL):
+            self._look()
+
+    def finish(self) -> None:
+        """Look once more, and end."""
+        self._over.set()
+        self.join()
+        self._look()
+
+    def _look(self) -> None:
+        now = self.clock.seconds
+        if self.stop_at is not None and now >= self.stop_at:
+            self.stop_at = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        metrics = self.run_dir / "metrics.jsonl"
+        rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        self.rows += [now] * (rows - len(self.rows))
+        for path in list_checkpoints(self.run_dir):
+            written = path.stat().st_mtime_ns
+            if self._seen.get(path) != written:
+                self._seen[path] = written
+                link = self.links / f"point_{len(self.points):04d}.pt"
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                self.points.append({"seconds": now, "updates": int(path.stem.split("_")[1]), "checkpoint": str(link)})
+
+
+def train(spec: dict, folder: Path) -> None:
+    """Train as said above."""
+    config, watch = _begin(spec, folder)
+    wanted = config.optim.latent_phase_updates
+    watch.stop_at = spec["joint_seconds"]
+    trainer = DMCVBTrainer(_for(config, spec["steps"], latent=0))
+    try:
+        trainer.train()
+    except Interrupted:
+        print(f"joint updates stopped at {trainer.step} after {watch.clock.seconds:.0f} s", flush=True)
+    watch.stop_at = None
+    if wanted:
+        with watch.clock.paused():
+            trainer = DMCVBTrainer(_for(config, trainer.step, wanted, resume=True))
+        trainer.train()
+    watch.finish()
+    frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
+    points = [point | {"frames": point["updates"] * frames} for point in watch.points]
+    write_json(folder / "points.json", points)
+
+
+def measure(spec: dict, folder: Path) -> None:
+    """Write `costs.json`: processor seconds of a joint `update` (of `updates`, the first two left out), of the beginning of a latent phase
+    (`latent_begin`: the inference of all episodes and the measures on the way) and of one of its updates (`latent_update`), from two
+    phases of `latent_updates`."""
+    updates, (few, more) = spec["updates"], spec["latent_updates"]
+    config, watch = _begin(spec, folder)
+    # With all tasks from the first update on: later updates cost more than early ones.
+    optim, run = replace(config.optim, adversarial_start_epochs=0.0), replace(config.run, log_every=1, checkpoint_every=0)
+    config = replace(config, optim=optim, run=run)
+    DMCVBTrainer(_for(config, updates, latent=0)).train()
+    costs = {"update": (watch.rows[updates - 1] - watch.rows[1]) / (updates - 2), "latent_begin": 0.0, "latent_update": 0.0}
+    if config.optim.latent_phase_updates:
+        spent = []
+        for made in (few, more):
+            trainer = DMCVBTrainer(_for(config, updates, made, resume=True))
+            began, before = watch.clock.seconds, len(watch.points)
+            trainer.train()
+            time.sleep(2 * POLL)
+            if len(watch.points) == before:
+                raise RuntimeError("the latent phase wrote no checkpoint")
+            spent.append(watch.points[-1]["seconds"] - began)
+        costs["latent_update"] = max(0.0, spent[1] - spent[0]) / (more - few)
+        costs["latent_begin"] = max(0.0, spent[0] - few * costs["latent_update"])
+    watch.finish()
+    write_json(folder / "costs.json", costs)
+
+
+def _begin(spec: dict, folder: Path) -> tuple[Config, Watch]:
+    torch.set_num_threads(spec["threads"])
+    folder.mkdir(parents=True, exist_ok=True)
+    config = from_dict(spec["config"])
+    config = replace(config, run=replace(config.run, run_dir=str(folder / "run"), threads=spec["threads"], device="cpu"))
+    watch = Watch(folder / "run", folder, Clock())
+    watch.start()
+    return config, watch
+
+
+def _for(config: Config, steps: int, latent: int, resume: bool = False) -> Config:
+    """The run with so many joint updates and updates of the latent phase. Nothing is validated or drawn on the way: checkpoints are
+    measured afterwards. The latent phase is saved at its end alone."""
+    run = replace(
+        config.run, steps=steps, epochs=None, resume=resume, validate_every=0, sample_every=0, checkpoint_minutes=0.0,
+        checkpoint_every=0 if resume else config.run.checkpoint_every, keep_checkpoints=10000,
+    )  # fmt: skip
+    return replace(config, optim=replace(config.optim, latent_phase_updates=latent), run=run)
+
+
+if __name__ == "__main__":
+    {"train": train, "measure": measure}[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
