@@ -93,7 +93,7 @@ class ModelConfig:
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
     attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
-    overshoot_frames: Steps = 5  # imagined frames that are scored in training
+    overshoot_frames: Steps = 3  # imagined frames that are scored in training
     decoded_share: Share = 1.0  # share of training sequences that are decoded, at least the next; with --stills few are enough
     auxiliary_share: Share = 1.0  # share of training sequences that token tasks, discriminators and imagined frames see
     refinement_steps: Few = 0  # MaskGIT rounds for one frame of generated tokens; 0 samples all tokens at once
@@ -141,10 +141,10 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: one for each joint update
+    latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: two for each joint update
     latent_phase_batch_size: Count = 32  # sequences of such an update
     latent_phase_frames: Count = 15  # frames imagined in it, after up to 8 observed ones
-    latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 1e-3  # of its Adam, falling as a cosine
+    latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 3e-3  # of its Adam, falling as a cosine
     accumulate: Annotated[int, Bound(1, 4096)] = 1  # batches whose gradients make one update
 
 
@@ -193,11 +193,11 @@ TIER_1 = Config(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2, codebook_size=256, code_dim=16,
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
-        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25, attention_dropout=0.0,
+        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25,
     ),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
-    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, latent_phase_updates=None),
+    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, beta_warmup_epochs=2.0, latent_phase_updates=None),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 

@@ -167,9 +167,7 @@ def check(options: EvaluateConfig) -> None:
             raise ConfigError(f"--{name} {value}: expected at least {least}")
 
 
-def choose_parts(
-    parts: dict[str, SequenceBatches], options: EvaluateConfig, run_split: Split
-) -> tuple[SequenceBatches, SequenceBatches]:
+def choose_parts(parts: dict[str, SequenceBatches], options: EvaluateConfig, run_split: Split) -> tuple[SequenceBatches, SequenceBatches]:
     """(training episodes, those to evaluate). Raises DataError where other data hold training episodes of the run."""
     from aime_fast.data.split import check_disjoint
 

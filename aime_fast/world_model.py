@@ -76,7 +76,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         )  # fmt: skip
         self.encoder = VAEEncoder(image_size, c.latent_dim, c.context_dim, c.encoder_channels, c.blocks_per_level, c.dense_dim)
         self.decoder = VAEDecoder(
-            image_size, c.latent_dim, c.encoder_channels, c.blocks_per_level, c.dense_dim, c.likelihood, c.likelihood_std, c.mol_components,
+            image_size, c.latent_dim, c.encoder_channels, c.blocks_per_level, c.dense_dim, c.likelihood, c.likelihood_std, c.mol_components
         )
         self.prior = DPGMMPrior(c.hidden_dim, c.context_dim, c.latent_dim, c.max_components, c.kl)
         self.recurrence = LSTMLayer(2 * c.latent_dim + c.context_dim + action_dim, c.hidden_dim, c.lstm_layers)
@@ -171,7 +171,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         few, drawn = self._share(len(start), self.auxiliary_share), self._share(len(start), self.decoded_share)
         seen, shown = inferred.rows(few, start.shape), inferred.rows(drawn, start.shape)
         with span("encoder_decoder: decoder"):
-            decoded = self.decoder(shown.latents, self._with_dropout(shown.maps.attention, start[drawn].shape))
+            decoded = self.decoder(shown.latents, self.with_dropout(shown.maps.attention, start[drawn].shape))
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
             from_tokens = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
@@ -228,8 +228,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
             latents = sample_latents(posterior.mean, posterior.logvar, self.training)
-        # Recurrence and priors get the means without gradient: else the latent is pulled to where it is easy to predict.
-        means = posterior.mean.detach().unflatten(0, shape)
+        means = posterior.mean.unflatten(0, shape)
         delta, hidden, lstm, hidden_before, latents_before, prior = predict_latents(self, means, context, actions, start, self.training)
 
         with span("attention_schema: posterior"):
@@ -239,11 +238,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             # Without gradient, as h and z: else maps learn to be where the next one is easy to predict.
             predicted = self.attention.prior(attention_before.detach(), hidden_before, latents_before)
         with span("encoder_decoder: decoder"):
-            decoded = self.decoder(latents, self._with_dropout(maps.attention, shape)) if decode else None
+            decoded = self.decoder(latents, self.with_dropout(maps.attention, shape)) if decode else None
         delta = delta.flatten(0, 1)
         return tokens, Inference(posterior, latents, delta, prior, context, hidden, lstm, maps, attention_before, predicted, decoded)
 
-    def _with_dropout(self, attention: Tensor, shape: torch.Size) -> Tensor:
+    def with_dropout(self, attention: Tensor, shape: torch.Size) -> Tensor:
         """Attention dropout: in training, uniform maps [B * T, Ha, Wa] for a share of the sequences; shape is (B, T). `step` has none.
 
         A map is inferred from the frame at no KL cost: a decoder that always had it would decode from it what only z can predict.

@@ -26,6 +26,7 @@ from aime_fast.cli import parse_config
 from aime_fast.config import PRESETS, Config, to_dict
 from aime_fast.errors import UserError
 from aime_fast.runtime.provenance import version
+from aime_fast.training.trainer import LATENT_UPDATES
 from profiling.learning.turns import python, take_turns
 from profiling.machine import describe, title, write_json
 
@@ -93,8 +94,13 @@ def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
     return found
 
 
-def plan(seconds: float, costs: dict[str, float], latent: int) -> tuple[float, int]:
-    """(processor seconds of the joint updates, updates of the latent phase) of a budget, for a wanted phase of `latent` updates."""
+def plan(seconds: float, costs: dict[str, float], latent: int | None) -> tuple[float, int]:
+    """(processor seconds of the joint updates, updates of the latent phase) of a budget.
+
+    `latent` are the updates that are wanted, at most; None: `LATENT_UPDATES` for each joint update.
+    """
+    if latent is None:
+        latent = int(LATENT_UPDATES * (seconds - costs["latent_begin"]) / (costs["update"] + LATENT_UPDATES * costs["latent_update"]))
     most = LATENT_SHARE * seconds - costs["latent_begin"]
     if latent and costs["latent_update"] > 0:
         latent = min(latent, int(most / costs["latent_update"]))

@@ -24,9 +24,7 @@ class ImageDiscriminator(nn.Module):
 
     def __init__(self, image_size: int, channels: tuple[int, ...]):
         super().__init__()
-        self.levels = nn.ModuleList(
-            [ToPatches(image_size, channels[0]), *(downsample(a, b) for a, b in itertools.pairwise(channels))]
-        )
+        self.levels = nn.ModuleList([ToPatches(image_size, channels[0]), *(downsample(a, b) for a, b in itertools.pairwise(channels))])
         self.head = nn.Conv2d(channels[-1], 1, 1)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -63,10 +63,7 @@ class VAEEncoder(nn.Module):
             return nn.Sequential(enter, *(ResidualCell(width) for _ in range(blocks)), nn.SiLU())
 
         self.levels = nn.ModuleList(
-            [
-                level(ToPatches(image_size, channels[0]), channels[0]),
-                *(level(downsample(a, b), b) for a, b in itertools.pairwise(channels)),
-            ]
+            [level(ToPatches(image_size, channels[0]), channels[0]), *(level(downsample(a, b), b) for a, b in itertools.pairwise(channels))]
         )
         grid = halvings(image_size, 4)[-1]
         self.dense = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * grid**2, dense), nn.LayerNorm(dense), nn.SiLU())

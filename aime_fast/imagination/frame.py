@@ -72,7 +72,7 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     codes, context = codes[:, 0], context[:, 0]
     posterior = model.encoder(frame, context)
     z = sample_latents(posterior.mean, posterior.logvar, model.training)
-    mean = posterior.mean.detach()  # as in `world_model._infer`: the prior must not pull the latent to where it is easy to predict
+    mean = posterior.mean
     delta = _delta(state, mean)
     hidden, lstm = _recur(model, mean, delta, context, action, state.lstm)
     context_before = context if model.prior_context == "current" else state.context

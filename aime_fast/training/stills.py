@@ -30,7 +30,7 @@ def score_stills(model: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         p = model.prior(empty.hidden, empty.context, empty.latents, empty.delta, sample=False)
         maps = model.attention.posterior(frames, empty.hidden.expand(count, -1), empty.context.expand(count, -1))
-    decoded = model.decoder(z, maps.attention)
+    decoded = model.decoder(z, model.with_dropout(maps.attention, (count, 1)))
     kl = kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
 

@@ -29,6 +29,7 @@ from aime_fast.training.settings import collected_data, default_run_dir, run_fac
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
+LATENT_UPDATES = 2  # of the latent phase for each joint update, where --latent-phase-updates is not given
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
 
 
@@ -95,7 +96,7 @@ class DMCVBTrainer:
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
         phase = config.optim.latent_phase_updates
-        self.optim = dataclasses.replace(config.optim, latent_phase_updates=self.total_steps if phase is None else phase)
+        self.optim = dataclasses.replace(config.optim, latent_phase_updates=LATENT_UPDATES * self.total_steps if phase is None else phase)
         check_lengths(self.optim, self.batches, self.validation)
         torch.manual_seed(run.seed)
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)

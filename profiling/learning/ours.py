@@ -114,7 +114,7 @@ def measure(spec: dict, folder: Path) -> None:
     config = replace(config, optim=optim, run=run)
     DMCVBTrainer(_for(config, updates, latent=0)).train()
     costs = {"update": (watch.rows[updates - 1] - watch.rows[1]) / (updates - 2), "latent_begin": 0.0, "latent_update": 0.0}
-    if config.optim.latent_phase_updates:
+    if config.optim.latent_phase_updates != 0:
         spent = []
         for made in (few, more):
             trainer = DMCVBTrainer(_for(config, updates, made, resume=True))

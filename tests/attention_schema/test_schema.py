@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aime_fast.attention_schema.schema import attention_kl, map_entropy, slot_overlap
+from aime_fast.attention_schema.schema import attention_kl, foreground, map_entropy, slot_overlap
 
 
 def test_attention_kl_and_diversity_have_the_right_ends():
@@ -33,3 +33,20 @@ def test_the_motion_loss_trains_the_predicted_movement_alone(model):
     assert gradients[0] is None
     assert gradients[1] is None
     assert gradients[2].any()
+
+
+def test_the_foreground_is_where_the_frame_differs_from_the_background():
+    background = torch.rand(3, 32, 32, dtype=torch.float64)
+    frames = background.expand(2, -1, -1, -1).clone()
+    frames[0, :, 8:16, 24:32] += 0.5
+    frames[1, :, 0:8, 0:8] += 0.1
+    frames[1, :, 16:24, 8:16] -= 0.3
+    found = foreground(frames, background, 4)
+    torch.testing.assert_close(found.sum((1, 2)), torch.ones(2, dtype=torch.float64))
+    assert found[0, 1, 3] > 0.99
+    assert found[1, 2, 1] / found[1, 0, 0] == pytest.approx(9, rel=1e-3)
+
+
+def test_without_foreground_it_is_everywhere():
+    background = torch.rand(3, 32, 32)
+    torch.testing.assert_close(foreground(background[None], background, 4), torch.full((1, 4, 4), 1 / 16))

@@ -34,6 +34,7 @@ def tasks(outputs, beta: float = 1.0, overshoot: float = 1.0, **weights) -> dict
         ("kl_attention", "predictive", "lambda_kl_attention"),
         ("overshoot_attention", "predictive", "lambda_kl_attention"),
         ("attention_motion", "predictive", "lambda_attention_motion"),
+        ("attention_foreground", "predictive", "lambda_attention_foreground"),
     ],
 )
 def test_a_term_moves_its_task_alone_by_its_weight_and_is_not_divided_by_the_pixels(outputs, term, task, weight):

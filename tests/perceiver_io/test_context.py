@@ -72,3 +72,16 @@ def test_every_entrance_takes_bytes_and_refuses_floats_out_of_range(model, entra
             ENTRANCES[entrance](model, wrong)
     with pytest.raises(ValueError, match=r"int64, expected uint8"):
         ENTRANCES[entrance](model, pixels.long())
+
+
+def test_rare_codes_are_read_first(model):
+    """Tokens of one rare code outweigh all others in what the context reads, whatever they are."""
+    quantizer = model.perceiver_io.tokenizer.quantizer
+    codes = torch.zeros(1, 1, *[model.perceiver_io.tokenizer.grid] * 2, quantizer.heads, dtype=torch.int64)
+    quantizer.cluster_size[:] = 1.0
+    quantizer.cluster_size[:, 0] = 1e4
+    rare = codes.clone()
+    rare[0, 0, 1, 2] = 3
+    surprise = quantizer.surprise(rare)
+    assert surprise.shape == rare.shape[:-1]
+    torch.testing.assert_close(surprise[0, 0, 1, 2] - surprise[0, 0, 0, 0], torch.tensor(1e4, dtype=surprise.dtype).log())

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from profiling import bench, bench_learning
+from aime_fast.training.trainer import LATENT_UPDATES
 from profiling.bench_learning import LATENT_SHARE, plan
 from profiling.learning.turns import take_turns
 from profiling.peers.dreamer_v3 import DreamerV3, DreamerV3Config
@@ -130,6 +131,8 @@ def test_the_budget_is_divided_between_joint_updates_and_latent_phase():
     assert joint + 10 + 0.5 * latent == pytest.approx(600)
     assert plan(20, costs, 1000) == (20, 0)  # no time to begin one
     assert plan(600, costs, 0) == (600, 0)
+    joint, latent = plan(600, costs, None)
+    assert LATENT_UPDATES * joint / costs["update"] == pytest.approx(latent, abs=2)
 
 
 BUSY = """
