@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 from aime_fast.bounds import Bound, Count, Few, HeadedWidth, Layers, Length, OpenShare, Positive, Seed, Share, Steps, Weight, Width, check
 from aime_fast.errors import ConfigError
 
+LATENT_UPDATES = 2  # of the latent phase for each joint update, where `latent_phase_updates` is None
+
 # Settings under the names that they had in the version before: still read from the command line and from old checkpoints.
 RENAMED = {
     "dynamics_updates": "latent_phase_updates",
@@ -191,7 +193,8 @@ TIER_1 = Config(
     data=DataConfig(augment=False, stills=4),  # a thousand updates are too few to learn invariance to a moving background
     model=ModelConfig(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
-        attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2, codebook_size=256, code_dim=16,
+        attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2,
+        codebook_size=256, code_dim=16,
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
         discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25,
     ),
@@ -219,7 +222,9 @@ TIER_3 = Config(
 # Every dimension small and most of them different, so that a mixed-up axis shows.
 DEBUG = Config(
     tier="debug",
-    data=DataConfig(episodes=4, image_size=32, sequence_length=5, batch_size=2, stills=2, frame_skip=8, workers=1, validation_fraction=0.25),
+    data=DataConfig(
+        episodes=4, image_size=32, sequence_length=5, batch_size=2, stills=2, frame_skip=8, workers=1, validation_fraction=0.25
+    ),
     model=ModelConfig(
         latent_dim=6, hidden_dim=24, context_dim=20, max_components=4, attention_dim=16, num_attention_slots=3, attention_prior_dim=16,
         num_latents=4, num_latent_channels=16, context_layers=1, predictor_dim=32, predictor_layers=1,

@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from aime_fast.cli import parse_config
-from aime_fast.config import PRESETS, Config, to_dict
+from aime_fast.config import LATENT_UPDATES, PRESETS, Config, to_dict
 from aime_fast.errors import UserError
 from aime_fast.runtime.provenance import version
-from aime_fast.training.trainer import LATENT_UPDATES
 from profiling.learning.turns import python, take_turns
 from profiling.machine import describe, title, write_json
 

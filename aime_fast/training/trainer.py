@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from aime_fast.bounds import check
-from aime_fast.config import Config, to_dict
+from aime_fast.config import LATENT_UPDATES, Config, to_dict
 from aime_fast.data import make_batches
 from aime_fast.data.split import saved_split
 from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
@@ -29,7 +29,6 @@ from aime_fast.training.settings import collected_data, default_run_dir, run_fac
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
-LATENT_UPDATES = 2  # of the latent phase for each joint update, where --latent-phase-updates is not given
 MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from aime_fast.config import LATENT_UPDATES
 from profiling import bench, bench_learning
-from aime_fast.training.trainer import LATENT_UPDATES
 from profiling.bench_learning import LATENT_SHARE, plan
 from profiling.learning.turns import take_turns
 from profiling.peers.dreamer_v3 import DreamerV3, DreamerV3Config
