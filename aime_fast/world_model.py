@@ -205,7 +205,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: adversarial"):  # decoded anew: with gradient to the decoder alone, and always with the map
             z, maps = seen.latents.detach(), seen.maps.attention.detach()
             fake = self.decoder.likelihood.mean(self.decoder(z, maps)).unflatten(0, start[few].shape)
-            terms |= self._adversarial(fake, video[few], z.unflatten(0, start[few].shape))
+            z = z.unflatten(0, start[few].shape)
+            terms |= gan.generator_learns(self.image_discriminator, self.temporal_discriminator, fake, video[few], z)
         return out | terms
 
     def _share(self, batch: int, share: float) -> slice:
@@ -264,28 +265,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         few = self._share(len(observations), self.auxiliary_share)
         real = self._frames(observations, check=False)[few]
         fake, z = outputs["reconstructions"].detach()[few], outputs["latents"].detach()[few]
-        real_frames = real.flatten(0, 1).requires_grad_(gradient_penalty > 0)
-        image_real, _ = self.image_discriminator(real_frames)
-        image_fake, _ = self.image_discriminator(fake.flatten(0, 1))
-        temporal_real, _ = self.temporal_discriminator(real, z)
-        temporal_fake, _ = self.temporal_discriminator(fake, z)
-        image = gan.discriminator_loss(image_real, image_fake)
-        temporal = gan.discriminator_loss(temporal_real, temporal_fake)
-        total = image + temporal
-        if gradient_penalty > 0:
-            total = total + gradient_penalty * gan.gradient_penalty(image_real, real_frames)
-        return total, dict(discriminator_image=image, discriminator_temporal=temporal)
-
-    def _adversarial(self, fake: Tensor, real: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """The generator's losses; the discriminator is conditioned on the latent, which gets no gradient."""
-        z = latents.detach()
-        image_fake, image_features = self.image_discriminator(fake.flatten(0, 1))
-        temporal_fake, temporal_features = self.temporal_discriminator(fake, z)
-        with torch.no_grad():
-            _, image_anchor = self.image_discriminator(real.flatten(0, 1))
-            _, temporal_anchor = self.temporal_discriminator(real, z)
-        matching = gan.feature_matching(image_anchor, image_features) + gan.feature_matching(temporal_anchor, temporal_features)
-        return dict(generator=gan.generator_loss(image_fake) + gan.generator_loss(temporal_fake), feature_matching=matching)
+        return gan.discriminators_learn(self.image_discriminator, self.temporal_discriminator, fake, real, z, gradient_penalty)
 
     def _gram(self, features: Tensor, video: Tensor, ema: DPGMMVariationalRecurrentAutoencoder | None) -> Tensor:
         if ema is None:

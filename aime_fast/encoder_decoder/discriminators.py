@@ -101,3 +101,36 @@ def gradient_penalty(logits: Tensor, frames: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(logits.sum(), frames, create_graph=True)
     return 0.5 * gradient.flatten(1).square().sum(1).mean()
+
+
+def discriminators_learn(
+    image: ImageDiscriminator, temporal: TemporalDiscriminator, fake: Tensor, real: Tensor, latents: Tensor, penalty: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of both discriminators: fake, real [B, T, 3, H, W], latents [B, T, Z], all without gradient -> (scalar, scalars by name).
+
+    penalty weighs the R1 penalty on real frames.
+    """
+    real_frames = real.flatten(0, 1).requires_grad_(penalty > 0)
+    image_real, _ = image(real_frames)
+    image_fake, _ = image(fake.flatten(0, 1))
+    temporal_real, _ = temporal(real, latents)
+    temporal_fake, _ = temporal(fake, latents)
+    losses = dict(
+        discriminator_image=discriminator_loss(image_real, image_fake),
+        discriminator_temporal=discriminator_loss(temporal_real, temporal_fake),
+    )
+    total = sum(losses.values())
+    return total + penalty * gradient_penalty(image_real, real_frames) if penalty > 0 else total, losses
+
+
+def generator_learns(
+    image: ImageDiscriminator, temporal: TemporalDiscriminator, fake: Tensor, real: Tensor, latents: Tensor
+) -> dict[str, Tensor]:
+    """Losses of the generator, scalars by name; arguments as in `discriminators_learn`, `fake` with gradient."""
+    image_fake, image_features = image(fake.flatten(0, 1))
+    temporal_fake, temporal_features = temporal(fake, latents)
+    with torch.no_grad():
+        _, image_anchor = image(real.flatten(0, 1))
+        _, temporal_anchor = temporal(real, latents)
+    matching = feature_matching(image_anchor, image_features) + feature_matching(temporal_anchor, temporal_features)
+    return dict(generator=generator_loss(image_fake) + generator_loss(temporal_fake), feature_matching=matching)
