@@ -196,7 +196,7 @@ TIER_1 = Config(
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2,
         codebook_size=256, code_dim=16,
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
-        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25,
+        discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25, attention_dropout=0.3,
     ),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
