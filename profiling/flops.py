@@ -66,7 +66,7 @@ def count(config: Config) -> dict[str, Share]:
         config,
         data=dataclasses.replace(config.data, batch_size=min(config.data.batch_size, SEQUENCES), prefetch=0),
         optim=dataclasses.replace(config.optim, accumulate=1),
-        run=dataclasses.replace(config.run, device="cpu", compile="off", kernels="reference"),
+        run=dataclasses.replace(config.run, device="cpu", compile="off", kernels="reference", precision="fp32"),  # bf16 counts the same
     )
     updates = Updates(one)
     try:

@@ -20,15 +20,9 @@ from aime_fast.evaluation.positions import PositionReader
 from aime_fast.layers import starts
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
-TOKEN_STEP = 10  # step at which token accuracies are compared
+TOKEN_STEP = 10  # step at which the token model is judged
 # Least values that a run is to reach: the named numbers of `targets`.
-WANTED = {
-    "psnr_gain_steps_5_to_16": 3.0,
-    "smallest_psnr_gain": -0.5,
-    "action_shuffle_ratio": 1.3,
-    "rolled_out_token_accuracy_at_10": 0.6,
-    "rolled_out_to_teacher_forced_at_10": 0.75,
-}
+WANTED = {"psnr_gain_steps_5_to_16": 3.0, "smallest_psnr_gain": 0.0, "action_shuffle_ratio": 2.0, "rolled_out_changed_tokens_at_10": 0.4}
 
 
 def predict_tokens(model: DPGMMVariationalRecurrentAutoencoder, tokens: Tensor, actions: Tensor, context: int) -> dict[str, Tensor]:
@@ -113,15 +107,12 @@ def _measure_tokens(model: DPGMMVariationalRecurrentAutoencoder, clips: Clips, l
 
 def _targets(result: dict) -> dict[str, dict]:
     """The numbers of `WANTED` with the wanted value and whether it is met; value and met are None where the horizon is too short."""
-    gain = result["psnr_gain_on_repeat_last_frame"]
-    smallest = result["psnr_gain_on_better_baseline"]["smallest"]
+    gain = result["psnr_gain_on_better_baseline"]
     values: dict[str, float | None] = dict.fromkeys(WANTED)
-    values |= {"psnr_gain_steps_5_to_16": gain["steps_5_to_16"], "smallest_psnr_gain": smallest}
+    values |= {"psnr_gain_steps_5_to_16": gain["steps_5_to_16"], "smallest_psnr_gain": gain["smallest"]}
     values["action_shuffle_ratio"] = result["action_shuffle_ratio"]
     if result["horizon"] >= TOKEN_STEP:
-        rolled, forced = (result["tokens"][name][TOKEN_STEP - 1] for name in ("rolled_out", "teacher_forced"))
-        values["rolled_out_token_accuracy_at_10"] = rolled
-        values["rolled_out_to_teacher_forced_at_10"] = rolled / forced if forced > 0 else None
+        values["rolled_out_changed_tokens_at_10"] = result["tokens"]["rolled_out_changed"][TOKEN_STEP - 1]
     return {
         name: {"value": value, "wanted": WANTED[name], "met": None if value is None else value >= WANTED[name]}
         for name, value in values.items()
