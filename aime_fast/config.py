@@ -22,7 +22,7 @@ from aime_fast.errors import ConfigError
 
 LATENT_UPDATES = 2  # of the latent phase for each joint update, where `latent_phase_updates` is None
 
-# Settings under the names that they had in the version before: still read from the command line and from old checkpoints.
+# Settings under the names that they had in the version before: still read from the command line.
 RENAMED = {
     "dynamics_updates": "latent_phase_updates",
     "dynamics_batch_size": "latent_phase_batch_size",
@@ -50,7 +50,7 @@ class DataConfig:
     split_seed: Seed = 0  # of the split into training, validation and test episodes
     sequence_length: Count = 10  # T
     batch_size: Count = 16  # B
-    stills: Few = 0  # updates of encoder and decoder alone before each other one, on B T single frames of all episodes
+    stills: Few = 0  # updates of encoder and decoder alone for each batch, on B T single frames of all episodes
     prefetch: Few = 2  # batches made ready ahead of the step
     replay: Literal["auto", "device", "host"] = "auto"  # unpacked frames; auto: on the GPU if a quarter of its free memory holds them
     augment: bool = True  # random zoom and shift, on the device
@@ -112,7 +112,7 @@ class LossConfig:
     lambda_overshoot: Weight = 0.5  # scores of imagined frames
     lambda_commitment: Weight = 0.25  # VQ commitment
     lambda_attention_motion: Weight = 0.1  # attention motion
-    lambda_attention_foreground: Weight = 1.0  # KL of the map to where the frame differs from the background
+    lambda_attention_foreground: Weight = 0.0  # KL of the map to where the frame differs from the background; needs --no-augment
     lambda_kl_attention: Weight = 0.1  # KL between inferred and predicted attention, of observed and of imagined frames
     lambda_gan: Weight = 0.1  # generator GAN loss
     lambda_fm: Weight = 1.0  # feature matching
@@ -198,6 +198,7 @@ TIER_1 = Config(
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,
         discriminator_channels=(32, 64), discriminator_dim=64, decoded_share=0.25, auxiliary_share=0.25, attention_dropout=0.3,
     ),
+    loss=LossConfig(lambda_attention_foreground=1.0),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
     optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, beta_warmup_epochs=2.0, latent_phase_updates=None),
@@ -230,7 +231,7 @@ DEBUG = Config(
         num_latents=4, num_latent_channels=16, context_layers=1, predictor_dim=32, predictor_layers=1,
         codebook_heads=2, codebook_size=32, code_dim=8,
         tokenizer_channels=(8, 16), encoder_channels=(8, 16, 16), blocks_per_level=1,
-        discriminator_channels=(8, 16), discriminator_dim=16, mol_components=3,
+        discriminator_channels=(8, 16), discriminator_dim=16, mol_components=3, decoded_share=0.5, auxiliary_share=0.5,
     ),
     run=RunConfig(steps=4, log_every=1, validate_every=2, sample_every=2, checkpoint_every=2, validation_batches=1),
 )  # fmt: skip

@@ -156,6 +156,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         Returns:
             reconstructions [B or less, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z], mixture_weights [B, T, K],
             component_means, component_logvars [B, T, K, Z], hidden [B, T, Dh], context [B, T, Dc], slot_maps [B, T, S, Ha, Wa],
+            drawn [B or less, T, 3, H, W] (for the discriminators, always with the map),
             attention, attention_prior [B, T, Ha, Wa], movement [B, T, 2, Ha, Wa], tokens [B, T, Ht, Wt, Q], and scalars: every name of
             `loss_aggregator.TERMS` (recon, KLs and entropy in nats a frame), perplexity, code_usage, token_accuracy, slot_overlap.
             All in a dictionary: in compiled code Dynamo would guard TensorDict's global state and recompile.
@@ -196,7 +197,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["kl_attention"] = attention_kl(inferred.maps.attention, inferred.predicted.log_attention).mean()
             terms["attention_motion"] = self.attention.motion_loss(*(m.unflatten(0, start.shape) for m in maps), start)
             seen_there = foreground(video.flatten(0, 1), self.decoder.background, self.attention.grid)
-            terms["attention_foreground"] = attention_kl(seen_there, maps[0].clamp_min(LOG_FLOOR).log()).mean()
+            terms["attention_foreground"] = attention_kl(seen_there, (maps[0] + LOG_FLOOR).log()).mean()
             terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
             terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
         with span("temporal_dynamics: overshooting"):
@@ -205,7 +206,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: adversarial"):  # decoded anew: with gradient to the decoder alone, and always with the map
             z, maps = seen.latents.detach(), seen.maps.attention.detach()
             fake = self.decoder.likelihood.mean(self.decoder(z, maps)).unflatten(0, start[few].shape)
-            z = z.unflatten(0, start[few].shape)
+            out["drawn"], z = fake, z.unflatten(0, start[few].shape)
             terms |= gan.generator_learns(self.image_discriminator, self.temporal_discriminator, fake, video[few], z)
         return out | terms
 
@@ -264,7 +265,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         """
         few = self._share(len(observations), self.auxiliary_share)
         real = self._frames(observations, check=False)[few]
-        fake, z = outputs["reconstructions"].detach()[few], outputs["latents"].detach()[few]
+        fake, z = outputs["drawn"].detach(), outputs["latents"].detach()[few]
         return gan.discriminators_learn(self.image_discriminator, self.temporal_discriminator, fake, real, z, gradient_penalty)
 
     def _gram(self, features: Tensor, video: Tensor, ema: DPGMMVariationalRecurrentAutoencoder | None) -> Tensor:

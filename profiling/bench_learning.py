@@ -139,17 +139,20 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, names: li
     held = hold_out(config, options.context, options.horizon, options.clips)
     found, models = {}, {}
     for name in names:
-        points, facts = json.loads((folder / name / "points.json").read_text()), {}
+        *points, last = json.loads((folder / name / "points.json").read_text())
+        model, facts = _load(name, last["checkpoint"], held)
         curve = []
         for point in points:
-            model, facts = _load(name, point["checkpoint"], held, last=point is points[-1])
-            curve.append({key: point[key] for key in ("seconds", "updates", "frames")} | measure_point(model, held))
-            if point is not points[-1]:
-                Path(point["checkpoint"]).unlink()
+            earlier = _load(name, point["checkpoint"])[0]
+            if "latents" in facts:  # the whole curve is of one reading of the distributions
+                earlier.latents = facts["latents"]
+            curve.append(_place(point) | measure_point(earlier, held))
+            Path(point["checkpoint"]).unlink()
+        curve.append(_place(last) | measure_point(model, held))
         for checkpoint in list_checkpoints(folder / name / "run")[:-1]:
             checkpoint.unlink()
         models[name] = model
-        cost = {key: points[-1][key] for key in ("seconds", "updates", "frames")}
+        cost = _place(last)
         cost["parameters"] = sum(parameter.numel() for parameter in getattr(model, "averaged", model).parameters())
         found[name] = {"cost": cost, "test": measure(model, held, options.samples), "curve": curve} | facts
         print(f"seed {config.run.seed}, {name}: {cost['seconds']:.0f} processor seconds, {cost['updates']} joint updates", flush=True)
@@ -157,8 +160,12 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, names: li
     return found
 
 
-def _load(name: str, checkpoint: str, held: Any, last: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """(the model of a checkpoint, facts about it). The last one of the peer chooses by validation clips what stands for a distribution."""
+def _place(point: dict[str, Any]) -> dict[str, Any]:
+    return {key: point[key] for key in ("seconds", "updates", "frames")}
+
+
+def _load(name: str, checkpoint: str, held: Any = None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """(the model of a checkpoint, facts about it). With `held` the peer chooses by validation clips what stands for a distribution."""
     if name == "ours":
         from aime_fast.training.checkpoint import load_model
 
@@ -166,9 +173,10 @@ def _load(name: str, checkpoint: str, held: Any, last: bool) -> tuple[torch.nn.M
         return model, {"latent_phase_updates": info["latent_phase_updates"]}
     from profiling.learning.peer import load
 
-    peer, clips = load(checkpoint), held.validation
-    if not last:
+    peer = load(checkpoint)
+    if held is None:
         return peer, {}
+    clips = held.validation
     errors = peer.choose_latents(clips.pixels[:, : clips.context], clips.actions, clips.pixels[:, clips.context :])
     return peer, {"latents": peer.latents, "validation_errors": errors, "config": asdict(peer.config)}
 

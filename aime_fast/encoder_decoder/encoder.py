@@ -1,4 +1,4 @@
-"""VAEEncoder: q(z_t | x_t, c_t), patches, then a residual tower like that of NVAE (Vahdat and Kautz, arXiv 2007.03898)."""
+"""VAEEncoder: q(z_t | x_t, c_t), patches, strided convolutions, residual cells of NVAE (Vahdat and Kautz, arXiv 2007.03898)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Posterior(NamedTuple):
 
 
 class VAEEncoder(nn.Module):
-    """Tower over patches of 4x4 pixels, strided convolutions and a dense layer on the last map, which the context joins.
+    """Tower over patches of 4x4 pixels: strided convolutions, residual cells (none at tier 1), and a dense layer which the context joins.
 
     A dense layer can say what has no place of its own, as an angle. Pooled to keypoints the tower learns much slower (docs/log.md).
 

@@ -52,9 +52,9 @@ def initial_state(model: nn.Module, batch: int) -> State:
 
 
 def state_after(inferred: Inference, pick: Callable[[Tensor], Tensor], cache: PerceptionCache | None = None) -> State:
-    """The state after one of the inferred frames; `pick` takes that frame out of [B, T, ...]. Latents and context get no gradient."""
+    """The state after one of the inferred frames; `pick` takes it out of [B, T, ...]. Latents, delta and context get no gradient."""
     shape = inferred.hidden.shape[:2]
-    flat = (inferred.posterior.mean.detach(), inferred.delta, inferred.maps.attention)
+    flat = (inferred.posterior.mean.detach(), inferred.delta.detach(), inferred.maps.attention)
     latents, delta, attention = (pick(x.unflatten(0, shape)) for x in flat)
     fresh = torch.zeros(shape[0], dtype=torch.bool, device=latents.device)
     return State(pick(inferred.lstm), pick(inferred.hidden), latents, delta, fresh, pick(inferred.context.detach()), attention, cache)

@@ -2,8 +2,8 @@
 
 In one-step training the priors never get a state that they produced; in open-loop prediction they get no other. One loop,
 `imagine_and_score`, serves two uses: `pixel_overshooting` in a joint update, which decodes the imagined frames too, and
-`latent_overshooting` in the latent phase, for sequences whose latents were inferred before. Targets get no gradient, nor do latent and
-context where a roll-out begins: the posterior is not bent towards what is easy to predict. Source: latent overshooting (Hafner et al.,
+`latent_overshooting` in the latent phase, for sequences whose latents were inferred before. Targets get no gradient, nor do latent, delta
+and context where a roll-out begins: the posterior gets one through the recurrence alone. Source: latent overshooting (Hafner et al.,
 arXiv 1811.04551), here with pixels too.
 """
 

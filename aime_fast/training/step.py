@@ -8,8 +8,8 @@
 new weights). `execution.py` runs it eagerly, compiled or captured as one CUDA graph. Schedules come in as tensors, the kind of update as
 two bools, and metrics go out as tensors on the device. An update whose losses or gradients are not finite changes nothing: weights and
 averages move by zero, buffers that the forward pass learns (codebooks) are restored, and RGB guards its own state. `faults` counts such
-updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames stand for themselves, each
-is made or not (`stills.py`).
+updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames (`stills.py`) stand for
+themselves: each is made or not, those before an update that is not made remain, and they run eagerly.
 """
 
 from __future__ import annotations
@@ -161,11 +161,11 @@ class TrainingStep:
         if self.execution.whole and len(batches) > 1:  # the first batch adds to zeros: without them it would be compiled by itself
             zeros = self._discriminator_row.zeros() if kind.train_discriminator else None
             gradients = Gradients(self._task_rows.zeros(), zeros)
-        for batch in batches:
-            of_stills = {name: value / len(batches) for name, value in self._learn_stills(batch, learning_rate, warmups).items()}
+        stills = [self._learn_stills(batch, learning_rate, warmups) for batch in batches]  # first: all gradients are of the same weights
+        for batch, of_stills in zip(batches, stills):
             inputs = {key: batch[key] for key in BATCH_KEYS}
             gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients)
-            scalars |= of_stills
+            scalars |= {name: value / len(batches) for name, value in of_stills.items()}
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)

@@ -1,8 +1,8 @@
 """Updates of encoder and decoder alone, on single frames drawn from all episodes (`--stills`).
 
 The frames of a sequence look alike, and an update of all tasks costs as much as a dozen of these: pictures are learnt faster from many
-small batches of single frames (docs/log.md). A single frame is a sequence of one: its prior is that of an empty state, and it has no
-context.
+small batches of single frames (docs/log.md). The prior of a single frame is that of an empty state; encoder and slots get an empty state
+and no context too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StillUpdates:
         Returns: `STILLS`, means over the updates.
         """
         scalars = []
-        for part in frames.chunk(self.batches):
+        for part in frames.tensor_split(self.batches):
             with span("encoder_decoder: stills"), autocast:
                 recon, kl = score_stills(self.model, part)
             loss = (self.losses.lambda_recon * recon + beta * self.losses.beta * kl) / part[0].numel()

@@ -98,7 +98,7 @@ def train(spec: dict, folder: Path) -> None:
             trainer = DMCVBTrainer(_for(config, trainer.step, wanted, resume=True))
         trainer.train()
     watch.finish()
-    frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
+    frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate * (2 if config.data.stills else 1)
     points = [point | {"frames": point["updates"] * frames} for point in watch.points]
     write_json(folder / "points.json", points)
 

@@ -37,11 +37,11 @@ def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOut:
     parts = make_batches(config.data, config.run.seed, "cpu", parts=("training", "validation", "test"))
     try:
         training, validation, test = parts
-        episodes, reader = held_out(config.data, training, test, None)
+        held = held_out(config.data, training, test, None)
         valid = [validation.episode(i) for i in range(len(validation.episodes))]
         return HeldOut(
-            cut_clips(episodes, context, horizon, clips), cut_clips(valid, context, horizon, POINT_CLIPS), training.mean_frame(), reader,
-            find_lpips(torch.device("cpu")),
+            cut_clips(held.episodes, context, horizon, clips), cut_clips(valid, context, horizon, POINT_CLIPS), training.mean_frame(),
+            held.reader, find_lpips(torch.device("cpu")),
         )  # fmt: skip
     finally:
         for part in parts:
