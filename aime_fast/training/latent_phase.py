@@ -9,6 +9,7 @@ Update n draws its random numbers from a seed of its own: a phase goes on from a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
 OVERLAP = 2  # sequences that a frame of an episode is in, on average
 CHUNK = 16  # sequences inferred at once
+MEASURED = 128  # held-out sequences of a measure
 
 
 class _Stopped(Exception):
@@ -43,18 +45,21 @@ class LatentReplay:
     Each sequence is inferred from an empty state, as its first frames are seen in the joint updates and in the evaluation: a context that
     remembers frames before the sequence, beside a recurrence that does not, is met nowhere else.
 
-    Args: model in eval mode; batches with at least one episode of `length` frames; `stopped` is asked before each episode.
-    Raises _Stopped once `stopped()` is true.
+    Args: model in eval mode; batches with at least one episode of `length` frames; at most `limit` sequences are inferred, spread over
+    all; `stopped` is asked before each episode. Raises _Stopped once `stopped()` is true.
     """
 
-    def __init__(self, model: nn.Module, batches: SequenceBatches, length: int, stopped: Callable[[], bool] = lambda: False):
+    def __init__(
+        self, model: nn.Module, batches: SequenceBatches, length: int, limit: int | None = None, stopped: Callable[[], bool] = lambda: False
+    ):
+        places = [(i, first) for i, frames in enumerate(batches.lengths) if frames >= length for first in first_frames(frames, length)]
+        if limit is not None and limit < len(places):
+            places = [places[len(places) * k // limit] for k in range(limit)]
         inferred = []
-        for i, frames in enumerate(batches.lengths):
+        for i, of_episode in itertools.groupby(places, key=lambda place: place[0]):
             if stopped():
                 raise _Stopped
-            if frames < length:
-                continue
-            episode, first = batches.episode(i), first_frames(frames, length)
+            episode, first = batches.episode(i), [first for _, first in of_episode]
             pixels, actions = (torch.stack([episode[key][f : f + length] for f in first]) for key in ("pixels", "action"))
             inferred += [infer_latents(model, *chunk) for chunk in zip(pixels.split(CHUNK), actions.split(CHUNK))]
         fields = [list(parts) for parts in zip(*inferred)]
@@ -134,7 +139,7 @@ class LatentPhase:
     def measure(self) -> dict[str, float]:
         """The terms of `latent_overshooting` on the same held-out sequences each time."""
         with self._random_numbers(0):
-            terms = latent_overshooting(self.model, self.held_out.draw(4 * self.batch), self.frames, attends=True)
+            terms = latent_overshooting(self.model, self.held_out.draw(MEASURED), self.frames, attends=True)
         return {name: term.item() for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,7 +203,8 @@ def train_latent_phase(
     now = {name: value.clone() for name, value in modules.state_dict().items()}
     modules.load_state_dict(state["before"])  # latents are always those of the weights before the phase
     try:
-        replays = [LatentReplay(model, batches, length, stopped) for batches in (training, held_out)]
+        drawn = optim.latent_phase_updates * optim.latent_phase_batch_size  # a short phase needs no more
+        replays = [LatentReplay(model, batches, length, max(MEASURED, drawn), stopped) for batches in (training, held_out)]
     except _Stopped:
         return
     finally:

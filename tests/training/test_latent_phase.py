@@ -227,3 +227,14 @@ def test_a_phase_that_is_given_up_half_way_is_undone(tmp_path, monkeypatch):
     one, other = (torch.load(tmp_path / name / "checkpoint_00000002.pt", weights_only=True) for name in ("without", "given up"))
     assert other["latent_phase"] is None
     assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
+
+
+def test_a_short_phase_infers_no_more_sequences_than_it_draws():
+    training, validation = make_batches(config_of(Path()).data, 0)
+    model = make_model().float()
+    whole, few = LatentReplay(model, training, 11), LatentReplay(model, training, 11, limit=3)
+    assert len(whole.sequences.mean) > 3
+    assert len(few.sequences.mean) == 3
+    assert all(any(torch.allclose(one, other, atol=1e-4) for other in whole.sequences.actions) for one in few.sequences.actions)
+    for batches in (training, validation):
+        batches.close()
