@@ -96,8 +96,8 @@ def test_attention_dropout_gives_uniform_maps_to_whole_sequences_in_training_onl
     video, actions = make_batch(model, 16, 2)
     start = starts(None, 16, 2, video.device)
     maps = model._infer(video, actions, start)[1].maps.attention
-    assert torch.equal(model._with_dropout(maps, start.shape), maps)
-    maps_used = model.train()._with_dropout(maps, start.shape).unflatten(0, (16, 2))
+    assert torch.equal(model.with_dropout(maps, start.shape), maps)
+    maps_used = model.train().with_dropout(maps, start.shape).unflatten(0, (16, 2))
     uniform = (maps_used == model.attention.uniform(1).to(maps.dtype)).flatten(2).all(2)
     assert torch.equal(uniform[:, 0], uniform[:, 1])
     assert 0 < uniform[:, 0].sum() < 16
@@ -270,6 +270,30 @@ def test_public_constructor_takes_the_arguments_that_users_type():
     with torch.no_grad():
         out = model.forward_sequence(pixels, torch.zeros(1, 3, 6))
     assert out["reconstructions"].shape == (1, 3, 3, 84, 84)
-    assert out["attention"].shape == (1, 3, 21, 21)
+    assert out["attention"].shape == (1, 3, 11, 11)
     assert out["tokens"].shape == (1, 3, 11, 11, 4)
-    assert out["slot_maps"].shape == (1, 3, 2, 21, 21)
+    assert out["slot_maps"].shape == (1, 3, 2, 11, 11)
+
+
+@torch.no_grad()
+def test_some_sequences_of_an_inference_are_those_inferred_alone():
+    model = make_model()
+    video, actions = make_batch(model, 3, 4)
+    whole = model.infer(video, actions).rows(slice(1, 3), (3, 4))
+    alone = model.infer(video[1:], actions[1:])
+    for name in ("latents", "delta", "context", "hidden", "lstm", "attention_before"):
+        torch.testing.assert_close(getattr(whole, name), getattr(alone, name))
+    torch.testing.assert_close(whole.maps.slot_maps, alone.maps.slot_maps)
+    torch.testing.assert_close(whole.prior.means, alone.prior.means)
+
+
+def test_in_training_dear_tasks_see_a_share_of_the_sequences():
+    model = make_model(decoded_share=0.5, auxiliary_share=0.25).train()
+    video, actions = make_batch(model, 4, 3)
+    out = model.infer_and_score(video, actions)
+    assert out["reconstructions"].shape[:2] == (2, 3)
+    assert out["drawn"].shape[:2] == (1, 3)
+    assert out["latents"].shape[:2] == out["attention"].shape[:2] == (4, 3)
+    model.discriminator_loss(out, video)
+    model.eval()
+    assert model.infer_and_score(video, actions)["reconstructions"].shape[:2] == (4, 3)

@@ -54,9 +54,10 @@ def test_the_kl_of_attention_is_not_under_beta(outputs):
 
 
 def test_every_term_matters_to_some_task(outputs):
-    base = tasks(outputs, lambda_gram=1.0)
+    off_by_default = dict(lambda_gram=1.0, lambda_attention_foreground=1.0)
+    base = tasks(outputs, **off_by_default)
     for term in TERMS:
-        changed = tasks(outputs | {term: outputs[term] + 1.0}, lambda_gram=1.0)
+        changed = tasks(outputs | {term: outputs[term] + 1.0}, **off_by_default)
         assert sum(changed[name] != base[name] for name in TASKS) == 1, term
 
 
