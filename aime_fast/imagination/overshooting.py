@@ -80,10 +80,13 @@ def pixel_overshooting(
     truth = video.index_select(1, times).transpose(0, 1).flatten(0, 1)  # [frames * B, 3, H, W]
     in_episode = (~start.index_select(1, times)).cumprod(1)  # [B, frames], 0 from the next episode on
     weight = in_episode.t().flatten().to(scores["latent"].dtype)
+    share = weight / weight.sum().clamp_min(1.0)
     z, a = (torch.cat([getattr(state, name) for state in states]) for name in ("latents", "attention"))  # [frames * B, ...]
     recon = model.decoder.likelihood.nll(model.decoder(z, a), truth)
-    terms = torch.stack([recon, *(scores[name].flatten() for name in ("latent", "attention", "context"))])  # [4, frames * B]
-    return dict(zip(OVERSHOOT, ((terms * weight).sum(1) / weight.sum().clamp_min(1.0)).unbind()))
+    # One by one: gradients of a term taken from a stack of all would pass, as zeros, through all others.
+    return dict(
+        zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, *map(scores.get, ("latent", "attention", "context")))))
+    )
 
 
 def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
