@@ -1,8 +1,8 @@
 """Updates of encoder and decoder alone, on single frames drawn from all episodes (`--stills`).
 
 The frames of a sequence look alike, and an update of all tasks costs as much as a dozen of these: pictures are learnt faster from many
-small batches of single frames (docs/log.md). The prior of a single frame is that of an empty state; encoder and slots get an empty state
-and no context too.
+small batches of single frames (docs/log.md). Encoder and slots get an empty state and no context. The prior of a single frame is
+N(0, I): it gives latents their scale, since to the mixture prior, which is relative to the latent before, any scale is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from aime_fast.config import LossConfig
 from aime_fast.imagination.frame import initial_state
 from aime_fast.imagination.sequence import sample_latents
-from aime_fast.multi_task_learning.losses import kl_monte_carlo
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam
 from aime_fast.training.arena import Arena, GradientRows
@@ -23,15 +22,14 @@ STILLS = ("loss/recon_stills", "loss/kl_stills", "gradient_norm/stills")
 
 
 def score_stills(model: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL_z), scalars in nats a frame. Prior and attention get no gradient."""
+    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL to N(0, I)), scalars in nats a frame. Attention gets no gradient."""
     empty, count = initial_state(model, 1), len(frames)
     q = model.encoder(frames, empty.context.expand(count, -1))
     z = sample_latents(q.mean, q.logvar, True)
     with torch.no_grad():
-        p = model.prior(empty.hidden, empty.context, empty.latents, empty.delta, sample=False)
         maps = model.attention.posterior(frames, empty.hidden.expand(count, -1), empty.context.expand(count, -1))
     decoded = model.decoder(z, model.with_dropout(maps.attention, (count, 1)))
-    kl = kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars)
+    kl = 0.5 * (q.mean.square() + q.logvar.exp() - 1 - q.logvar).sum(1)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
 
 
