@@ -253,10 +253,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`; fields may have the names of `RENAMED`. Raises ConfigError naming a bad field."""
+    """The inverse of `to_dict`. Raises ConfigError naming a bad field."""
 
     def build(cls: type, section: dict[str, Any], where: str):
-        section = {RENAMED.get(name, name): value for name, value in section.items()}
         if unknown := sorted(set(section) - {f.name for f in dataclasses.fields(cls)}):
             raise ConfigError(f"config: {where or 'top level'} has no field {', '.join(unknown)}; was it written by another version?")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})

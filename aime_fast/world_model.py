@@ -170,9 +170,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         tokens, inferred = self._infer(video, actions, start, learn=self.training)
         q, p = inferred.posterior, inferred.prior
         few, drawn = self._share(len(start), self.auxiliary_share), self._share(len(start), self.decoded_share)
-        seen, shown = inferred.rows(few, start.shape), inferred.rows(drawn, start.shape)
+        seen = inferred.rows(few, start.shape)
         with span("encoder_decoder: decoder"):
-            decoded = self.decoder(shown.latents, self.with_dropout(shown.maps.attention, start[drawn].shape))
+            z, maps = (x.unflatten(0, start.shape)[drawn].flatten(0, 1) for x in (inferred.latents, inferred.maps.attention))
+            decoded = self.decoder(z, self.with_dropout(maps, start[drawn].shape))
         terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("perceiver_io: tokenizer decoder"):
             from_tokens = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
@@ -203,10 +204,12 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("temporal_dynamics: overshooting"):
             terms |= pixel_overshooting(self, seen, video[few], actions[few], start[few], self.overshoot_frames)
         out = inferred._replace(decoded=decoded).describe(tokens.codes, self.decoder.likelihood, start.shape)
-        with span("encoder_decoder: adversarial"):  # decoded anew: with gradient to the decoder alone, and always with the map
-            z, maps = seen.latents.detach(), seen.maps.attention.detach()
-            fake = self.decoder.likelihood.mean(self.decoder(z, maps)).unflatten(0, start[few].shape)
-            out["drawn"], z = fake, z.unflatten(0, start[few].shape)
+        with span("encoder_decoder: adversarial"):
+            z, fake = seen.latents.detach(), decoded
+            if self.training:  # decoded anew: with gradient to the decoder alone, and always with the map
+                fake = self.decoder(z, seen.maps.attention.detach())
+            fake, z = (x.unflatten(0, start[few].shape) for x in (self.decoder.likelihood.mean(fake), z))
+            out["drawn"] = fake
             terms |= gan.generator_learns(self.image_discriminator, self.temporal_discriminator, fake, video[few], z)
         return out | terms
 

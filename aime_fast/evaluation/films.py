@@ -12,7 +12,7 @@ as `DPGMMVariationalRecurrentAutoencoder.predict_future` has it: observations ui
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -72,14 +72,14 @@ def evaluate_films(
         psnr_gain_on_ each baseline and on the better one at each step; action_shuffle_ratio, None where all clips are of one episode.
     """
     shuffled = clips.actions.roll(max(1, len(clips) // 2), 0)  # of another episode if there is one
-    scores: dict[str, list[Tensor]] = {}
-    for first in range(0, len(clips), batch):
+
+    def measure(first: int) -> Iterator[tuple[str, Tensor]]:
         rows = slice(first, first + batch)
         part, others = clips[rows].to(mean_frame.device), shuffled[rows].to(mean_frame.device)
         seeds = [[sample_seed(seed, clip, sample) for clip in range(first, first + len(part))] for sample in range(samples)]
-        for name, values in _measure(model, part, others, mean_frame, seeds, reader, lpips):
-            scores.setdefault(name, []).append(values.cpu())
-    joined = {name: torch.cat(parts) for name, parts in scores.items()}  # [N, ...]
+        return _measure(model, part, others, mean_frame, seeds, reader, lpips)
+
+    joined = join(map(measure, range(0, len(clips), batch)))
 
     result = {"clips": len(clips), "context": clips.context, "horizon": clips.horizon, "samples": samples}
     result |= {name: curves(joined[f"{name}/scores"]) for name in FILMS}
@@ -102,6 +102,15 @@ def evaluate_films(
         mean = sum(gain[step - 1] for step in GAIN_STEPS) / len(GAIN_STEPS) if len(gain) >= GAIN_STEPS[-1] else None
         result[f"psnr_gain_on_{baseline}"] = {"steps_5_to_16": mean, "smallest": min(gain)}
     return result
+
+
+def join(batches: Iterable[Iterable[tuple[str, Tensor]]]) -> dict[str, Tensor]:
+    """Named values of batches of clips, measured one batch after the other -> those of all clips, [N, ...] each, on the host."""
+    values: dict[str, list[Tensor]] = {}
+    for measured in batches:
+        for name, value in measured:
+            values.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(parts) for name, parts in values.items()}
 
 
 def _measure(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aime_fast.data import normalise
 from aime_fast.evaluation.clips import Clips
-from aime_fast.evaluation.films import curves, evaluate_films, numbers, predict, score
+from aime_fast.evaluation.films import curves, evaluate_films, join, numbers, predict, score
 from aime_fast.evaluation.lpips import Lpips
 from aime_fast.evaluation.positions import PositionReader
 from aime_fast.layers import starts
@@ -73,11 +73,8 @@ def evaluate_tokens(
 
     The model's own film is predicted once more: films of all clips would not fit in memory.
     """
-    scores: dict[str, list[Tensor]] = {}
-    for first in range(0, len(clips), batch):
-        for name, values in _measure_tokens(model, clips[first : first + batch].to(device), lpips):
-            scores.setdefault(name, []).append(values.cpu())
-    joined = {name: torch.cat(parts) for name, parts in scores.items()}  # [N, ...]
+    parts = (clips[first : first + batch].to(device) for first in range(0, len(clips), batch))
+    joined = join(_measure_tokens(model, part, lpips) for part in parts)
     result: dict = {name: curves(joined.pop(name)) for name in ("token_model", "tokenizer")}
     tokens = {name: shares.mean(0) for name, shares in joined.items()}  # [F, 3]
     result["tokens"] = {name: shares[:, 0].tolist() for name, shares in tokens.items()}

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def clip_factor(norm: Tensor, largest: float) -> Tensor:
+    """What a gradient of this norm (a scalar) is multiplied by, so that its norm is at most `largest`."""
+    return (largest / (norm + 1e-6)).clamp(max=1.0)
+
+
 class Adam:
     """Kingma and Ba, arXiv 1412.6980, algorithm 1, for a flat parameter vector.
 

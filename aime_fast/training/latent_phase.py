@@ -1,7 +1,7 @@
 """The latent phase: after the joint updates, trains the recurrence and the priors alone, on inferred latents.
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
-pictures an update costs a tenth. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior,
+pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior,
 context prior and attention prior go on training on them. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
 
 Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.

@@ -28,7 +28,7 @@ from aime_fast.errors import NonFiniteError
 from aime_fast.multi_task_learning import RGB, LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
 from aime_fast.runtime.spans import span
-from aime_fast.training.adam import Adam
+from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
 from aime_fast.training.execution import Compile, Execution, Kind
@@ -229,7 +229,7 @@ class TrainingStep:
         with span("step: Adam"):
             self.optimizer.update(self.gradient, learning_rate, finite)
             if discriminator is not None:
-                clip = (optim.grad_clip / (checked["gradient_norm/discriminator"] + 1e-6)).clamp(max=1.0)
+                clip = clip_factor(checked["gradient_norm/discriminator"], optim.grad_clip)
                 self.discriminator_optimizer.update(discriminator[0] * clip, self.discriminator_lr, finite)
         for buffer, old in zip(self._learnt, learnt_before):
             buffer.copy_(torch.where(finite, buffer, old))

@@ -14,7 +14,7 @@ from aime_fast.config import LossConfig
 from aime_fast.imagination.frame import initial_state
 from aime_fast.imagination.sequence import sample_latents
 from aime_fast.runtime.spans import span
-from aime_fast.training.adam import Adam
+from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
 
 # Scalars of these updates, in the order of computation.
@@ -65,7 +65,6 @@ class StillUpdates:
             loss = (self.losses.lambda_recon * recon + beta * self.losses.beta * kl) / part[0].numel()
             gradient = self._row.gather({"stills": loss})[0]
             norm = torch.linalg.vector_norm(gradient)
-            clip = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-            self.optimizer.update(gradient * clip, learning_rate, torch.isfinite(norm))
+            self.optimizer.update(gradient * clip_factor(norm, self.clip), learning_rate, torch.isfinite(norm))
             scalars.append(torch.stack([recon.detach(), kl.detach(), norm]))
         return dict(zip(STILLS, torch.stack(scalars).mean(0).unbind()))
