@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal
 from aime_fast.bounds import Bound, Count, Few, HeadedWidth, Layers, Length, OpenShare, Positive, Seed, Share, Steps, Weight, Width, check
 from aime_fast.errors import ConfigError
 
-LATENT_UPDATES = 2  # of the latent phase for each joint update, where `latent_phase_updates` is None
+PICTURE_SHARE = 2 / 3  # of the steps, where `picture_steps` is None
+LATENT_UPDATES = 10  # of the latent phase for each joint update, where `latent_phase_updates` is None
 
 # Settings under the names that they had in the version before: still read from the command line.
 RENAMED = {
@@ -143,9 +144,10 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: two for each joint update
+    picture_steps: Steps | None = 0  # of the steps, the first: of encoder and decoder alone, on single frames; none: two thirds
+    latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
     latent_phase_batch_size: Count = 32  # sequences of such an update
-    latent_phase_frames: Count = 15  # frames imagined in it, after up to 8 observed ones
+    latent_phase_frames: Count = 30  # frames imagined in it, after up to 8 observed ones
     latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 3e-3  # of its Adam, falling as a cosine
     accumulate: Annotated[int, Bound(1, 4096)] = 1  # batches whose gradients make one update
 
@@ -190,7 +192,7 @@ class Config:
 # Tier 1 keeps the specification's Z, Dh, K, T and B and shrinks every width it leaves open, so that two CPU cores suffice.
 TIER_1 = Config(
     tier="1",
-    data=DataConfig(augment=False, stills=4),  # a thousand updates are too few to learn invariance to a moving background
+    data=DataConfig(augment=False, stills=2),  # a thousand updates are too few to learn invariance to a moving background
     model=ModelConfig(
         latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2,
@@ -201,7 +203,7 @@ TIER_1 = Config(
     loss=LossConfig(lambda_attention_foreground=1.0),
     # Short runs: a high rate, and RGB close to the original gradients. At lambda 1 every gradient turned by 50 degrees towards a moving
     # average of unit vectors, and the latent collapsed before the decoder had learnt to use it.
-    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, beta_warmup_epochs=2.0, latent_phase_updates=None),
+    optim=OptimConfig(learning_rate=1e-3, rgb_lambda=10.0, beta_warmup_epochs=2.0, picture_steps=None, latent_phase_updates=None),
     run=RunConfig(epochs=50),
 )  # fmt: skip
 

@@ -113,9 +113,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return iter(self.generator_parameters())
 
     def initialise_background(self, mean_frame: Tensor) -> None:
-        """Starts the decoder's background at the mean training frame, float [3, H, W] in [-1, 1]."""
+        """Sets the encoder's background to the mean training frame, float [3, H, W] in [-1, 1], and starts the decoder's there."""
         with torch.no_grad():
-            self.decoder.background.copy_(mean_frame)
+            for tower in (self.encoder, self.decoder):
+                tower.background.copy_(mean_frame)
 
     def compile_regions(self) -> None:
         """`torch.compile`, in place, of the regions that gain from it on a CPU: those of many small operators.

@@ -18,21 +18,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from aime_fast.cli import parse_config
-from aime_fast.config import LATENT_UPDATES, PRESETS, Config, to_dict
+from aime_fast.config import LATENT_UPDATES, PICTURE_SHARE, PRESETS, Config, to_dict
 from aime_fast.errors import UserError
 from aime_fast.runtime.provenance import version
 from profiling.learning.turns import python, take_turns
 from profiling.machine import describe, title, write_json
 
 PEERS = ("dreamer_v3",)
-LATENT_SHARE = 0.4  # most of the budget that the latent phase may take; of more, fewer updates are made
+LATENT_SHARE = 0.7  # most of the budget that the latent phase may take; of more, fewer updates are made
 POINTS = 10  # of a curve, about
-COSTED, COSTED_LATENT = 8, (20, 60)  # updates by which the cost of ours is measured: joint ones, and those of two latent phases
+COSTED, COSTED_LATENT = 8, (20, 60)  # updates by which the cost of ours is measured: of pictures, joint ones, of two latent phases
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -93,19 +93,42 @@ def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
     return found
 
 
-def plan(seconds: float, costs: dict[str, float], latent: int | None) -> tuple[float, int]:
-    """(processor seconds of the joint updates, updates of the latent phase) of a budget.
+class Plan(NamedTuple):
+    """How a budget is divided."""
 
-    `latent` are the updates that are wanted, at most; None: `LATENT_UPDATES` for each joint update.
+    pictures: int  # steps of encoder and decoder alone
+    joint: int  # joint updates, as many as are expected
+    latent: int  # updates of the latent phase
+    stop: float  # processor seconds at which the joint updates end
+
+
+def plan(seconds: float, costs: dict[str, float], pictures: int | None, latent: int | None) -> Plan:
+    """The plan of a budget.
+
+    `pictures` and `latent` are the updates that are wanted, of the latter at most so many; None: for each joint update as many as
+    training takes by itself.
     """
+    for_each, begin = PICTURE_SHARE / (1 - PICTURE_SHARE), costs["latent_begin"]
+    each, fixed = costs["update"], begin if latent != 0 else 0.0
+    if pictures is None:
+        each += for_each * costs["picture_step"]
+    else:
+        fixed += pictures * costs["picture_step"]
     if latent is None:
-        latent = int(LATENT_UPDATES * (seconds - costs["latent_begin"]) / (costs["update"] + LATENT_UPDATES * costs["latent_update"]))
-    most = LATENT_SHARE * seconds - costs["latent_begin"]
-    if latent and costs["latent_update"] > 0:
+        each += LATENT_UPDATES * costs["latent_update"]
+    else:
+        fixed += latent * costs["latent_update"]
+    joint = max(0.0, (seconds - fixed) / each)
+    latent = int(LATENT_UPDATES * joint) if latent is None else latent
+    most = LATENT_SHARE * seconds - begin
+    if costs["latent_update"] > 0:
         latent = min(latent, int(most / costs["latent_update"]))
-    if latent <= 0 or most <= 0:
-        return seconds, 0
-    return seconds - costs["latent_begin"] - latent * costs["latent_update"], latent
+    latent = max(0, latent) if most > 0 else 0
+    stop = seconds - (begin + latent * costs["latent_update"] if latent else 0.0)
+    if pictures is None:
+        joint = stop / (costs["update"] + for_each * costs["picture_step"])
+        pictures = int(for_each * joint)
+    return Plan(pictures, max(0, int((stop - pictures * costs["picture_step"]) / costs["update"])), latent, stop)
 
 
 def one_seed(config: Config, options: argparse.Namespace, threads: int, cost: dict[str, float] | None, out: Path) -> dict[str, Any]:
@@ -113,13 +136,14 @@ def one_seed(config: Config, options: argparse.Namespace, threads: int, cost: di
     began, folder, seconds = time.perf_counter(), out / f"seed{config.run.seed}", 60 * options.minutes
     commands = {}
     if options.only != "peer":
-        joint, latent = plan(seconds, cost, config.optim.latent_phase_updates)
+        division = plan(seconds, cost, config.optim.picture_steps if config.data.stills else 0, config.optim.latent_phase_updates)
         # Where the learning rate falls by a schedule, it falls over the updates that the budget is expected to give.
-        expected = max(1, int(joint / cost["update"]))
+        expected = max(1, division.pictures + division.joint)
         run = replace(config.run, checkpoint_every=max(1, expected // POINTS))
-        ours = replace(config, run=run, optim=replace(config.optim, latent_phase_updates=latent))
+        optim = replace(config.optim, picture_steps=division.pictures, latent_phase_updates=division.latent)
         steps = 10**9 if config.optim.schedule == "constant" else expected
-        spec = _spec(folder / "ours", {"config": to_dict(ours), "threads": threads, "joint_seconds": joint, "steps": steps})
+        given = {"config": to_dict(replace(config, run=run, optim=optim)), "threads": threads, "steps": steps}
+        spec = _spec(folder / "ours", given | {"seconds": seconds, "stop": division.stop, "costs": cost})
         commands["ours"] = python("profiling.learning.ours", "train", spec, str(folder / "ours"))
     if options.only != "ours":
         peer = {"peer": json.loads(options.peer_config), "seconds": seconds, "points": POINTS}

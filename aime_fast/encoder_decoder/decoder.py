@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
+from aime_fast.encoder_decoder.encoder import PLACE_SCALE
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
-from aime_fast.layers import FromPatches, ResidualCell, Upsample, full_precision, halvings
+from aime_fast.encoder_decoder.reference import moved
+from aime_fast.layers import FromPatches, ResidualCell, Upsample, full_precision, halvings, outside_autocast
 
 
 class AttentionModulation(nn.Module):
@@ -27,6 +29,8 @@ class AttentionModulation(nn.Module):
 
 class VAEDecoder(nn.Module):
     """Decodes frames from z and A: a dense layer at H/16, transposed convolutions up to H/4, and a patch of pixels for each place there.
+
+    All that is drawn in the encoder's frame of reference; a linear map of z says where the picture goes.
 
     Args:
         image_size: H = W.
@@ -59,6 +63,7 @@ class VAEDecoder(nn.Module):
             raise ValueError(f"likelihood is {likelihood!r}, expected 'gaussian' or 'mol'")
         self.likelihood = Gaussian(likelihood_std) if likelihood == "gaussian" else MixtureOfLogistics(mol_components)
         self.background = nn.Parameter(torch.zeros(3, image_size, image_size))
+        self.place = nn.Linear(latent_dim, 2, bias=False)
         self.unpool = nn.Sequential(
             nn.Linear(latent_dim, dense), nn.SiLU(), nn.Linear(dense, c16 * self.grid**2), nn.Unflatten(1, (c16, self.grid, self.grid))
         )
@@ -68,13 +73,17 @@ class VAEDecoder(nn.Module):
         self.levels = nn.ModuleList(nn.Sequential(*(ResidualCell(c) for _ in range(blocks)), nn.SiLU()) for c in widths)
         self.head = FromPatches(c4, self.likelihood.channels, image_size)
         with torch.no_grad():
+            nn.init.eye_(self.place.weight).div_(PLACE_SCALE)  # the encoder's first two latents
             self.head.linear.weight.zero_()  # the first output is the background: a random picture would teach it to ignore z
             self.head.linear.bias.zero_()
 
     def forward(self, latents: Tensor, attention: Tensor) -> Tensor:
         """latents [N, Z], attention [N, Ha, Wa] (sums to 1) -> parameters of p(x | z, A) [N, P, H, W], P = 3 for the Gaussian."""
+        with outside_autocast(latents):
+            where = self.place(full_precision(latents))
         a = torch.log1p(attention * attention[0].numel()).unsqueeze(1).to(latents.dtype)
+        a = moved(a, -where)
         x = self.unpool(latents).contiguous(memory_format=torch.channels_last)
         for enter, modulate, level in zip((nn.Identity(), *self.up), self.modulations, self.levels):
             x = level(modulate(enter(x), a))
-        return self.likelihood.around(full_precision(self.head(x)), self.background)
+        return self.likelihood.around(full_precision(moved(self.head(x), where, repeat_edge=True)), self.background)

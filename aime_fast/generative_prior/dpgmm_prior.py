@@ -34,7 +34,7 @@ class Mixture(NamedTuple):
     log_weights: Tensor  # [N, K], log pi
     means: Tensor  # [N, K, Z]
     logvars: Tensor  # [N, K, Z]
-    kl_hierarchical: Tensor  # [N], nats: sticks and concentration
+    kl_hierarchical: Tensor | None  # [N], nats: sticks and concentration
 
     def sample(self, sample: bool = True, noise: PriorNoise | None = None) -> Tensor:
         """z [N, Z]: the mean of the likeliest component, or a sample. No gradient passes the choice of the component."""
@@ -98,19 +98,29 @@ class DPGMMPrior(nn.Module):
             )
 
     def forward(
-        self, hidden: Tensor, context: Tensor, latents: Tensor, delta: Tensor, sample: bool = True, noise: PriorNoise | None = None
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        latents: Tensor,
+        delta: Tensor,
+        sample: bool = True,
+        noise: PriorNoise | None = None,
+        divergence: bool = True,
     ) -> Mixture:
         """Predicts a frame's latent from the frame before.
 
         Args: hidden [N, Dh]; context [N, Dc]; latents, delta [N, Z], the latent and its difference from the one before it; sample: False
-            takes mean sticks; noise: of a sample; None draws it.
+            takes mean sticks; noise: of a sample; None draws it; divergence: False leaves `kl_hierarchical` out, many small operators.
         """
         features = self.trunk(torch.cat([hidden, *(x.to(hidden.dtype) for x in (context, latents, delta))], dim=-1))
-        concentration, rate, alpha, log_alpha = self.alpha(hidden)
-        sticks = self.sticks(
-            features, None if noise is None else noise.sticks, sample, alpha[..., None], log_alpha[..., None], self.kl_method
-        )
+        uniform, divergences = None if noise is None else noise.sticks, None
+        if divergence:
+            concentration, rate, alpha, log_alpha = self.alpha(hidden)
+            sticks = self.sticks(features, uniform, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
+            divergences = sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
+        else:
+            sticks = self.sticks(features, uniform, sample)
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
         extrapolated = latents + self.inertia(features).sigmoid() * delta
         means = (full_precision(extrapolated).unsqueeze(-2) + full_precision(means)).clamp(-MEAN_BOUND, MEAN_BOUND)
-        return Mixture(sticks.log_pi, means, bounded_logvar(logvars), sticks.kl.sum(-1) + self.alpha.kl(concentration, rate))
+        return Mixture(sticks.log_pi, means, bounded_logvar(logvars), divergences)

@@ -116,7 +116,7 @@ def imagine_latents(
     Without `attends` the map stays as it is and its log is None. In training, delta is a difference of means; the delta of sampled latents
     contains their noise, which the prior was not trained on.
     """
-    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise)
+    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, divergence=False)
     z = prior.sample(sample, noise)
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
     context = model.context_prior(state.hidden, state.context, z)

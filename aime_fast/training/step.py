@@ -15,7 +15,7 @@ themselves: each is made or not, those before an update that is not made remain,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +149,20 @@ class TrainingStep:
         metrics, self._evidence, self._gradients = self.execution(kind, inputs, learning_rate, warmups)
         return TensorDict(metrics, batch_size=[])
 
+    def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor) -> TensorDict:
+        """Updates of encoder and decoder alone, on the single frames of the batches, at the full weight of the KL.
+
+        Args: batches with `stills` uint8 [B, T, 3, H, W]; learning_rate: a scalar tensor.
+
+        Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, `learning_rate`, and `finite`: whether all were made.
+        """
+        scalars = [self._learn_stills(batch, learning_rate, torch.ones_like(learning_rate), attends=False) for batch in batches]
+        metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in STILLS}
+        finite = self.faults.record(metrics)
+        self.ema.update(finite)
+        self._evidence, self._gradients = [{"batch": dict(batch), "output": {}, "loss": metrics} for batch in batches], Gradients()
+        return TensorDict({**metrics, "learning_rate": learning_rate, "finite": finite}, batch_size=[])
+
     def update(
         self, kind: Kind, batches: list[dict[str, Tensor]], learning_rate: Tensor, warmups: Warmups
     ) -> tuple[dict[str, Tensor], list[dict[str, dict[str, Tensor]]], Gradients]:
@@ -161,7 +175,8 @@ class TrainingStep:
         if self.execution.whole and len(batches) > 1:  # the first batch adds to zeros: without them it would be compiled by itself
             zeros = self._discriminator_row.zeros() if kind.train_discriminator else None
             gradients = Gradients(self._task_rows.zeros(), zeros)
-        stills = [self._learn_stills(batch, learning_rate, warmups) for batch in batches]  # first: all gradients are of the same weights
+        # First: all gradients are of the same weights.
+        stills = [self._learn_stills(batch, learning_rate, warmups.beta) for batch in batches]
         for batch, of_stills in zip(batches, stills):
             inputs = {key: batch[key] for key in BATCH_KEYS}
             gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients)
@@ -202,12 +217,14 @@ class TrainingStep:
         data = self.config.data
         return augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)
 
-    def _learn_stills(self, batch: dict[str, Tensor], learning_rate: Tensor, warmups: Warmups) -> dict[str, Tensor]:
+    def _learn_stills(
+        self, batch: Mapping[str, Tensor] | TensorDict, learning_rate: Tensor, beta: Tensor, attends: bool = True
+    ) -> dict[str, Tensor]:
         """Updates of encoder and decoder alone; returns their scalars by name, none where the batch has no single frames."""
         if "stills" not in batch:
             return {}
         frames = self._observe(batch["stills"].flatten(0, 1).unsqueeze(1)).squeeze(1)  # each is a sequence of one
-        return self.stills(frames, warmups.beta, learning_rate, self.autocast())
+        return self.stills(frames, beta, learning_rate, self.autocast(), attends)
 
     def apply_gradients(
         self, gradients: Gradients, metrics: dict[str, Tensor], learnt_before: list[Tensor], learning_rate: Tensor
@@ -257,13 +274,13 @@ class TrainingStep:
     def _terms(self) -> Iterator[tuple[str, Tensor]]:
         for one in self._evidence:
             yield from ((f"batch {key!r}", one["batch"][key]) for key in one["batch"])
-            yield from ((f"output {key!r}", one["output"][key]) for key in COMPUTED)
+            yield from ((f"output {key!r}", one["output"][key]) for key in COMPUTED if key in one["output"])
             yield from ((name, value) for name, value in one["loss"].items() if name.startswith("loss/"))
         names = {id(p): name for name, p in self.model.named_parameters()}
         tasks, discriminator = self._gradients
         # The discriminators first: `apply_gradients` marks the tasks' rows where the fault is elsewhere.
         rows = [("the discriminator loss", self.discriminator, discriminator[0])] if discriminator is not None else []
-        rows += [(f"task {task!r}", self.generator, row) for task, row in zip(TASKS, tasks)]
+        rows += [(f"task {task!r}", self.generator, row) for task, row in zip(TASKS, () if tasks is None else tasks)]
         for whose, arena, row in rows:
             for parameter, view in zip(arena.parameters, arena.split(row)):
                 yield f"gradient of {whose} for {names[id(parameter)]}", view

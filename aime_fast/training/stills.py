@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.config import LossConfig
-from aime_fast.imagination.frame import initial_state
 from aime_fast.imagination.sequence import sample_latents
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
@@ -21,14 +20,21 @@ from aime_fast.training.arena import Arena, GradientRows
 STILLS = ("loss/recon_stills", "loss/kl_stills", "gradient_norm/stills")
 
 
-def score_stills(model: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL to N(0, I)), scalars in nats a frame. Attention gets no gradient."""
-    empty, count = initial_state(model, 1), len(frames)
-    q = model.encoder(frames, empty.context.expand(count, -1))
+def score_stills(model: nn.Module, frames: Tensor, attends: bool = True) -> tuple[Tensor, Tensor]:
+    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL to N(0, I)), scalars in nats a frame.
+
+    Attention gets no gradient; not `attends`: maps are uniform, as long as attention has learnt nothing.
+    """
+    count, like = len(frames), model.decoder.background
+    hidden = like.new_zeros(count, model.recurrence.hidden_dim)
+    context = like.new_zeros(count, model.perceiver_io.out[-1].out_features)
+    q = model.encoder(frames, context)
     z = sample_latents(q.mean, q.logvar, True)
-    with torch.no_grad():
-        maps = model.attention.posterior(frames, empty.hidden.expand(count, -1), empty.context.expand(count, -1))
-    decoded = model.decoder(z, model.with_dropout(maps.attention, (count, 1)))
+    maps = model.attention.uniform(count).to(like.dtype)
+    if attends:
+        with torch.no_grad():
+            maps = model.with_dropout(model.attention.posterior(frames, hidden, context).attention, (count, 1))
+    decoded = model.decoder(z, maps)
     kl = 0.5 * (q.mean.square() + q.logvar.exp() - 1 - q.logvar).sum(1)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
 
@@ -51,17 +57,19 @@ class StillUpdates:
         self._row = GradientRows(self.arena, 1)
         self.optimizer = Adam(self.arena.flat, beta1)
 
-    def __call__(self, frames: Tensor, beta: Tensor, learning_rate: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
+    def __call__(
+        self, frames: Tensor, beta: Tensor, learning_rate: Tensor, autocast: torch.autocast, attends: bool = True
+    ) -> dict[str, Tensor]:
         """Updates from frames [N, 3, H, W] in [-1, 1]; one whose gradient is not finite is not made.
 
-        Args: beta, learning_rate: scalar tensors, beta the warm-up factor of the KL.
+        Args: beta, learning_rate: scalar tensors, beta the warm-up factor of the KL; attends: see `score_stills`.
 
         Returns: `STILLS`, means over the updates.
         """
         scalars = []
         for part in frames.tensor_split(self.batches):
             with span("encoder_decoder: stills"), autocast:
-                recon, kl = score_stills(self.model, part)
+                recon, kl = score_stills(self.model, part, attends)
             loss = (self.losses.lambda_recon * recon + beta * self.losses.beta * kl) / part[0].numel()
             gradient = self._row.gather({"stills": loss})[0]
             norm = torch.linalg.vector_norm(gradient)

@@ -10,10 +10,10 @@ import torch
 from tensordict import TensorDict
 
 from aime_fast.bounds import check
-from aime_fast.config import LATENT_UPDATES, Config, to_dict
+from aime_fast.config import LATENT_UPDATES, PICTURE_SHARE, Config, to_dict
 from aime_fast.data import make_batches
 from aime_fast.data.split import saved_split
-from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
+from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
@@ -94,8 +94,9 @@ class DMCVBTrainer:
         self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
-        phase = config.optim.latent_phase_updates
-        self.optim = dataclasses.replace(config.optim, latent_phase_updates=LATENT_UPDATES * self.total_steps if phase is None else phase)
+        self.picture_steps = self._picture_steps(resumed)
+        joint_steps, phase = max(0, self.total_steps - self.picture_steps), config.optim.latent_phase_updates
+        self.optim = dataclasses.replace(config.optim, latent_phase_updates=LATENT_UPDATES * joint_steps if phase is None else phase)
         check_lengths(self.optim, self.batches, self.validation)
         torch.manual_seed(run.seed)
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)
@@ -110,7 +111,8 @@ class DMCVBTrainer:
         self.own_tokens = Warmup(config.optim.own_tokens, config.optim.own_tokens_warmup_epochs * self.updates_per_epoch)
         self.overshoot = Warmup(1.0, config.optim.overshoot_warmup_epochs * self.updates_per_epoch)
         self.has_adversarial_task = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
-        self.learning_rate = learning_rate(config.optim, self.total_steps)
+        self.learning_rate = learning_rate(config.optim, joint_steps)
+        self.picture_learning_rate = Warmup(config.optim.learning_rate, config.optim.lr_warmup_steps)
         self.trains_discriminator = Every(config.optim.n_critic)
         # Whether an update was made is known on the device. On a CPU it is read each time, at no cost; on CUDA with the metrics.
         self.should_check_faults = Every(run.log_every if self.device.type == "cuda" else 1)
@@ -123,6 +125,15 @@ class DMCVBTrainer:
         self.logged: int | None = None  # rows of metrics.jsonl when the checkpoint was saved
         if resumed is not None:
             self._load(resumed)
+
+    def _picture_steps(self, resumed: dict | None) -> int:
+        """How many of the steps, the first ones, are of encoder and decoder alone. A run that has left them behind does not go back."""
+        wanted, stills = self.config.optim.picture_steps, self.config.data.stills
+        if wanted and not stills:
+            raise ConfigError(f"--picture-steps {wanted}: these steps learn from single frames; add --stills 2, or give --picture-steps 0")
+        if resumed is not None and resumed["picture_steps"] < resumed["step"]:
+            return resumed["picture_steps"]
+        return round(PICTURE_SHARE * self.total_steps) * bool(stills) if wanted is None else wanted
 
     def train(self) -> dict:
         """Run until `total_steps`, then the latent phase if one is set, then validate and write the prediction video.
@@ -151,7 +162,7 @@ class DMCVBTrainer:
                         self._check_faults()
                     if last or should_log(self.step):
                         self._log(metrics)
-                    if should_validate(self.step) and self.step < self.total_steps:
+                    if should_validate(self.step) and self.picture_steps < self.step < self.total_steps:
                         self._validate()
                     if should_sample(self.step):
                         self._sample()
@@ -174,15 +185,23 @@ class DMCVBTrainer:
         """One update of the weights. With CUDA it returns before the device is done."""
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
-        metrics = self.training_step(
-            batches,
-            beta=torch.full((), self.beta(self.step), device=self.device),
-            learning_rate=torch.full((), self.learning_rate(self.step), device=self.device),
-            train_discriminator=self.trains_discriminator(self.step + 1),
-            adversarial=self.has_adversarial_task(self.step),
-            own_tokens=torch.full((), self.own_tokens(self.step), device=self.device),
-            overshoot=torch.full((), self.overshoot(self.step), device=self.device),
-        )
+        step = self.step - self.picture_steps  # joint updates before this one
+
+        def scheduled(value: float) -> torch.Tensor:
+            return torch.full((), value, device=self.device)
+
+        if step < 0:
+            metrics = self.training_step.learn_pictures(batches, scheduled(self.picture_learning_rate(self.step + 1)))
+        else:
+            metrics = self.training_step(
+                batches,
+                beta=scheduled(self.beta(step)),
+                learning_rate=scheduled(self.learning_rate(step)),
+                train_discriminator=self.trains_discriminator(step + 1),
+                adversarial=self.has_adversarial_task(step),
+                own_tokens=scheduled(self.own_tokens(step)),
+                overshoot=scheduled(self.overshoot(step)),
+            )
         self.seconds += time.perf_counter() - began
         self.step += 1
         self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches)
@@ -228,7 +247,8 @@ class DMCVBTrainer:
         self.watch.look(self.step, row)
         self.logger.log(self.step, row)
         self.frames, self.frames_since = 0, self.seconds
-        shown = ", ".join(f"{name} {row['loss/' + name]:.4g}" for name in ("elbo", "perceiver", "predictive", "adversarial"))
+        terms = ("elbo", "perceiver", "predictive", "adversarial", "recon_stills", "kl_stills")
+        shown = ", ".join(f"{name} {row['loss/' + name]:.4g}" for name in terms if f"loss/{name}" in row)
         self.console.line(f"step {self.step}/{self.total_steps}, {row['frames_per_second']:.0f} frames/s: {shown}")
 
     def _progress(self) -> dict[str, float]:
@@ -335,6 +355,7 @@ class DMCVBTrainer:
             "logged": self.logger.rows,
             "seconds": self.seconds,
             "latent_phase": self.latent_phase,
+            "picture_steps": self.picture_steps,
             "action_dim": self.batches.action_dim,
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),

@@ -4,11 +4,12 @@
 
 The trainer is used as a user does: a config, `DMCVBTrainer(config).train()`, a signal to stop, and a resumed run. The joint updates are
 stopped by SIGTERM when their share of the budget is spent; then the run is resumed with as many steps as were made, which leaves the
-latent phase. What that needs was measured before (`measure`, once for all seeds). Unpacking the data, making batches and checkpoints count;
+latent phase, and that has as many updates as the rest of the budget allows. What it costs was measured before (`measure`, once for all
+seeds). Unpacking the data, making batches and checkpoints count;
 imports, reading the data a second time for the resumed run, and the video at the end do not.
 
-SPEC is a JSON file with `config`, `threads` and, to train, `joint_seconds` and `steps`, at which the joint updates end in any case; to
-measure, `updates` and `latent_updates`, two numbers.
+SPEC is a JSON file with `config`, `threads` and, to train, the budget `seconds`, `stop`, the second of it at which the joint updates end,
+`steps`, at which they end in any case, and `costs`; to measure, `updates` and `latent_updates`, two numbers.
 FOLDER gets `points.json`, a list of {seconds, updates, frames, checkpoint}, one for each checkpoint, the last of the end.
 """
 
@@ -86,7 +87,7 @@ def train(spec: dict, folder: Path) -> None:
     """Train as said above."""
     config, watch = _begin(spec, folder)
     wanted = config.optim.latent_phase_updates
-    watch.stop_at = spec["joint_seconds"]
+    watch.stop_at = spec["stop"]
     trainer = DMCVBTrainer(_for(config, spec["steps"], latent=0))
     try:
         trainer.train()
@@ -94,30 +95,47 @@ def train(spec: dict, folder: Path) -> None:
         print(f"joint updates stopped at {trainer.step} after {watch.clock.seconds:.0f} s", flush=True)
     watch.stop_at = None
     if wanted:
+        costs = spec["costs"]
+        left = spec["seconds"] - watch.clock.seconds - costs["latent_begin"]
+        wanted = max(1, min(wanted, int(left / costs["latent_update"]))) if costs["latent_update"] > 0 else wanted
         with watch.clock.paused():
             trainer = DMCVBTrainer(_for(config, trainer.step, wanted, resume=True))
         trainer.train()
     watch.finish()
-    frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate * (2 if config.data.stills else 1)
-    points = [point | {"frames": point["updates"] * frames} for point in watch.points]
+    frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
+    pictures, of_joint = trainer.picture_steps, 2 if config.data.stills else 1
+    for point in watch.points:
+        made = max(0, point["updates"] - pictures)
+        point["frames"] = frames * (point["updates"] - made + of_joint * made)
+        point["updates"] = made
+    points = watch.points
     write_json(folder / "points.json", points)
 
 
 def measure(spec: dict, folder: Path) -> None:
-    """Write `costs.json`: processor seconds of a joint `update` (of `updates`, the first two left out), of the beginning of a latent phase
-    (`latent_begin`: the inference of all episodes and the measures on the way) and of one of its updates (`latent_update`), from two
-    phases of `latent_updates`."""
+    """Write `costs.json`: processor seconds of a `picture_step` and of a joint `update` (of `updates` each, the first two left out), of the
+    beginning of a latent phase (`latent_begin`: the inference of all episodes and the measures on the way) and of one of its updates
+    (`latent_update`), from two phases of `latent_updates`."""
     updates, (few, more) = spec["updates"], spec["latent_updates"]
+    pictures = updates if spec["config"]["data"]["stills"] else 0
     config, watch = _begin(spec, folder)
     # With all tasks from the first update on: later updates cost more than early ones.
-    optim, run = replace(config.optim, adversarial_start_epochs=0.0), replace(config.run, log_every=1, checkpoint_every=0)
+    optim, run = (
+        replace(config.optim, adversarial_start_epochs=0.0, picture_steps=pictures),
+        replace(config.run, log_every=1, checkpoint_every=0),
+    )
     config = replace(config, optim=optim, run=run)
-    DMCVBTrainer(_for(config, updates, latent=0)).train()
-    costs = {"update": (watch.rows[updates - 1] - watch.rows[1]) / (updates - 2), "latent_begin": 0.0, "latent_update": 0.0}
+    DMCVBTrainer(_for(config, pictures + updates, latent=0)).train()
+
+    def cost(rows: list[float]) -> float:
+        return (rows[updates - 1] - rows[1]) / (updates - 2) if rows else 0.0
+
+    costs = {"picture_step": cost(watch.rows[:pictures]), "update": cost(watch.rows[pictures : pictures + updates])}
+    costs |= {"latent_begin": 0.0, "latent_update": 0.0}
     if config.optim.latent_phase_updates != 0:
         spent = []
         for made in (few, more):
-            trainer = DMCVBTrainer(_for(config, updates, made, resume=True))
+            trainer = DMCVBTrainer(_for(config, pictures + updates, made, resume=True))
             began, before = watch.clock.seconds, len(watch.points)
             trainer.train()
             time.sleep(2 * POLL)

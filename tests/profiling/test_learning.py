@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aime_fast.config import LATENT_UPDATES
+from aime_fast.config import LATENT_UPDATES, PICTURE_SHARE
 from profiling import bench, bench_learning
 from profiling.bench_learning import LATENT_SHARE, plan
 from profiling.learning.turns import take_turns
@@ -124,15 +124,18 @@ def test_a_decoder_that_is_given_the_mean_frame_begins_with_it():
 
 
 def test_the_budget_is_divided_between_joint_updates_and_latent_phase():
-    costs = {"update": 2.0, "latent_begin": 10.0, "latent_update": 0.5}
-    assert plan(600, costs, 100) == (540, 100)
-    joint, latent = plan(600, costs, 1000)
-    assert joint == pytest.approx((1 - LATENT_SHARE) * 600)
-    assert joint + 10 + 0.5 * latent == pytest.approx(600)
-    assert plan(20, costs, 1000) == (20, 0)  # no time to begin one
-    assert plan(600, costs, 0) == (600, 0)
-    joint, latent = plan(600, costs, None)
-    assert LATENT_UPDATES * joint / costs["update"] == pytest.approx(latent, abs=2)
+    costs = {"picture_step": 0.5, "update": 2.0, "latent_begin": 10.0, "latent_update": 0.5}
+    assert plan(600, costs, 0, 100) == (0, 270, 100, 540)
+    assert plan(600, costs, 80, 100) == (80, 250, 100, 540)
+    *_, latent, stop = plan(600, costs, 0, 2000)
+    assert stop == pytest.approx((1 - LATENT_SHARE) * 600)
+    assert stop + 10 + 0.5 * latent == pytest.approx(600)
+    assert plan(12, costs, 0, 1000) == (0, 6, 0, 12)  # no time to begin one
+    assert plan(600, costs, 0, 0) == (0, 300, 0, 600)
+    pictures, joint, latent, stop = plan(600, costs, None, None)
+    assert LATENT_UPDATES * joint == pytest.approx(latent, abs=LATENT_UPDATES)
+    assert PICTURE_SHARE * (pictures + joint) == pytest.approx(pictures, abs=1)
+    assert 0.5 * pictures + 2 * joint == pytest.approx(stop, abs=2)
 
 
 BUSY = """
@@ -166,7 +169,7 @@ def test_bench_trains_measures_and_writes(tmp_path, capsys, monkeypatch):
     for name, value in (("POINTS", 3), ("COSTED", 4), ("COSTED_LATENT", (2, 6))):
         monkeypatch.setattr(bench_learning, name, value)
     monkeypatch.setattr(bench_learning, "LATENT_SHARE", 0.8)  # beginning a phase takes a second
-    seconds, out = 3.0, tmp_path / "out"
+    seconds, out = 6.0, tmp_path / "out"
     ours = (
         "--episodes 3 --lambda-overshoot 0 --latent-phase-updates 30 --latent-phase-frames 2 --latent-phase-batch-size 2 --log-every 1000"
     )
