@@ -82,7 +82,7 @@ class VAEDecoder(nn.Module):
         with outside_autocast(latents):
             where = self.place(full_precision(latents))
         a = torch.log1p(attention * attention[0].numel()).unsqueeze(1).to(latents.dtype)
-        a = moved(a, -where)
+        a = moved(a, -where, repeat_edge=True)
         x = self.unpool(latents).contiguous(memory_format=torch.channels_last)
         for enter, modulate, level in zip((nn.Identity(), *self.up), self.modulations, self.levels):
             x = level(modulate(enter(x), a))
