@@ -182,8 +182,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         if self.training:  # context and decoder have read the codebook: only now may it change
             self.perceiver_io.tokenizer.learn(tokens)
         with span("perceiver_io: predictor"):
+            pictures = None
+            if self.training:
+                pictures = self.decoder.likelihood.mean(decoded).detach().clamp(-1, 1).unflatten(0, start[drawn].shape)[few]
             terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(
-                tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context
+                tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context, pictures
             )
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(decoded, video[drawn].flatten(0, 1)).mean()

@@ -147,10 +147,13 @@ class CausalPerceiverIO(nn.Module):
         self.roll_out = RollOut(next_tokens, mode)
 
     @torch.no_grad()
-    def generate_tokens(self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    def generate_tokens(
+        self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0, pictures: Tensor | None = None
+    ) -> Tensor:
         """Rolls the predictor out on its own tokens: int64 [B, Tc, Ht, Wt, Q] -> [B, num_frames, Ht, Wt, Q].
 
-        `actions` [B, >= Tc + num_frames - 1, A] holds the actions of the given frames and of all generated frames but the last.
+        `actions` [B, >= Tc + num_frames - 1, A] holds the actions of the given frames and of all generated frames but the last;
+        `pictures` [B, num_frames, 3, H, W] in [-1, 1], imagined of the generated frames, as `predict_future` gives them.
         Raises ValueError when there are fewer.
         """
         batch, given = tokens.shape[:2]
@@ -160,7 +163,8 @@ class CausalPerceiverIO(nn.Module):
             )
         context, cache = self.extend_context(tokens, self.empty_cache(batch).context)
         state = tokens[:, -1].clone(), context[:, -1].clone(), cache
-        return self.roll_out(self, actions[:, given - 1 : given + num_frames - 1], state, temperature, top_p)[0]
+        used = actions[:, given - 1 : given + num_frames - 1]
+        return self.roll_out(self, used if pictures is None else (used, pictures), state, temperature, top_p)[0]
 
     @torch.no_grad()
     def generate_autoregressive(
@@ -173,15 +177,21 @@ class CausalPerceiverIO(nn.Module):
 
 
 def next_tokens(
-    perceiver: CausalPerceiverIO, action: Tensor, state: tuple[Tensor, Tensor, ContextCache], temperature: float, top_p: float
+    perceiver: CausalPerceiverIO,
+    given: Tensor | tuple[Tensor, Tensor],
+    state: tuple[Tensor, Tensor, ContextCache],
+    temperature: float,
+    top_p: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, ContextCache]]:
     """One frame of generation: the predictor samples tokens, the context reads them.
 
-    Args: action [B, A]; state of the frame before: its tokens int64 [B, Ht, Wt, Q], its context [B, Dc], the cache.
+    Args: given: action [B, A], alone or with an imagined picture [B, 3, H, W]; state of the frame before: its tokens int64
+    [B, Ht, Wt, Q], its context [B, Dc], the cache.
 
     Returns: (tokens int64 [B, Ht, Wt, Q] of the next frame, the next state).
     """
     tokens, context, cache = state
-    tokens = perceiver.predictor.sample(tokens, context, action, temperature, top_p)
+    action, picture = given if isinstance(given, tuple) else (given, None)
+    tokens = perceiver.predictor.sample(tokens, context, action, temperature, top_p, picture)
     context, cache = perceiver.extend_context(tokens[:, None], cache)
     return tokens, match_layout((tokens, context[:, 0], cache), state)

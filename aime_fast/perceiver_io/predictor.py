@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from aime_fast.config import ModelConfig
 from aime_fast.layers import MLP, Attention, emphasise_last, full_precision, grid_positions
 
+PICTURED = 0.75  # share of the training sequences whose tokens are predicted given a picture
+
 
 class ConditionedBlock(nn.Module):
     """Transformer block whose norms are scaled and shifted by a condition (adaLN-zero; Peebles and Xie, arXiv 2212.09748)."""
@@ -34,7 +36,10 @@ class ConditionedBlock(nn.Module):
 
 
 class PerceiverTokenPredictor(nn.Module):
-    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t).
+    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given a picture that the world model imagines of frame t+1.
+
+    One network is both: in training a share `PICTURED` of the sequences has pictures. Where a thing moves to is what latents are good at
+    predicting; tokens alone hardly learn more than to stay (docs/log.md).
 
     With `refinement_steps > 0` it is also given a part of the target in training, and samples in that many rounds, the most probable
     tokens first (MaskGIT; Chang et al., arXiv 2202.04200). Otherwise all tokens of a frame are sampled at once.
@@ -64,6 +69,7 @@ class PerceiverTokenPredictor(nn.Module):
         self.partial = nn.Embedding(codebook_heads * (codebook_size + 1), dim) if refinement_steps else None
         nn.init.normal_(self.current.weight, std=dim**-0.5)
         self.positions = nn.Parameter(grid_positions(grid, grid, dim) * 0.5)
+        self.picture = nn.Conv2d(3, dim, 8, stride=8)
         self.condition = MLP(context_dim + action_dim, dim, dim)
         emphasise_last(self.condition[0], action_dim)
         self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
@@ -73,7 +79,9 @@ class PerceiverTokenPredictor(nn.Module):
         nn.init.zeros_(self.stay.weight)
         nn.init.constant_(self.stay.bias, 3.0)
 
-    def forward(self, tokens: Tensor, context: Tensor, actions: Tensor, partial: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, context: Tensor, actions: Tensor, partial: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         """Logits of the next frame's tokens.
 
         Args:
@@ -81,6 +89,7 @@ class PerceiverTokenPredictor(nn.Module):
             context: [B, T, Dc], c_t.
             actions: [B, T, A], a_t.
             partial: int64 [B, T, Ht, Wt, Q], known tokens of frame t+1; `mask_token` where unknown.
+            seen: [B, T, Ht * Wt, D], what `see` gives of pictures of frame t+1; 0 where there is none.
 
         Returns:
             [B, T, Ht, Wt, Q, V] for frame t+1.
@@ -90,6 +99,8 @@ class PerceiverTokenPredictor(nn.Module):
         if self.partial is not None:
             known = torch.full_like(tokens, self.mask_token) if partial is None else partial
             x = x + self._embed(self.partial, known, self.codes + 1)
+        if seen is not None:
+            x = x + seen.flatten(0, 1)
         condition = self.condition(torch.cat([context, actions.to(context.dtype)], dim=-1)).flatten(0, 1)
         for block in self.blocks:
             x = block(x, condition)
@@ -107,6 +118,7 @@ class PerceiverTokenPredictor(nn.Module):
         start: Tensor,
         own_tokens: Tensor | float = 0.0,
         context_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        pictures: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced cross-entropy (nats a token) and accuracy of frames 1..T-1; a frame after a cut is not predicted.
 
@@ -115,13 +127,17 @@ class PerceiverTokenPredictor(nn.Module):
         computed from these inputs too: that of the true tokens would tell what was replaced.
 
         Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1]; context_of:
-            (tokens, start) -> context, used in training; None takes the given context.
+            (tokens, start) -> context, used in training; None takes the given context; pictures [B, T, 3, H, W], of the same frames as the
+        tokens, of which in training a share is used.
         """
         given, target, context = tokens[:, :-1], tokens[:, 1:], context[:, :-1]
         partial = None
         weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
+        seen = None if pictures is None else self.see(pictures[:, 1:])
         if self.training:
-            given = self._mix_in_own(given, context, actions, start, own_tokens)
+            if seen is not None:
+                seen = seen * (torch.rand(len(seen), 1, 1, 1, device=seen.device) < PICTURED)
+            given = self._mix_in_own(given, context, actions, start, own_tokens, seen)
             noise = torch.rand(given.shape, device=tokens.device)
             given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
             if context_of is not None:
@@ -131,33 +147,40 @@ class PerceiverTokenPredictor(nn.Module):
                 hidden = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
                 partial = torch.where(hidden, self.mask_token, target)
                 weight = weight * hidden
-        logits = full_precision(self(given, context, actions[:, :-1], partial))
+        logits = full_precision(self(given, context, actions[:, :-1], partial, seen))
         total = weight.sum().clamp_min(1.0)
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
         return (nll * weight.flatten()).sum() / total, (accuracy * weight).sum() / total
 
     @torch.no_grad()
-    def _mix_in_own(self, given: Tensor, context: Tensor, actions: Tensor, start: Tensor, share: Tensor | float) -> Tensor:
+    def _mix_in_own(
+        self, given: Tensor, context: Tensor, actions: Tensor, start: Tensor, share: Tensor | float, seen: Tensor | None
+    ) -> Tensor:
         """Frames 1.. of `given` [B, T-1, ...], each with probability `share` replaced by the likeliest tokens after the one before."""
         length = given.shape[1]
         if length < 2:
             return given
-        own = self(given[:, :-1], context[:, : length - 1].detach(), actions[:, : length - 1]).argmax(-1)
+        seen = None if seen is None else seen[:, : length - 1]
+        own = self(given[:, :-1], context[:, : length - 1].detach(), actions[:, : length - 1], None, seen).argmax(-1)
         chosen = (torch.rand(own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
         return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
 
-    def sample(self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-        """Samples the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A].
+    def sample(
+        self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0, pictures: Tensor | None = None
+    ) -> Tensor:
+        """Samples the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A] and pictures
+        [B, 3, H, W], imagined of that frame, where there are any.
 
         `temperature=0` takes the likeliest code.
         """
         given = tokens[:, None], context[:, None], actions[:, None]
+        seen = None if pictures is None else self.see(pictures[:, None])
         if self.partial is None:
-            return sample_codes(self(*given)[:, 0], temperature, top_p)
+            return sample_codes(self(*given, None, seen)[:, 0], temperature, top_p)
         partial = torch.full_like(given[0], self.mask_token)
         for i in range(self.refinement_steps):
-            logits = self(*given, partial)
+            logits = self(*given, partial, seen)
             guess = torch.where(partial == self.mask_token, sample_codes(logits, temperature, top_p), partial)
             confidence = full_precision(logits).log_softmax(-1).gather(-1, guess[..., None])[..., 0]
             confidence = torch.where(partial == self.mask_token, confidence, torch.inf).flatten(1)
@@ -165,6 +188,14 @@ class PerceiverTokenPredictor(nn.Module):
             rank = confidence.argsort(1).argsort(1).view_as(guess)
             partial = torch.where(rank < masked, self.mask_token, guess)
         return partial[:, 0]
+
+    def see(self, pictures: Tensor) -> Tensor:
+        """What pictures [B, T, 3, H, W] in [-1, 1] show at the place of each token: [B, T, Ht * Wt, D]."""
+        batch, frames, *_, size = pictures.shape
+        missing = self.picture.stride[0] * self.grid - size
+        flat = F.pad(pictures.flatten(0, 1), (0, missing, 0, missing))
+        x = self.picture(flat.to(self.picture.weight.dtype).contiguous(memory_format=torch.channels_last))
+        return rearrange(x, "(b t) d h w -> b t (h w) d", b=batch, t=frames)
 
     def _embed(self, table: nn.Embedding, tokens: Tensor, size: int) -> Tensor:
         """Sum over the heads of one embedding a head: int64 [B, T, Ht, Wt, Q] -> [B*T, Ht*Wt, D]."""

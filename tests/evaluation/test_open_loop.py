@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -80,7 +81,7 @@ def test_a_perfect_predictor_reaches_the_cap_and_one_that_uses_actions_a_high_ra
         predicted = normalise(clips.pixels[row, CONTEXT:]) * (1 - error - wrong)[:, None, None, None, None]
         return TensorDict({"reconstructions": predicted}, batch_size=future_actions.shape[:2])
 
-    def know_tokens(model, tokens, actions, context):
+    def know_tokens(model, tokens, actions, context, film):
         last = tokens[:, context - 1 : context].expand_as(tokens[:, context:])
         return {"teacher_forced": last, "rolled_out": tokens[:, context:], "repeat_last_frame": last}
 
@@ -169,13 +170,22 @@ def test_rolled_out_tokens_depend_on_observed_frames_alone(model):
     actions = torch.rand(2, 6, model.action_dim, generator=generator, dtype=torch.float64)
     changed = tokens.clone()
     changed[:, 4] = (changed[:, 4] + 1) % 32
+    model = copy.deepcopy(model)
     with torch.no_grad():
-        before, after = (predict_tokens(model, x, actions, 2) for x in (tokens, changed))
+        model.perceiver_io.predictor.picture.weight *= 100  # untrained, it would hardly see the film
+        film = torch.rand(2, 4, 3, model.image_size, model.image_size, generator=generator, dtype=torch.float64) * 2 - 1
+        before, after = (predict_tokens(model, x, actions, 2, film) for x in (tokens, changed))
+        other_film = predict_tokens(model, tokens, actions, 2, torch.cat([film[:, :2], -film[:, 2:]], 1))
     assert torch.equal(before["rolled_out"], after["rolled_out"])
+    assert torch.equal(before["rolled_out"][:, :2], other_film["rolled_out"][:, :2])
+    assert not torch.equal(before["rolled_out"][:, 2:], other_film["rolled_out"][:, 2:])
+    assert torch.equal(before["teacher_forced"], other_film["teacher_forced"])
     differs = (before["teacher_forced"] != after["teacher_forced"]).flatten(2).any(-1)  # [B, frames 2..5]
     assert not differs[:, :3].any(), "a frame is predicted from itself or from later ones"
     assert differs[:, 3].all(), "frame 5 is not predicted from the true frame 4"
-    assert torch.equal(before["rolled_out"][:, 0], before["teacher_forced"][:, 0])
+    with torch.no_grad():
+        alone = model.perceiver_io.generate_tokens(tokens[:, :2], actions, 1, temperature=0.0)
+    assert torch.equal(alone[:, 0], before["teacher_forced"][:, 0])
     assert torch.equal(before["repeat_last_frame"][:, 3], tokens[:, 1])
 
 

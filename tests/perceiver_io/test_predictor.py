@@ -62,3 +62,33 @@ def test_the_context_of_replaced_tokens_is_computed_from_them(monkeypatch):
     predictor.loss(tokens, context, actions, start, 1.0, perceiver.context)
     assert torch.equal(calls[-1][0], tokens[:, :-1])
     assert torch.equal(calls[-1][1], context[:, :-1])
+
+
+def test_pictures_tell_tokens_and_without_them_it_still_predicts():
+    """Codes that a picture of the next frame shows and nothing else tells are learnt from it; half of the codes stay."""
+    model = make_model().train()
+    predictor = model.perceiver_io.predictor.float()
+    predictor.corruption = 0.0
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(predictor.parameters(), 1e-2)
+    context, actions, start = torch.zeros(4, 3, 20), torch.zeros(4, 3, 2), torch.zeros(4, 3, dtype=torch.bool)
+
+    def batch():
+        bright = torch.rand(4, 3, 4, 4) < 0.5  # of each place
+        pictures = (bright.float() * 2 - 1).repeat_interleave(8, 2).repeat_interleave(8, 3).unsqueeze(2).expand(-1, -1, 3, -1, -1)
+        stays = torch.full((4, 3, 4, 4), 7)
+        return torch.stack([bright.long(), stays], -1), pictures
+
+    for _ in range(120):
+        tokens, pictures = batch()
+        loss, _ = predictor.loss(tokens, context, actions, start, 0.0, None, pictures)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    tokens, pictures = batch()
+    with torch.no_grad():
+        assert predictor.loss(tokens, context, actions, start, 0.0, None, pictures)[1] > 0.95
+        assert 0.6 < predictor.loss(tokens, context, actions, start)[1] < 0.9
+        sampled = predictor.sample(tokens[:, 0], context[:, 0], actions[:, 0], 0.0, pictures=pictures[:, 1])
+    assert (sampled == tokens[:, 1]).float().mean() > 0.95
