@@ -132,7 +132,7 @@ class OptimConfig:
     adversarial_start_epochs: Weight = 2.0  # until then only the discriminators learn: RGB weighs an untrained one like any task
     lr_warmup_steps: Steps = 20  # updates over which the learning rate rises: Adam's first steps are all of full size
     grad_clip: Positive = 5.0  # global norm
-    beta_warmup_epochs: Weight = 25.0  # beta rises from 0 over this many epochs
+    beta_warmup_epochs: Weight = 25.0  # beta rises from 0 over this many epochs; this and all that follow count from the first joint update
     overshoot_warmup_epochs: Weight = 3.0  # lambda_overshoot rises from 0 over this many epochs: reconstruction comes first
     own_tokens: Share = 0.5  # scheduled sampling: share of input frames whose tokens are the predictor's own, after warm-up
     own_tokens_warmup_epochs: Weight = 10.0  # that share rises from 0 over this many epochs
@@ -144,7 +144,9 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    picture_steps: Steps | None = 0  # of the steps, the first: of encoder and decoder alone, on single frames; none: two thirds
+    picture_steps: Steps | None = (
+        0  # of the steps, the first: of encoder and decoder alone, on single frames; none: two thirds, with --stills
+    )
     latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
     latent_phase_batch_size: Count = 32  # sequences of such an update
     latent_phase_frames: Count = 30  # frames imagined in it, after up to 8 observed ones
@@ -157,8 +159,8 @@ class RunConfig:
     """How long, where, and what is written."""
 
     seed: Seed = 0  # seed of data, weights and noise
-    steps: Count | None = None  # generator updates; give this or --epochs
-    epochs: Annotated[float, Bound(0, 1e6, open_low=True)] | None = None  # passes over the training sequences
+    steps: Count | None = None  # updates, those of pictures alone included; give this or --epochs
+    epochs: Annotated[float, Bound(0, 1e6, open_low=True)] | None = None  # passes over the training sequences, picture steps included
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
     compile: Literal["off", "on", "graph", "best"] = "off"  # torch.compile; graph: and one CUDA graph; bare: best for the device

@@ -184,7 +184,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("perceiver_io: predictor"):
             pictures = None
             if self.training:
-                pictures = self.decoder.likelihood.mean(decoded).detach().clamp(-1, 1).unflatten(0, start[drawn].shape)[few]
+                parameters = decoded.detach().unflatten(0, start[drawn].shape)[few]
+                pictures = self.decoder.likelihood.mean(parameters.flatten(0, 1)).unflatten(0, start[few].shape)
             terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(
                 tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context, pictures
             )

@@ -58,6 +58,7 @@ class VAEDecoder(nn.Module):
     ):
         super().__init__()
         *_, quarter, eighth, self.grid = halvings(image_size, 4)
+        self.map_scale = image_size / (8 * eighth)  # cells of a map may reach beyond the picture
         c4, c8, c16 = channels
         if likelihood not in ("gaussian", "mol"):
             raise ValueError(f"likelihood is {likelihood!r}, expected 'gaussian' or 'mol'")
@@ -82,7 +83,7 @@ class VAEDecoder(nn.Module):
         with outside_autocast(latents):
             where = self.place(full_precision(latents))
         a = torch.log1p(attention * attention[0].numel()).unsqueeze(1).to(latents.dtype)
-        a = moved(a, -where, repeat_edge=True)
+        a = moved(a, -where * self.map_scale, repeat_edge=True)
         x = self.unpool(latents).contiguous(memory_format=torch.channels_last)
         for enter, modulate, level in zip((nn.Identity(), *self.up), self.modulations, self.levels):
             x = level(modulate(enter(x), a))

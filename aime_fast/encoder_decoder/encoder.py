@@ -44,7 +44,8 @@ class VAEEncoder(nn.Module):
     Means are linear in the place, an outline of the picture seen from there, the dense layer and the context. At first the first two are
     the place and the others random projections of the outline, beside little of the dense layer: a smooth code of what is seen.
 
-    `background` [3, H, W] is the mean training frame, which the trainer sets.
+    `background` [3, H, W] is the mean training frame, which the trainer sets. Where the camera moves, or frames are augmented, all of the
+    picture differs from it, and the place says little.
 
     Args:
         image_size: H = W.
@@ -97,12 +98,12 @@ class VAEEncoder(nn.Module):
         """frames [N, 3, H, W], uint8 or in [-1, 1], context [N, Dc] -> `Posterior`."""
         difference, where = self._seen(frames)
         features = self._features(difference, where)
-        where = PLACE_SCALE * where
-        x = self.dense(torch.cat([self.levels[2](features).flatten(1), where], dim=-1))
+        scaled = PLACE_SCALE * where
+        x = self.dense(torch.cat([self.levels[2](features).flatten(1), scaled], dim=-1))
         with outside_autocast(x):  # delta is a small difference of two means
-            shape = outline(difference, where / PLACE_SCALE).flatten(1)
+            shape = outline(difference, where).flatten(1)
             shape = F.layer_norm(shape, shape.shape[1:], eps=OUTLINE_EPS)
-            mean = bounded_mean(self.mean(torch.cat([full_precision(part) for part in (x, shape, where, context)], dim=-1)))
+            mean = bounded_mean(self.mean(torch.cat([full_precision(part) for part in (x, shape, scaled, context)], dim=-1)))
         return Posterior(mean, bounded_logvar(self.logvar(torch.cat([x, context], dim=-1))), features)
 
     def features(self, frames: Tensor) -> Tensor:

@@ -45,5 +45,6 @@ def outline(pictures: Tensor, seen_from: Tensor) -> Tensor:
 def _resampled(pictures: Tensor, points: Tensor, width: float) -> Tensor:
     """Pictures [N, C, H, W] weighed by triangles of half-width `width`, in pixels, around points [N, 2, n] -> [N, C, n, n]."""
     pixel = torch.arange(pictures.shape[-1], device=points.device, dtype=points.dtype)
-    across, down = (1 - (points.unsqueeze(3) - pixel).abs() / width).clamp_min(0).to(pictures.dtype).unsqueeze(2).unbind(1)
-    return down @ pictures @ across.mT  # [N, 1, n, H] and [N, 1, W, n]
+    across, down = (1 - (points.unsqueeze(3) - pixel).abs() / width).clamp_min(0).to(pictures.dtype).unbind(1)  # [N, n, H], [N, n, W]
+    rows = (pictures.flatten(1, 2) @ across.mT).unflatten(1, pictures.shape[1:3])  # [N, C, H, n]
+    return down.unsqueeze(1) @ rows

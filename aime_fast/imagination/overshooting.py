@@ -92,7 +92,7 @@ def pixel_overshooting(
 def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
     """Scores `frames` imagined frames after a random one, the same for the whole batch, and observed frames predicted from the one before.
 
-    The latter are those that a roll-out may begin with, and the next.
+    The latter are those that a roll-out may begin with, and the next; where it attends, all.
 
     The slots' seeds, which read h, are trained towards their old values: attention does not move as the recurrence changes.
 
@@ -103,20 +103,20 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     """
     batch, length = inferred.mean.shape[:2]
     latents = sample_latents(inferred.mean, inferred.logvar, True)
-    seen = Latents(*(x[:, : length - frames + 1] for x in inferred))
-    start = starts(None, *seen.mean.shape[:2], latents.device)
-    predicted = predict_latents(model, seen.mean, seen.context, seen.actions, start, sample=True)
+    observed = Latents(*(x[:, : length if attends else length - frames + 1] for x in inferred))
+    start = starts(None, *observed.mean.shape[:2], latents.device)
+    predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
     nll = _nll(latents[:, : start.shape[1]].flatten(0, 1), predicted.prior)
     terms = {"one_step": nll.mean(), "sticks": predicted.prior.kl_hierarchical.mean()}
     if attends:
-        before = previous(seen.attention, start, model.attention.uniform(1)).flatten(0, 1)
+        before = previous(observed.attention, start, model.attention.uniform(1)).flatten(0, 1)
         attention = model.attention.prior(before, predicted.hidden_before, predicted.latents_before)
-        terms["attention"] = attention_kl(seen.attention.flatten(0, 1), attention.log_attention).mean()
-        seeds = model.attention.posterior.seeds(predicted.hidden, seen.context)
-        terms["seeds"] = SEED_WEIGHT * F.mse_loss(seeds, seen.seeds)
+        terms["attention"] = attention_kl(observed.attention.flatten(0, 1), attention.log_attention).mean()
+        seeds = model.attention.posterior.seeds(predicted.hidden, observed.context)
+        terms["seeds"] = SEED_WEIGHT * F.mse_loss(seeds, observed.seeds)
 
     first = _first_frame(length, frames, start.device)
-    parts = (predicted.lstm, predicted.hidden, seen.mean, predicted.delta, seen.context, seen.attention)
+    parts = (predicted.lstm, predicted.hidden, observed.mean, predicted.delta, observed.context, observed.attention)
     lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)

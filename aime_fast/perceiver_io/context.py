@@ -153,14 +153,16 @@ class CausalPerceiverIO(nn.Module):
         """Rolls the predictor out on its own tokens: int64 [B, Tc, Ht, Wt, Q] -> [B, num_frames, Ht, Wt, Q].
 
         `actions` [B, >= Tc + num_frames - 1, A] holds the actions of the given frames and of all generated frames but the last;
-        `pictures` [B, num_frames, 3, H, W] in [-1, 1], imagined of the generated frames, as `predict_future` gives them.
-        Raises ValueError when there are fewer.
+        `pictures` [B, num_frames, 3, H, W], imagined of the generated frames, as `predict_future` gives them.
+        Raises ValueError when there are fewer of either.
         """
         batch, given = tokens.shape[:2]
         if actions.shape[1] < given + num_frames - 1:
             raise ValueError(
                 f"generate_autoregressive: {num_frames} frames after {given} need {given + num_frames - 1} actions, got {actions.shape[1]}"
             )
+        if pictures is not None and pictures.shape[1] != num_frames:
+            raise ValueError(f"generate_tokens: {num_frames} frames need as many pictures, got {pictures.shape[1]}")
         context, cache = self.extend_context(tokens, self.empty_cache(batch).context)
         state = tokens[:, -1].clone(), context[:, -1].clone(), cache
         used = actions[:, given - 1 : given + num_frames - 1]

@@ -36,10 +36,10 @@ class ConditionedBlock(nn.Module):
 
 
 class PerceiverTokenPredictor(nn.Module):
-    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given a picture that the world model imagines of frame t+1.
+    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given a picture of frame t+1 that the world model has drawn.
 
-    One network is both: in training a share `PICTURED` of the sequences has pictures. Where a thing moves to is what latents are good at
-    predicting; tokens alone hardly learn more than to stay (docs/log.md).
+    One network is both: in training a share `PICTURED` of the sequences has pictures, reconstructions; in a roll-out they are imagined.
+    Where a thing moves to is what latents are good at predicting.
 
     With `refinement_steps > 0` it is also given a part of the target in training, and samples in that many rounds, the most probable
     tokens first (MaskGIT; Chang et al., arXiv 2202.04200). Otherwise all tokens of a frame are sampled at once.
@@ -190,10 +190,10 @@ class PerceiverTokenPredictor(nn.Module):
         return partial[:, 0]
 
     def see(self, pictures: Tensor) -> Tensor:
-        """What pictures [B, T, 3, H, W] in [-1, 1] show at the place of each token: [B, T, Ht * Wt, D]."""
+        """What pictures [B, T, 3, H, W], clamped to [-1, 1], show at the place of each token: [B, T, Ht * Wt, D]."""
         batch, frames, *_, size = pictures.shape
         missing = self.picture.stride[0] * self.grid - size
-        flat = F.pad(pictures.flatten(0, 1), (0, missing, 0, missing))
+        flat = F.pad(pictures.flatten(0, 1).clamp(-1, 1), (0, missing, 0, missing))
         x = self.picture(flat.to(self.picture.weight.dtype).contiguous(memory_format=torch.channels_last))
         return rearrange(x, "(b t) d h w -> b t (h w) d", b=batch, t=frames)
 

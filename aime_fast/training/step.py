@@ -1,6 +1,6 @@
 """One update of AIME, from a batch of frames to new weights, with nothing read back to the host.
 
-    single frames -> encoder, decoder -> Adam                      (`--stills` times)
+    single frames -> encoder, decoder -> Adam                      (`--stills` times; in the first `--picture-steps` nothing else)
     pixels -> augment -> infer_and_score -> LossAggregator -> four task gradients -> RGB -> clip -> Adam -> EMA
                                        └-> discriminator loss -> Adam      (every n_critic updates)
 
@@ -150,13 +150,13 @@ class TrainingStep:
         return TensorDict(metrics, batch_size=[])
 
     def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor) -> TensorDict:
-        """Updates of encoder and decoder alone, on the single frames of the batches, at the full weight of the KL.
+        """Updates of encoder and decoder alone, on the single frames of the batches.
 
         Args: batches with `stills` uint8 [B, T, 3, H, W]; learning_rate: a scalar tensor.
 
         Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, `learning_rate`, and `finite`: whether all were made.
         """
-        scalars = [self._learn_stills(batch, learning_rate, torch.ones_like(learning_rate), attends=False) for batch in batches]
+        scalars = [self._learn_stills(batch, learning_rate, attends=False) for batch in batches]
         metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in STILLS}
         finite = self.faults.record(metrics)
         self.ema.update(finite)
@@ -176,7 +176,7 @@ class TrainingStep:
             zeros = self._discriminator_row.zeros() if kind.train_discriminator else None
             gradients = Gradients(self._task_rows.zeros(), zeros)
         # First: all gradients are of the same weights.
-        stills = [self._learn_stills(batch, learning_rate, warmups.beta) for batch in batches]
+        stills = [self._learn_stills(batch, learning_rate) for batch in batches]
         for batch, of_stills in zip(batches, stills):
             inputs = {key: batch[key] for key in BATCH_KEYS}
             gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients)
@@ -217,14 +217,12 @@ class TrainingStep:
         data = self.config.data
         return augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)
 
-    def _learn_stills(
-        self, batch: Mapping[str, Tensor] | TensorDict, learning_rate: Tensor, beta: Tensor, attends: bool = True
-    ) -> dict[str, Tensor]:
+    def _learn_stills(self, batch: Mapping[str, Tensor] | TensorDict, learning_rate: Tensor, attends: bool = True) -> dict[str, Tensor]:
         """Updates of encoder and decoder alone; returns their scalars by name, none where the batch has no single frames."""
         if "stills" not in batch:
             return {}
         frames = self._observe(batch["stills"].flatten(0, 1).unsqueeze(1)).squeeze(1)  # each is a sequence of one
-        return self.stills(frames, beta, learning_rate, self.autocast(), attends)
+        return self.stills(frames, learning_rate, self.autocast(), attends)
 
     def apply_gradients(
         self, gradients: Gradients, metrics: dict[str, Tensor], learnt_before: list[Tensor], learning_rate: Tensor
@@ -267,6 +265,8 @@ class TrainingStep:
         """The first bad term of the update just made, in the order of computation. Call it where `finite` came out false."""
         bad_parameter = first_error(((f"parameter {n}", p) for n, p in self.model.named_parameters()), step)
         error = first_error(self._terms(), step)
+        if error is None and self._gradients.tasks is None:
+            error = NonFiniteError(f"gradient of single frames at step {step}: not finite, although the loss is")
         if error is None:
             error = NonFiniteError(f"gradient norm at step {step}: overflows although every element is finite")
         return error if bad_parameter is None else NonFiniteError(f"{error}. Its source may be {bad_parameter}")

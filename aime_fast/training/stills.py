@@ -2,7 +2,8 @@
 
 The frames of a sequence look alike, and an update of all tasks costs as much as a dozen of these: pictures are learnt faster from many
 small batches of single frames (docs/log.md). Encoder and slots get an empty state and no context. The prior of a single frame is
-N(0, I): it gives latents their scale, since to the mixture prior, which is relative to the latent before, any scale is the same.
+N(0, I), from the first update on: it gives latents their scale, since to the mixture prior, which is relative to the latent before, any
+scale is the same. They are made before each update of all tasks, and by themselves in the first steps of a run (`--picture-steps`).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ def score_stills(model: nn.Module, frames: Tensor, attends: bool = True) -> tupl
     context = like.new_zeros(count, model.perceiver_io.out[-1].out_features)
     q = model.encoder(frames, context)
     z = sample_latents(q.mean, q.logvar, True)
-    maps = model.attention.uniform(count).to(like.dtype)
     if attends:
         with torch.no_grad():
             maps = model.with_dropout(model.attention.posterior(frames, hidden, context).attention, (count, 1))
+    else:
+        maps = model.attention.uniform(count).to(like.dtype)
     decoded = model.decoder(z, maps)
     kl = 0.5 * (q.mean.square() + q.logvar.exp() - 1 - q.logvar).sum(1)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
@@ -57,12 +59,10 @@ class StillUpdates:
         self._row = GradientRows(self.arena, 1)
         self.optimizer = Adam(self.arena.flat, beta1)
 
-    def __call__(
-        self, frames: Tensor, beta: Tensor, learning_rate: Tensor, autocast: torch.autocast, attends: bool = True
-    ) -> dict[str, Tensor]:
+    def __call__(self, frames: Tensor, learning_rate: Tensor, autocast: torch.autocast, attends: bool = True) -> dict[str, Tensor]:
         """Updates from frames [N, 3, H, W] in [-1, 1]; one whose gradient is not finite is not made.
 
-        Args: beta, learning_rate: scalar tensors, beta the warm-up factor of the KL; attends: see `score_stills`.
+        Args: learning_rate: scalar tensor; attends: see `score_stills`.
 
         Returns: `STILLS`, means over the updates.
         """
@@ -70,7 +70,7 @@ class StillUpdates:
         for part in frames.tensor_split(self.batches):
             with span("encoder_decoder: stills"), autocast:
                 recon, kl = score_stills(self.model, part, attends)
-            loss = (self.losses.lambda_recon * recon + beta * self.losses.beta * kl) / part[0].numel()
+            loss = (self.losses.lambda_recon * recon + self.losses.beta * kl) / part[0].numel()
             gradient = self._row.gather({"stills": loss})[0]
             norm = torch.linalg.vector_norm(gradient)
             self.optimizer.update(gradient * clip_factor(norm, self.clip), learning_rate, torch.isfinite(norm))

@@ -69,6 +69,11 @@ class DMCVBTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         check_loggers(run.logger)
+        if config.optim.picture_steps and not config.data.stills:
+            raise ConfigError(
+                f"--picture-steps {config.optim.picture_steps}: these steps learn from single frames; add --stills 2, or give "
+                "--picture-steps 0"
+            )
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.run_dir = Path(run.run_dir or default_run_dir(config))
@@ -94,7 +99,8 @@ class DMCVBTrainer:
         self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
-        self.picture_steps = self._picture_steps(resumed)
+        with checkpoint.fitting(self.saved):
+            self.picture_steps = self._picture_steps(resumed)
         joint_steps, phase = max(0, self.total_steps - self.picture_steps), config.optim.latent_phase_updates
         self.optim = dataclasses.replace(config.optim, latent_phase_updates=LATENT_UPDATES * joint_steps if phase is None else phase)
         check_lengths(self.optim, self.batches, self.validation)
@@ -127,13 +133,17 @@ class DMCVBTrainer:
             self._load(resumed)
 
     def _picture_steps(self, resumed: dict | None) -> int:
-        """How many of the steps, the first ones, are of encoder and decoder alone. A run that has left them behind does not go back."""
-        wanted, stills = self.config.optim.picture_steps, self.config.data.stills
-        if wanted and not stills:
-            raise ConfigError(f"--picture-steps {wanted}: these steps learn from single frames; add --stills 2, or give --picture-steps 0")
-        if resumed is not None and resumed["picture_steps"] < resumed["step"]:
-            return resumed["picture_steps"]
-        return round(PICTURE_SHARE * self.total_steps) * bool(stills) if wanted is None else wanted
+        """How many of the steps, the first ones, are of encoder and decoder alone.
+
+        A run that has left them behind does not go back, and one that is resumed in them has made those that it has made.
+        """
+        wanted = self.config.optim.picture_steps
+        if wanted is None:
+            wanted = min(round(PICTURE_SHARE * self.total_steps), self.total_steps - 1) if self.config.data.stills else 0
+        if resumed is None:
+            return wanted
+        made, planned = resumed["step"], resumed["picture_steps"]
+        return planned if planned < made else max(wanted, made)
 
     def train(self) -> dict:
         """Run until `total_steps`, then the latent phase if one is set, then validate and write the prediction video.
@@ -164,7 +174,7 @@ class DMCVBTrainer:
                         self._log(metrics)
                     if should_validate(self.step) and self.picture_steps < self.step < self.total_steps:
                         self._validate()
-                    if should_sample(self.step):
+                    if should_sample(self.step) and self.picture_steps < self.step:
                         self._sample()
                     if saves and not self.is_skipping:
                         self._save()
@@ -395,6 +405,7 @@ class DMCVBTrainer:
             "replay": "device" if self.batches.resident else "host",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "from_step": self.step,
+            "picture_steps": self.picture_steps,
             **run_facts(self.config, self.device),
         }
         self.console = Console(self.total_steps, self.step, on_lost=self.stop.request)
@@ -407,7 +418,10 @@ class DMCVBTrainer:
         self.console.line(
             f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to "
             f"{self.total_steps} ({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
+            + (f"; to step {self.picture_steps} encoder and decoder alone" if self.step < self.picture_steps else "")
         )
+        if self.picture_steps >= self.total_steps:
+            self.console.line("no step is left in which prior, recurrence, tokens and attention learn: give more --steps")
 
     def _close(self) -> None:
         for opened in (self.console, self.logger, self.batches, self.validation):

@@ -97,7 +97,8 @@ def train(spec: dict, folder: Path) -> None:
     if wanted:
         costs = spec["costs"]
         left = spec["seconds"] - watch.clock.seconds - costs["latent_begin"]
-        wanted = max(1, min(wanted, int(left / costs["latent_update"]))) if costs["latent_update"] > 0 else wanted
+        wanted = min(wanted, max(0, int(left / costs["latent_update"]))) if costs["latent_update"] > 0 else wanted
+    if wanted:
         with watch.clock.paused():
             trainer = DMCVBTrainer(_for(config, trainer.step, wanted, resume=True))
         trainer.train()

@@ -30,7 +30,7 @@ def step_and_batch():
 
 
 def learn(step, batch):
-    return step.stills(batch["stills"].flatten(0, 1).float() / 127.5 - 1, torch.tensor(1.0), torch.tensor(1e-3), step.autocast())
+    return step.stills(batch["stills"].flatten(0, 1).float() / 127.5 - 1, torch.tensor(1e-3), step.autocast())
 
 
 def test_single_frames_are_of_all_episodes_and_of_the_batch_number_alone():
@@ -71,7 +71,7 @@ def test_a_bad_frame_changes_nothing_and_is_reported(step_and_batch):
     step, batch = step_and_batch
     before = {name: p.clone() for name, p in step.model.named_parameters()}
     frames = torch.full((10, 3, 32, 32), torch.nan)
-    scalars = step.stills(frames, torch.tensor(1.0), torch.tensor(1e-3), step.autocast())
+    scalars = step.stills(frames, torch.tensor(1e-3), step.autocast())
     assert scalars["gradient_norm/stills"].isnan()
     assert all(torch.equal(p, before[name]) for name, p in step.model.named_parameters())
     step._learn_stills = lambda *_: scalars
@@ -117,6 +117,10 @@ def test_more_steps_on_a_resume_do_not_bring_picture_steps_back(tmp_path):
     resumed = DMCVBTrainer(picture_run(tmp_path / "run", steps=9, picture_steps=None, resume=True))
     assert resumed.picture_steps == 2
     resumed.lock.release()
+    DMCVBTrainer(picture_run(tmp_path / "early", steps=2, picture_steps=4)).train()  # pictures alone
+    fewer = DMCVBTrainer(picture_run(tmp_path / "early", steps=4, picture_steps=4, resume=True))
+    assert fewer.picture_steps == 4
+    fewer.lock.release()
 
 
 def test_picture_steps_without_single_frames_are_refused_and_by_themselves_left_out(tmp_path):
