@@ -92,7 +92,7 @@ def pixel_overshooting(
 def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
     """Scores `frames` imagined frames after a random one, the same for the whole batch, and observed frames predicted from the one before.
 
-    The latter are those that a roll-out may begin with, and the next; where it attends, all.
+    The latter are those up to the one after that from which it imagines; where it attends, all.
 
     The slots' seeds, which read h, are trained towards their old values: attention does not move as the recurrence changes.
 
@@ -103,7 +103,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     """
     batch, length = inferred.mean.shape[:2]
     latents = sample_latents(inferred.mean, inferred.logvar, True)
-    observed = Latents(*(x[:, : length if attends else length - frames + 1] for x in inferred))
+    first = _first_frame(length, frames, torch.device("cpu"))  # on the host: it says how many frames are observed
+    observed = Latents(*(x[:, : length if attends else int(first) + 2] for x in inferred))
+    first = first.to(latents.device)
     start = starts(None, *observed.mean.shape[:2], latents.device)
     predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
     nll = _nll(latents[:, : start.shape[1]].flatten(0, 1), predicted.prior)
@@ -115,7 +117,6 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
         seeds = model.attention.posterior.seeds(predicted.hidden, observed.context)
         terms["seeds"] = SEED_WEIGHT * F.mse_loss(seeds, observed.seeds)
 
-    first = _first_frame(length, frames, start.device)
     parts = (predicted.lstm, predicted.hidden, observed.mean, predicted.delta, observed.context, observed.attention)
     lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)

@@ -30,6 +30,7 @@ ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter 
 WARMUP = 20  # updates in which the learning rate rises
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
+SPARE = 20  # further frames of a sequence, where all long enough episodes have them: roll-outs begin at as many more places
 OVERLAP = 2  # sequences that a frame of an episode is in, on average
 CHUNK = 16  # sequences inferred at once
 MEASURED = 128  # held-out sequences of a measure
@@ -77,6 +78,12 @@ def first_frames(frames: int, length: int) -> list[int]:
     """Where sequences of `length` begin in an episode: the first at its start, the last at its end, evenly between, `OVERLAP` deep."""
     count = round(OVERLAP * frames / length)  # two at least
     return sorted({round(i * (frames - length) / (count - 1)) for i in range(count)})
+
+
+def sequence_length(frames: int, *parts: SequenceBatches) -> int:
+    """Frames of a sequence with `frames` imagined ones: as many as wanted, or as the shortest episode has that is long enough."""
+    least = CONTEXT + frames
+    return min(least + SPARE, *(length for part in parts for length in part.lengths if length >= least))
 
 
 def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
@@ -199,7 +206,7 @@ def train_latent_phase(
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
     """
-    modules, length = trained_modules(model), CONTEXT + optim.latent_phase_frames
+    modules, length = trained_modules(model), sequence_length(optim.latent_phase_frames, training, held_out)
     now = {name: value.clone() for name, value in modules.state_dict().items()}
     modules.load_state_dict(state["before"])  # latents are always those of the weights before the phase
     try:

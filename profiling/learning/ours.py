@@ -5,12 +5,12 @@
 The trainer is used as a user does: a config, `DMCVBTrainer(config).train()`, a signal to stop, and a resumed run. The joint updates are
 stopped by SIGTERM when their share of the budget is spent; then the run is resumed with as many steps as were made, which leaves the
 latent phase, and that has as many updates as the rest of the budget allows. What it costs was measured before (`measure`, once for all
-seeds). Unpacking the data, making batches and checkpoints count;
-imports, reading the data a second time for the resumed run, and the video at the end do not.
+seeds). Unpacking the data, making batches and checkpoints count; imports, reading the data a second time for the resumed run, and the
+video at the end do not.
 
 SPEC is a JSON file with `config`, `threads` and, to train, the budget `seconds`, `stop`, the second of it at which the joint updates end,
 `steps`, at which they end in any case, and `costs`; to measure, `updates` and `latent_updates`, two numbers.
-FOLDER gets `points.json`, a list of {seconds, updates, frames, checkpoint}, one for each checkpoint, the last of the end.
+FOLDER gets `points.json`, a list of {seconds, updates (joint ones), frames, checkpoint}, one for each checkpoint, the last of the end.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from aime_fast.training.checkpoint import list_checkpoints
 from profiling.learning.clock import Clock
 from profiling.machine import write_json
 
+OVERSPENT = 1.05  # of the budget, at which the latent phase is stopped where it is: the machine became slower after its costs were measured
 POLL = 0.05  # seconds between looks at the run's folder
 
 
@@ -101,7 +102,11 @@ def train(spec: dict, folder: Path) -> None:
     if wanted:
         with watch.clock.paused():
             trainer = DMCVBTrainer(_for(config, trainer.step, wanted, resume=True))
-        trainer.train()
+        watch.stop_at = OVERSPENT * spec["seconds"]
+        try:
+            trainer.train()
+        except Interrupted as stopped:
+            print(f"over budget: {stopped}", flush=True)
     watch.finish()
     frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
     pictures, of_joint = trainer.picture_steps, 2 if config.data.stills else 1
@@ -109,8 +114,7 @@ def train(spec: dict, folder: Path) -> None:
         made = max(0, point["updates"] - pictures)
         point["frames"] = frames * (point["updates"] - made + of_joint * made)
         point["updates"] = made
-    points = watch.points
-    write_json(folder / "points.json", points)
+    write_json(folder / "points.json", watch.points)
 
 
 def measure(spec: dict, folder: Path) -> None:
