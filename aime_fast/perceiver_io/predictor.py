@@ -161,7 +161,7 @@ class PerceiverTokenPredictor(nn.Module):
         length = given.shape[1]
         if length < 2:
             return given
-        seen = None if seen is None else seen[:, : length - 1]
+        seen = None if seen is None else seen[:, : length - 1].detach()
         own = self(given[:, :-1], context[:, : length - 1].detach(), actions[:, : length - 1], None, seen).argmax(-1)
         chosen = (torch.rand(own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
         return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
