@@ -144,9 +144,7 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    picture_steps: Steps | None = (
-        0  # of the steps, the first: of encoder and decoder alone, on single frames; none: two thirds, with --stills
-    )
+    picture_steps: Steps | None = 0  # first steps, of encoder and decoder alone on single frames; none: two thirds, with --stills
     latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
     latent_phase_batch_size: Count = 32  # sequences of such an update
     latent_phase_frames: Count = 30  # frames imagined in it, after up to 8 observed ones

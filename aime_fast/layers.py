@@ -218,15 +218,17 @@ class ToPatches(nn.Module):
 
     Nothing runs at H or H/2, where a small model spends most of its time on few channels; what a patch shows is told apart by the next
     convolution. A frame of another size is completed with zeros.
+
+    Args: outputs: C; patch: pixels along the edge of a patch, where it is not 4.
     """
 
-    def __init__(self, image_size: int, outputs: int):
+    def __init__(self, outputs: int, patch: int = PATCH):
         super().__init__()
-        self.missing = -image_size % PATCH
-        self.conv = nn.Conv2d(3, outputs, PATCH, stride=PATCH)
+        self.conv = nn.Conv2d(3, outputs, patch, stride=patch)
 
     def forward(self, frames: Tensor) -> Tensor:
-        frames = F.pad(frames, (0, self.missing, 0, self.missing)) if self.missing else frames
+        missing = -frames.shape[-1] % self.conv.stride[0]
+        frames = F.pad(frames, (0, missing, 0, missing)) if missing else frames
         return self.conv(frames.contiguous(memory_format=torch.channels_last))
 
 

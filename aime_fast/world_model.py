@@ -86,7 +86,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             image_size, c.hidden_dim, c.context_dim, c.latent_dim, c.attention_dim, c.num_attention_slots, c.slot_iterations,
             c.attention_fusion, c.attention_prior_dim,
         )  # fmt: skip
-        self.image_discriminator = ImageDiscriminator(image_size, c.discriminator_channels)
+        self.image_discriminator = ImageDiscriminator(c.discriminator_channels)
         self.temporal_discriminator = TemporalDiscriminator(image_size, c.latent_dim, c.discriminator_dim, max_frames=sequence_length)
         self.roll_out = RollOut(one_frame.imagine)
         self.to(memory_format=torch.channels_last)

@@ -108,26 +108,18 @@ def plan(seconds: float, costs: dict[str, float], pictures: int | None, latent: 
     `pictures` and `latent` are the updates that are wanted, of the latter at most so many; None: for each joint update as many as
     training takes by itself.
     """
-    for_each, begin = PICTURE_SHARE / (1 - PICTURE_SHARE), costs["latent_begin"]
-    each, fixed = costs["update"], begin if latent != 0 else 0.0
-    if pictures is None:
-        each += for_each * costs["picture_step"]
-    else:
-        fixed += pictures * costs["picture_step"]
+    begin, for_each = costs["latent_begin"], PICTURE_SHARE / (1 - PICTURE_SHARE)
+    fixed = (pictures or 0) * costs["picture_step"]
+    each = costs["update"] + (for_each * costs["picture_step"] if pictures is None else 0.0)  # joint update with its picture steps
     if latent is None:
-        each += LATENT_UPDATES * costs["latent_update"]
-    else:
-        fixed += latent * costs["latent_update"]
-    joint = max(0.0, (seconds - fixed) / each)
-    latent = int(LATENT_UPDATES * joint) if latent is None else latent
+        latent = int(LATENT_UPDATES * (seconds - begin - fixed) / (each + LATENT_UPDATES * costs["latent_update"]))
     most = LATENT_SHARE * seconds - begin
     if costs["latent_update"] > 0:
         latent = min(latent, int(most / costs["latent_update"]))
     latent = max(0, latent) if most > 0 else 0
     stop = seconds - (begin + latent * costs["latent_update"] if latent else 0.0)
     if pictures is None:
-        joint = stop / (costs["update"] + for_each * costs["picture_step"])
-        pictures = int(for_each * joint)
+        pictures = int(for_each * stop / each)
     return Plan(pictures, max(0, int((stop - pictures * costs["picture_step"]) / costs["update"])), latent, stop)
 
 

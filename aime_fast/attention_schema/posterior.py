@@ -26,7 +26,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, image_size: int, dim: int):
         super().__init__()
         self.grid = halvings(image_size, 3)[-1]
-        self.stem = nn.Sequential(ToPatches(image_size, dim // 2), nn.SiLU())
+        self.stem = nn.Sequential(ToPatches(dim // 2), nn.SiLU())
         self.fine = nn.Sequential(downsample(dim // 2, dim), nn.SiLU())
         self.coarse = nn.Sequential(downsample(dim, dim), nn.SiLU(), nn.Conv2d(dim, dim, 1))
         self.lateral = nn.Conv2d(dim, dim, 1)

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.encoder_decoder.encoder import PLACE_SCALE
 from aime_fast.encoder_decoder.likelihoods import Gaussian, MixtureOfLogistics
-from aime_fast.encoder_decoder.reference import moved
+from aime_fast.encoder_decoder.reference import PLACE_SCALE, moved
 from aime_fast.layers import FromPatches, ResidualCell, Upsample, full_precision, halvings, outside_autocast
 
 

@@ -19,12 +19,12 @@ from aime_fast.layers import ToPatches, TransformerBlock, downsample, full_preci
 class ImageDiscriminator(nn.Module):
     """Real or decoded, patch by patch: frames [N, 3, H, W] -> (logits [N, 1, H/8, W/8], features of each level).
 
-    Args: image_size: H; channels: widths at H/4, H/8 and so on.
+    Args: channels: widths at H/4, H/8 and so on.
     """
 
-    def __init__(self, image_size: int, channels: tuple[int, ...]):
+    def __init__(self, channels: tuple[int, ...]):
         super().__init__()
-        self.levels = nn.ModuleList([ToPatches(image_size, channels[0]), *(downsample(a, b) for a, b in itertools.pairwise(channels))])
+        self.levels = nn.ModuleList([ToPatches(channels[0]), *(downsample(a, b) for a, b in itertools.pairwise(channels))])
         self.head = nn.Conv2d(channels[-1], 1, 1)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:

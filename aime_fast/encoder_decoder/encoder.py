@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.encoder_decoder.reference import CELLS, moved, outline, place
+from aime_fast.encoder_decoder.reference import CELLS, PLACE_SCALE, moved, outline, place
 from aime_fast.layers import ResidualCell, ToPatches, downsample, full_precision, halvings, outside_autocast, to_frames
 
 LOGVAR_BOUND = 8.0  # log-variances are bounded smoothly to [-8, 8]: standard deviations in [0.018, 55]
 MEAN_BOUND = 10.0  # means to [-10, 10]: the mixture prior is relative to the last latent, so without --stills nothing bounds them
 OUTLINE_EPS = 1e-3  # variance of an outline that counts as nothing
-PLACE_SCALE = 3.0  # of places as latents: a standard deviation of about 1
 
 
 def bounded_logvar(raw: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class VAEEncoder(nn.Module):
             return nn.Sequential(enter, *(ResidualCell(width) for _ in range(blocks)), nn.SiLU())
 
         self.levels = nn.ModuleList(
-            [level(ToPatches(image_size, channels[0]), channels[0]), *(level(downsample(a, b), b) for a, b in itertools.pairwise(channels))]
+            [level(ToPatches(channels[0]), channels[0]), *(level(downsample(a, b), b) for a, b in itertools.pairwise(channels))]
         )
         grid = halvings(image_size, 4)[-1]
         self.dense = nn.Sequential(nn.Linear(channels[-1] * grid**2 + 2, dense), nn.LayerNorm(dense), nn.SiLU())

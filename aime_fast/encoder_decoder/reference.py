@@ -15,6 +15,7 @@ from torch import Tensor
 
 EMPTY = 1 / 4096  # squared difference, a pixel of the image, that counts as one in the middle: a picture of nothing is there
 CELLS = 8  # of an outline, along each edge
+PLACE_SCALE = 3.0  # of places as latents: a standard deviation of about 1
 
 
 def place(difference: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def initial_state(model: nn.Module, batch: int) -> State:
         latents=zeros(model.latent_dim),
         delta=zeros(model.latent_dim),
         fresh=torch.ones(batch, dtype=torch.bool, device=like.device),
-        context=zeros(perceiver.out[-1].out_features),
+        context=zeros(perceiver.context_dim),
         attention=model.attention.uniform(batch).to(like.dtype),
         cache=perceiver.empty_cache(batch),
     )

@@ -65,7 +65,7 @@ class CausalPerceiverIO(nn.Module):
         frames, channels, height, width = video_shape
         if channels != 3 or height != width:
             raise ValueError(f"video_shape is {video_shape}, expected (T, 3, H, H)")
-        self.window = frames
+        self.window, self.context_dim = frames, context_dim
         self.tokenizer = VQPTTokenizer(height, **(tokenizer or {}))
         quantizer, grid, dim = self.tokenizer.quantizer, self.tokenizer.grid, num_latent_channels
         self.embed = nn.Linear(self.tokenizer.width, dim)

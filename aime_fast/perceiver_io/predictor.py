@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import MLP, Attention, emphasise_last, full_precision, grid_positions
+from aime_fast.layers import MLP, Attention, ToPatches, emphasise_last, full_precision, grid_positions
 
 PICTURED = 0.75  # share of the training sequences whose tokens are predicted given a picture
 
@@ -69,7 +69,7 @@ class PerceiverTokenPredictor(nn.Module):
         self.partial = nn.Embedding(codebook_heads * (codebook_size + 1), dim) if refinement_steps else None
         nn.init.normal_(self.current.weight, std=dim**-0.5)
         self.positions = nn.Parameter(grid_positions(grid, grid, dim) * 0.5)
-        self.picture = nn.Conv2d(3, dim, 8, stride=8)
+        self.picture = ToPatches(dim, patch=8)  # the tokens' grid is H/8
         self.condition = MLP(context_dim + action_dim, dim, dim)
         emphasise_last(self.condition[0], action_dim)
         self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
@@ -191,11 +191,8 @@ class PerceiverTokenPredictor(nn.Module):
 
     def see(self, pictures: Tensor) -> Tensor:
         """What pictures [B, T, 3, H, W], clamped to [-1, 1], show at the place of each token: [B, T, Ht * Wt, D]."""
-        batch, frames, *_, size = pictures.shape
-        missing = self.picture.stride[0] * self.grid - size
-        flat = F.pad(pictures.flatten(0, 1).clamp(-1, 1), (0, missing, 0, missing))
-        x = self.picture(flat.to(self.picture.weight.dtype).contiguous(memory_format=torch.channels_last))
-        return rearrange(x, "(b t) d h w -> b t (h w) d", b=batch, t=frames)
+        x = self.picture(pictures.flatten(0, 1).clamp(-1, 1).to(self.positions.dtype))
+        return rearrange(x, "(b t) d h w -> b t (h w) d", b=len(pictures))
 
     def _embed(self, table: nn.Embedding, tokens: Tensor, size: int) -> Tensor:
         """Sum over the heads of one embedding a head: int64 [B, T, Ht, Wt, Q] -> [B*T, Ht*Wt, D]."""

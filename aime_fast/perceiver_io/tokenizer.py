@@ -99,7 +99,7 @@ class VQPTTokenizer(nn.Module):
         self.image_size, self.width = image_size, codebook_heads * code_dim
         self.quantizer = VectorQuantizer(codebook_heads, codebook_size, code_dim, share_codebook, codebook_decay)
 
-        self.stem = nn.Sequential(ToPatches(image_size, middle), nn.SiLU())
+        self.stem = nn.Sequential(ToPatches(middle), nn.SiLU())
         self.encoder = nn.ModuleList([CausalConv3d(middle, high, stride=2), CausalCell(high)])
         self.to_codes = nn.Sequential(group_norm(high), nn.SiLU(), nn.Conv2d(high, self.width, 1))
 

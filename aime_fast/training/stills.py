@@ -28,7 +28,7 @@ def score_stills(model: nn.Module, frames: Tensor, attends: bool = True) -> tupl
     """
     count, like = len(frames), model.decoder.background
     hidden = like.new_zeros(count, model.recurrence.hidden_dim)
-    context = like.new_zeros(count, model.perceiver_io.out[-1].out_features)
+    context = like.new_zeros(count, model.perceiver_io.context_dim)
     q = model.encoder(frames, context)
     z = sample_latents(q.mean, q.logvar, True)
     if attends:

@@ -125,10 +125,8 @@ def measure(spec: dict, folder: Path) -> None:
     pictures = updates if spec["config"]["data"]["stills"] else 0
     config, watch = _begin(spec, folder)
     # With all tasks from the first update on: later updates cost more than early ones.
-    optim, run = (
-        replace(config.optim, adversarial_start_epochs=0.0, picture_steps=pictures),
-        replace(config.run, log_every=1, checkpoint_every=0),
-    )
+    optim = replace(config.optim, adversarial_start_epochs=0.0, picture_steps=pictures)
+    run = replace(config.run, log_every=1, checkpoint_every=0)
     config = replace(config, optim=optim, run=run)
     DMCVBTrainer(_for(config, pictures + updates, latent=0)).train()
 
