@@ -1,4 +1,4 @@
-"""Schedules as tiny objects: `Every` says when, `Warmup` and the learning rates say how much."""
+"""Schedules as tiny objects: `Every` says when, `Warmup` and the learning rates say how much; `Schedules` are those of a run."""
 
 from __future__ import annotations
 
@@ -79,3 +79,30 @@ def learning_rate(optim: OptimConfig, total_steps: int) -> Schedule:
     after = Cosine(optim.learning_rate, total_steps) if optim.schedule == "cosine" else lambda step: optim.learning_rate
     rise = Warmup(1.0, optim.lr_warmup_steps)
     return lambda step: rise(step + 1) * after(step)
+
+
+class Schedules:
+    """What each update of a run is given, by the names of the arguments of `TrainingStep` and `TrainingStep.learn_pictures`.
+
+    Args: optim: rates, warm-ups and intervals; updates_per_epoch: of joint updates; joint_steps: how many there will be.
+    """
+
+    def __init__(self, optim: OptimConfig, updates_per_epoch: float, joint_steps: int):
+        self._beta = Warmup(1.0, optim.beta_warmup_epochs * updates_per_epoch)
+        self._own_tokens = Warmup(optim.own_tokens, optim.own_tokens_warmup_epochs * updates_per_epoch)
+        self._overshoot = Warmup(1.0, optim.overshoot_warmup_epochs * updates_per_epoch)
+        self._has_adversarial_task = Start(optim.adversarial_start_epochs * updates_per_epoch)
+        self._trains_discriminator = Every(optim.n_critic)
+        self._learning_rate = learning_rate(optim, joint_steps)
+        self._picture_learning_rate = Warmup(optim.learning_rate, optim.lr_warmup_steps)
+
+    def joint(self, step: int) -> dict[str, float | bool]:
+        """Of a joint update with `step` joint ones before it."""
+        return dict(
+            beta=self._beta(step), learning_rate=self._learning_rate(step), train_discriminator=self._trains_discriminator(step + 1),
+            adversarial=self._has_adversarial_task(step), own_tokens=self._own_tokens(step), overshoot=self._overshoot(step),
+        )  # fmt: skip
+
+    def picture(self, step: int) -> dict[str, float | bool]:
+        """Of a picture step with `step` before it."""
+        return dict(learning_rate=self._picture_learning_rate(step + 1))

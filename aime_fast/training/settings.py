@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aime_fast.config import Config, preset, to_dict
+from aime_fast.config import PICTURE_SHARE, Config, preset, to_dict
 from aime_fast.data import DMCVBDataset, collect
 from aime_fast.errors import ConfigError
 from aime_fast.training.checkpoint import MAY_CHANGE, flatten
@@ -32,6 +32,30 @@ def training_length(config: Config) -> dict[str, float | None]:
     if value <= 0:
         raise ConfigError(f"--{name} {value:g}: expected more than 0")
     return {"steps": steps, "epochs": epochs}
+
+
+def check_pictures(config: Config) -> None:
+    """Raises ConfigError where picture steps are asked for and no batch has single frames."""
+    if config.optim.picture_steps and not config.data.stills:
+        raise ConfigError(
+            f"--picture-steps {config.optim.picture_steps}: these steps learn from single frames; add --stills 2, or give --picture-steps 0"
+        )
+
+
+def picture_steps(config: Config, total_steps: int, resumed: dict[str, Any] | None) -> int:
+    """How many of the steps, the first ones, are of encoder and decoder alone.
+
+    A run that has left them behind does not go back, and one that is resumed in them has made those that it has made.
+
+    Args: resumed: the checkpoint to go on from, its `step` and `picture_steps` are read; None at the start.
+    """
+    wanted = config.optim.picture_steps
+    if wanted is None:
+        wanted = min(round(PICTURE_SHARE * total_steps), total_steps - 1) if config.data.stills else 0
+    if resumed is None:
+        return wanted
+    made, planned = resumed["step"], resumed["picture_steps"]
+    return planned if planned < made else max(wanted, made)
 
 
 def default_run_dir(config: Config) -> Path:

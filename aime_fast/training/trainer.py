@@ -10,10 +10,10 @@ import torch
 from tensordict import TensorDict
 
 from aime_fast.bounds import check
-from aime_fast.config import LATENT_UPDATES, PICTURE_SHARE, Config, to_dict
+from aime_fast.config import LATENT_UPDATES, Config, to_dict
 from aime_fast.data import make_batches
 from aime_fast.data.split import saved_split
-from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
@@ -24,8 +24,8 @@ from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
-from aime_fast.training.schedules import CheckpointDue, Every, Start, Warmup, learning_rate
-from aime_fast.training.settings import collected_data, default_run_dir, run_facts, training_length
+from aime_fast.training.schedules import CheckpointDue, Every, Schedules
+from aime_fast.training.settings import check_pictures, collected_data, default_run_dir, picture_steps, run_facts, training_length
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
@@ -69,11 +69,7 @@ class DMCVBTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         check_loggers(run.logger)
-        if config.optim.picture_steps and not config.data.stills:
-            raise ConfigError(
-                f"--picture-steps {config.optim.picture_steps}: these steps learn from single frames; add --stills 2, or give "
-                "--picture-steps 0"
-            )
+        check_pictures(config)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.run_dir = Path(run.run_dir or default_run_dir(config))
@@ -100,7 +96,7 @@ class DMCVBTrainer:
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
         with checkpoint.fitting(self.saved):
-            self.picture_steps = self._picture_steps(resumed)
+            self.picture_steps = picture_steps(config, self.total_steps, resumed)
         joint_steps, phase = max(0, self.total_steps - self.picture_steps), config.optim.latent_phase_updates
         self.optim = dataclasses.replace(config.optim, latent_phase_updates=LATENT_UPDATES * joint_steps if phase is None else phase)
         check_lengths(self.optim, self.batches, self.validation)
@@ -113,13 +109,7 @@ class DMCVBTrainer:
         if self.device.type == "cuda":  # on a CPU a compiled roll-out gains nothing
             self.ema.compile_imagination(self.compile)
 
-        self.beta = Warmup(1.0, config.optim.beta_warmup_epochs * self.updates_per_epoch)
-        self.own_tokens = Warmup(config.optim.own_tokens, config.optim.own_tokens_warmup_epochs * self.updates_per_epoch)
-        self.overshoot = Warmup(1.0, config.optim.overshoot_warmup_epochs * self.updates_per_epoch)
-        self.has_adversarial_task = Start(config.optim.adversarial_start_epochs * self.updates_per_epoch)
-        self.learning_rate = learning_rate(config.optim, joint_steps)
-        self.picture_learning_rate = Warmup(config.optim.learning_rate, config.optim.lr_warmup_steps)
-        self.trains_discriminator = Every(config.optim.n_critic)
+        self.schedules = Schedules(config.optim, self.updates_per_epoch, joint_steps)
         # Whether an update was made is known on the device. On a CPU it is read each time, at no cost; on CUDA with the metrics.
         self.should_check_faults = Every(run.log_every if self.device.type == "cuda" else 1)
         self.step, self.seconds = 0, 0.0
@@ -131,19 +121,6 @@ class DMCVBTrainer:
         self.logged: int | None = None  # rows of metrics.jsonl when the checkpoint was saved
         if resumed is not None:
             self._load(resumed)
-
-    def _picture_steps(self, resumed: dict | None) -> int:
-        """How many of the steps, the first ones, are of encoder and decoder alone.
-
-        A run that has left them behind does not go back, and one that is resumed in them has made those that it has made.
-        """
-        wanted = self.config.optim.picture_steps
-        if wanted is None:
-            wanted = min(round(PICTURE_SHARE * self.total_steps), self.total_steps - 1) if self.config.data.stills else 0
-        if resumed is None:
-            return wanted
-        made, planned = resumed["step"], resumed["picture_steps"]
-        return planned if planned < made else max(wanted, made)
 
     def train(self) -> dict:
         """Run until `total_steps`, then the latent phase if one is set, then validate and write the prediction video.
@@ -195,23 +172,11 @@ class DMCVBTrainer:
         """One update of the weights. With CUDA it returns before the device is done."""
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
-        step = self.step - self.picture_steps  # joint updates before this one
-
-        def scheduled(value: float) -> torch.Tensor:
-            return torch.full((), value, device=self.device)
-
-        if step < 0:
-            metrics = self.training_step.learn_pictures(batches, scheduled(self.picture_learning_rate(self.step + 1)))
-        else:
-            metrics = self.training_step(
-                batches,
-                beta=scheduled(self.beta(step)),
-                learning_rate=scheduled(self.learning_rate(step)),
-                train_discriminator=self.trains_discriminator(step + 1),
-                adversarial=self.has_adversarial_task(step),
-                own_tokens=scheduled(self.own_tokens(step)),
-                overshoot=scheduled(self.overshoot(step)),
-            )
+        made = self.step - self.picture_steps  # joint updates
+        update = self.training_step.learn_pictures if made < 0 else self.training_step
+        given = self.schedules.picture(self.step) if made < 0 else self.schedules.joint(made)
+        on_device = {name: x if isinstance(x, bool) else torch.full((), x, device=self.device) for name, x in given.items()}
+        metrics = update(batches, **on_device)
         self.seconds += time.perf_counter() - began
         self.step += 1
         self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches)
