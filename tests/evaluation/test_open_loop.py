@@ -172,7 +172,7 @@ def test_rolled_out_tokens_depend_on_observed_frames_alone(model):
     changed[:, 4] = (changed[:, 4] + 1) % 32
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.perceiver_io.predictor.picture.weight *= 100  # untrained, it would hardly see the film,
+        model.perceiver_io.predictor.picture.conv.weight *= 100  # untrained, it would hardly see the film,
         model.perceiver_io.predictor.stay.bias.zero_()  # and repeat every token
         film = torch.rand(2, 4, 3, model.image_size, model.image_size, generator=generator, dtype=torch.float64) * 2 - 1
         before, after = (predict_tokens(model, x, actions, 2, film) for x in (tokens, changed))
