@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """A thread that calls `make(first)`, `make(first + 1)`, ... and keeps `ahead` results ready. Errors are results too."""
+    """A thread that calls `make(first)`, `make(first + 1)`, ... and keeps `ahead` results ready. Errors are results too.
+
+    The thread computes alone. A second pool of OpenMP threads in the process would make it hold more threads than cores, and then
+    the threads of the training step sleep at each barrier instead of spinning: every small operator takes twice as long.
+    """
 
     def __init__(self, make: Callable[[int], T], first: int, ahead: int):
         self._queue: queue.Queue[T | BaseException] = queue.Queue(maxsize=ahead)
@@ -23,6 +27,7 @@ class Prefetcher(Generic[T]):
         self._worker.start()
 
     def _run(self, make: Callable[[int], T], number: int) -> None:
+        torch.set_num_threads(1)  # of this thread only
         while not self._stopped.is_set():
             try:
                 result: T | BaseException = make(number)
