@@ -147,7 +147,7 @@ class OptimConfig:
     picture_steps: Steps | None = 0  # first steps, of encoder and decoder alone on single frames; none: two thirds, with --stills
     latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
     latent_phase_batch_size: Count = 32  # sequences of such an update
-    latent_phase_frames: Count = 30  # frames imagined in it, after up to 8 observed ones
+    latent_phase_frames: Count = 30  # frames imagined in it, few at first, after up to 8 observed ones
     latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 3e-3  # of its Adam, falling as a cosine
     accumulate: Annotated[int, Bound(1, 4096)] = 1  # batches whose gradients make one update
 
@@ -194,7 +194,7 @@ TIER_1 = Config(
     tier="1",
     data=DataConfig(augment=False, stills=2),  # a thousand updates are too few to learn invariance to a moving background
     model=ModelConfig(
-        latent_dim=18, hidden_dim=256, context_dim=128, max_components=8, attention_prior_dim=32,
+        latent_dim=18, hidden_dim=256, context_dim=32, max_components=8, attention_prior_dim=32,
         attention_dim=32, num_latents=8, num_latent_channels=64, context_layers=2, predictor_dim=64, predictor_layers=2,
         codebook_size=256, code_dim=16,
         tokenizer_channels=(32, 32), encoder_channels=(48, 64, 96), blocks_per_level=0, dense_dim=256,

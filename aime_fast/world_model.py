@@ -40,7 +40,7 @@ from aime_fast.perceiver_io.context import PerceptionCache
 from aime_fast.perceiver_io.tokenizer import Tokens
 from aime_fast.runtime.roll_out import RollOut, match_layout
 from aime_fast.runtime.spans import span
-from aime_fast.temporal_dynamics import ContextPrior, LSTMLayer
+from aime_fast.temporal_dynamics import LSTMLayer
 
 
 class DPGMMVariationalRecurrentAutoencoder(nn.Module):
@@ -81,7 +81,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self.prior = DPGMMPrior(c.hidden_dim, c.context_dim, c.latent_dim, c.max_components, c.kl)
         self.recurrence = LSTMLayer(2 * c.latent_dim + c.context_dim + action_dim, c.hidden_dim, c.lstm_layers)
         emphasise_last(self.recurrence.input_gates[0], action_dim)
-        self.context_prior = ContextPrior(c.hidden_dim, c.context_dim, c.latent_dim)
         self.attention = AttentionSchema(
             image_size, c.hidden_dim, c.context_dim, c.latent_dim, c.attention_dim, c.num_attention_slots, c.slot_iterations,
             c.attention_fusion, c.attention_prior_dim,

@@ -27,7 +27,7 @@ from profiling.machine import describe, title, write_json
 
 PARTS = (
     "perceiver_io.tokenizer", "perceiver_io.time", "perceiver_io.predictor", "encoder", "decoder", "prior", "recurrence",
-    "context_prior", "attention.posterior", "attention.prior",
+    "attention.posterior", "attention.prior",
 )  # fmt: skip
 
 

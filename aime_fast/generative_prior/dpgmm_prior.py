@@ -15,9 +15,9 @@ from aime_fast.config import ModelConfig
 from aime_fast.encoder_decoder.encoder import MEAN_BOUND, bounded_logvar
 from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
-from aime_fast.layers import MLP, emphasise_last, full_precision
+from aime_fast.layers import DELTA_SCALE, MLP, full_precision
 
-OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets; their weights add 0.6
+OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets; their weights add less
 
 
 class PriorNoise(NamedTuple):
@@ -65,7 +65,8 @@ def prior_noise(seeds: Sequence[int], frames: int, components: int, latent_dim: 
 class DPGMMPrior(nn.Module):
     """Weights, widths, offsets and gates are network outputs of the concatenated [h, c, m_{t-1}, m_{t-1} - m_{t-2}].
 
-    h knows both latents, but through gates; given beside it they predict a frame ahead 1 nat better after 200 updates (docs/log.md).
+    h knows both latents, but through gates; given beside it they predict a frame ahead 1 nat better after 200 updates. No layer norm comes
+    before the components, and their weights start small: a film of 50 frames is the sum of as many offsets (docs/log.md has both).
 
     Means are offsets from an extrapolation of the latent, m_{t-1} + g (m_{t-1} - m_{t-2}), where m is the mean of q(z) (in imagination z
     itself) and g in (0, 1) a gate for each dimension; they have the bound of posterior means. Objects in a video have inertia; a network
@@ -82,17 +83,15 @@ class DPGMMPrior(nn.Module):
     ):
         super().__init__()
         self.latent_dim, self.components, self.kl_method = latent_dim, max_components, kl
-        self.trunk = nn.Sequential(
-            MLP(hidden_dim + context_dim + 2 * latent_dim, hidden_dim, hidden_dim), nn.SiLU(), nn.LayerNorm(hidden_dim)
-        )
-        emphasise_last(self.trunk[0][0], 2 * latent_dim)
+        self.trunk = nn.Sequential(MLP(hidden_dim + context_dim + 2 * latent_dim, hidden_dim, hidden_dim), nn.SiLU())
         self.sticks = AdaptiveStickBreaking(hidden_dim, max_components)
         self.alpha = GammaPosterior(hidden_dim)
         self.components_head = nn.Linear(hidden_dim, 2 * max_components * latent_dim)
         self.inertia = nn.Linear(hidden_dim, latent_dim)
         nn.init.zeros_(self.inertia.weight)
         nn.init.zeros_(self.inertia.bias)
-        with torch.no_grad():  # components start at different means, each with the initial width of the posterior
+        with torch.no_grad():  # components start at different means, all near the extrapolation
+            self.components_head.weight.mul_(0.1)
             self.components_head.bias.copy_(
                 torch.cat([torch.randn(max_components * latent_dim) * OFFSET_STD, torch.zeros(max_components * latent_dim)])
             )
@@ -112,7 +111,7 @@ class DPGMMPrior(nn.Module):
         Args: hidden [N, Dh]; context [N, Dc]; latents, delta [N, Z], the latent and its difference from the one before it; sample: False
             takes mean sticks; noise: of a sample; None draws it; divergence: False leaves `kl_hierarchical` out, many small operators.
         """
-        features = self.trunk(torch.cat([hidden, *(x.to(hidden.dtype) for x in (context, latents, delta))], dim=-1))
+        features = self.trunk(torch.cat([hidden, *(x.to(hidden.dtype) for x in (context, latents, DELTA_SCALE * delta))], dim=-1))
         uniform, divergences = None if noise is None else noise.sticks, None
         if divergence:
             concentration, rate, alpha, log_alpha = self.alpha(hidden)

@@ -119,12 +119,11 @@ def imagine_latents(
     prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, divergence=False)
     z = prior.sample(sample, noise)
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
-    context = model.context_prior(state.hidden, state.context, z)
     delta = _delta(state, z)
-    hidden, lstm = _recur(model, z, delta, context, action, state.lstm)
+    hidden, lstm = _recur(model, z, delta, state.context, action, state.lstm)
     after = state._replace(
         lstm=lstm, hidden=hidden, latents=z, delta=delta,
-        fresh=torch.zeros_like(state.fresh), context=context, attention=log_attention.exp() if attends else state.attention,
+        fresh=torch.zeros_like(state.fresh), attention=log_attention.exp() if attends else state.attention,
     )  # fmt: skip
     return prior, log_attention, after
 

@@ -30,7 +30,6 @@ class Targets(NamedTuple):
     """What a roll-out over B sequences of T frames is scored against, and the actions that it is given."""
 
     latents: Tensor  # [B, T, Z], samples of the posterior
-    context: Tensor  # [B, T, Dc]
     attention: Tensor  # [B, T, Ha, Wa]
     actions: Tensor  # [B, T, A]
 
@@ -42,17 +41,16 @@ def imagine_and_score(
 
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too.
 
-    Returns: (scores in nats, `latent`, `context` and, where it attends, `attention`: [frames, B] each; the imagined states).
+    Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined states).
     """
-    scores: dict[str, list[Tensor]] = {"latent": [], "context": []} | ({"attention": []} if attends else {})
+    scores: dict[str, list[Tensor]] = {"latent": []} | ({"attention": []} if attends else {})
     states = []
     for age in range(1, frames + 1):
-        latents, context, attention, action = (_at(x, first + age) for x in targets)
+        latents, attention, action = (_at(x, first + age) for x in targets)
         prior, log_attention, state = imagine_latents(model, action, state, attends=attends)
         scores["latent"].append(_nll(latents, prior))
         if attends:
             scores["attention"].append(attention_kl(attention, log_attention))
-        scores["context"].append(0.5 * (state.context - context).square().sum(-1))
         states.append(state)
     return {name: torch.stack(parts) for name, parts in scores.items()}, states
 
@@ -73,7 +71,7 @@ def pixel_overshooting(
     first = _first_frame(length, frames, start.device)
     latents, attention = (x.unflatten(0, start.shape) for x in (inferred.latents, inferred.maps.attention))
     state = state_after(inferred, lambda x: _at(x, first))
-    targets = Targets(latents.detach(), inferred.context.detach(), attention.detach(), actions)
+    targets = Targets(latents.detach(), attention.detach(), actions)
     scores, states = imagine_and_score(model, state, first, frames, targets)
 
     times = first + torch.arange(1, frames + 1, device=start.device)
@@ -84,9 +82,7 @@ def pixel_overshooting(
     z, a = (torch.cat([getattr(state, name) for state in states]) for name in ("latents", "attention"))  # [frames * B, ...]
     recon = model.decoder.likelihood.nll(model.decoder(z, a), truth)
     # One by one: gradients of a term taken from a stack of all would pass, as zeros, through all others.
-    return dict(
-        zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, *map(scores.get, ("latent", "attention", "context")))))
-    )
+    return dict(zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, scores["latent"], scores["attention"]))))
 
 
 def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
@@ -98,7 +94,7 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
 
     Args: inferred, one episode a sequence; frames, from 1 to T - 1; attends: score attention too, at more than the cost of all the rest.
 
-    Returns: scalars, to be added: of the latent `one_step`, `sticks`, `rolled_out`, then `context`; and where it attends `attention`,
+    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; and where it attends `attention`,
     `attention_rolled_out` and `seeds`. All but the last are nats a frame.
     """
     batch, length = inferred.mean.shape[:2]
@@ -121,9 +117,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
-    targets = Targets(latents, inferred.context, inferred.attention, inferred.actions)
+    targets = Targets(latents, inferred.attention, inferred.actions)
     scores, _ = imagine_and_score(model, state, first, frames, targets, attends)
-    names = {"latent": "rolled_out", "context": "context", "attention": "attention_rolled_out"}
+    names = {"latent": "rolled_out", "attention": "attention_rolled_out"}
     return terms | {names[name]: score.mean() for name, score in scores.items()}
 
 

@@ -11,7 +11,7 @@ from aime_fast.attention_schema.posterior import AttentionMaps
 from aime_fast.attention_schema.prior import PredictedAttention
 from aime_fast.encoder_decoder.encoder import Posterior
 from aime_fast.generative_prior.dpgmm_prior import Mixture
-from aime_fast.layers import previous
+from aime_fast.layers import DELTA_SCALE, previous
 from aime_fast.runtime.spans import span
 
 
@@ -92,7 +92,7 @@ def recurrent_input(latents: Tensor, delta: Tensor, context: Tensor, actions: Te
     Latents are posterior means: a sample's noise is as large as the movement of a frame, and from noisy latents the recurrence learns
     no speed.
     """
-    return torch.cat([latents, delta, context.to(latents.dtype), actions.to(latents.dtype)], dim=-1)
+    return torch.cat([latents, DELTA_SCALE * delta, context.to(latents.dtype), actions.to(latents.dtype)], dim=-1)
 
 
 class Latents(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from aime_fast.config import LossConfig
 
 AIME_NAMES = {"lambda_att_dyn": "lambda_attention_motion"}  # keywords of AIME's texts
-OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention", "overshoot_context")
+OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention")
 TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
 # In the order of computation: the first term that is not finite is where a fault began.
@@ -68,7 +68,7 @@ class LossAggregator:
             c.lambda_recon * term["recon"]
             + beta * c.beta * (term["kl_z"] + term["kl_hierarchical"])
             - c.entropy_weight * term["mixture_entropy"]
-            + roll_out * (term["overshoot_recon"] + term["overshoot_latent"] + term["overshoot_context"])
+            + roll_out * (term["overshoot_recon"] + term["overshoot_latent"])
         )
         kl_attention = term["kl_attention"] + roll_out * term["overshoot_attention"]
         generator = c.lambda_gan * term["generator"] + c.lambda_fm * term["feature_matching"]

@@ -1,8 +1,8 @@
 """The latent phase: after the joint updates, trains the recurrence and the priors alone, on inferred latents.
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
-pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior,
-context prior and attention prior go on training on them. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
+pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior
+and attention prior go on training on them. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
 
 Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.
 """
@@ -28,6 +28,8 @@ from aime_fast.training.schedules import Every
 CONTEXT = 8  # observed frames before the first imagined one, at most: as many as in the evaluation
 ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter of the sequences: it costs more than all the rest
 WARMUP = 20  # updates in which the learning rate rises
+SHORTEST = 0.15  # of the imagined frames, in the first update
+RISEN = 0.6  # of the updates, after which all frames are imagined
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
 SPARE = 20  # further frames of a sequence, where all long enough episodes have them: roll-outs begin at as many more places
@@ -101,7 +103,7 @@ def trained_modules(model: nn.Module) -> nn.ModuleDict:
     attention = model.attention
     return nn.ModuleDict(
         dict(
-            recurrence=model.recurrence, prior=model.prior, context_prior=model.context_prior,
+            recurrence=model.recurrence, prior=model.prior,
             attention_prior=attention.prior, attention_seed=attention.posterior.seed,
         )
     )  # fmt: skip
@@ -134,13 +136,18 @@ class LatentPhase:
         attends = self.made % ATTENDS_EVERY == 0
         with self._random_numbers(self.made + 1):
             sequences = self.training.draw(max(1, self.batch // 4) if attends else self.batch)
-            terms = latent_overshooting(self.model, sequences, self.frames, attends)
+            terms = latent_overshooting(self.model, sequences, self._imagined(), attends)
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), CLIP)
         self._check_finite(norm, terms)
         self.optimizer.step()
         self.made += 1
+
+    def _imagined(self) -> int:
+        """Frames that this update imagines: few at first, which is cheap and shows what an action does, all of them from `RISEN` on."""
+        share = min(1.0, SHORTEST + (1 - SHORTEST) * self.made / (RISEN * self.updates))
+        return max(1, round(share * self.frames))
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

@@ -23,7 +23,7 @@ from aime_fast.training import DMCVBTrainer
 from aime_fast.training.checkpoint import load_model
 from aime_fast.training.latent_phase import LatentPhase, LatentReplay, first_frames
 
-TAUGHT = ("recurrence.", "prior.", "context_prior.", "attention.prior.", "attention.posterior.seed.")
+TAUGHT = ("recurrence.", "prior.", "attention.prior.", "attention.posterior.seed.")
 
 
 def config_of(run_dir: Path, **optim) -> Config:
@@ -87,6 +87,28 @@ def test_it_improves_prediction_and_leaves_perception_and_decoder_alone():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_it_imagines_few_frames_at_first_and_all_in_the_end(monkeypatch):
+    config = config_of(Path(), latent_phase_updates=10)
+    training, validation = make_batches(config.data, 0)
+    model = make_model().float().requires_grad_(False)
+    replays = [LatentReplay(model, batches, 18) for batches in (training, validation)]
+    imagined = []
+
+    def score(model, sequences, frames, attends):
+        imagined.append(frames)
+        return latent_overshooting(model, sequences, frames, attends)
+
+    monkeypatch.setattr("aime_fast.training.latent_phase.latent_overshooting", score)
+    phase = LatentPhase(model, *replays, dataclasses.replace(config.optim, latent_phase_frames=10))
+    for _ in range(10):
+        phase.update()
+    assert imagined == sorted(imagined)
+    assert imagined[0] == 2
+    assert imagined[6:] == [10] * 4
+    phase.measure()
+    assert imagined[-1] == 10
+
+
 def test_a_phase_added_by_a_resume_equals_one_planned_from_the_start(tmp_path):
     DMCVBTrainer(config_of(tmp_path / "whole", latent_phase_updates=3)).train()
     DMCVBTrainer(config_of(tmp_path / "later")).train()
@@ -130,7 +152,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(monkeypatch)
     replays = [LatentReplay(model, batches, 11) for batches in (training, validation)]
     replays[0].sequences.context.fill_(float("nan"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(NonFiniteError, match=r"update 1: .*context.* not finite.*--latent-phase-learning-rate"):
+    with pytest.raises(NonFiniteError, match=r"update 1: .*one_step.* not finite.*--latent-phase-learning-rate"):
         LatentPhase(model, *replays, config.optim).update()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
