@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 PATCH = 4  # pixels along the edge of a patch
-DELTA_SCALE = 5.0  # of the movement of latents where a network reads it: a standard deviation near 1
+DELTA_SCALE = 5.0  # of the movement of latents where a network reads it: near a standard deviation of 1 for cartpole at tier 1
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ definition, one frame at a time. The two agree to rounding (tests/test_world_mod
 One frame, in order (docs/architecture.md shows it):
 
     tokens_t = tokenizer(x_{<=t});  c_t = context(tokens_{<=t});  z_t ~ q(z | x_t, c_t), with mean m_t
-    p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [m_t, m_t - m_{t-1}, c_t, a_t])
+    p(z_t | h_{t-1}, c_{t-1}, m_{t-1}, m_{t-2});  h_t = LSTM(h_{t-1}, [m_t, 5 (m_t - m_{t-1}), c_t, a_t])
     A_t = posterior(x_t, h_t, c_t), predicted by prior(A_{t-1}, h_{t-1}, m_{t-1});  x_hat_t = decoder(z_t, A_t)
 """
 

@@ -23,11 +23,12 @@ class Prefetcher(Generic[T]):
     def __init__(self, make: Callable[[int], T], first: int, ahead: int):
         self._queue: queue.Queue[T | BaseException] = queue.Queue(maxsize=ahead)
         self._stopped = threading.Event()
+        torch.get_num_threads()  # the calling thread keeps its own number from here on
         self._worker = threading.Thread(target=self._run, args=(make, first), name="prefetch", daemon=True)
         self._worker.start()
 
     def _run(self, make: Callable[[int], T], number: int) -> None:
-        torch.set_num_threads(1)  # of this thread only
+        torch.set_num_threads(1)  # of this thread, and of such as call torch for the first time after it
         while not self._stopped.is_set():
             try:
                 result: T | BaseException = make(number)

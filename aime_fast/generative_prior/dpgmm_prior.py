@@ -17,7 +17,8 @@ from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import DELTA_SCALE, MLP, full_precision
 
-OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets; their weights add less
+OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets
+HEAD_SCALE = 0.1  # of the initial weights of the components: at first their biases say nearly all
 
 
 class PriorNoise(NamedTuple):
@@ -63,10 +64,10 @@ def prior_noise(seeds: Sequence[int], frames: int, components: int, latent_dim: 
 
 
 class DPGMMPrior(nn.Module):
-    """Weights, widths, offsets and gates are network outputs of the concatenated [h, c, m_{t-1}, m_{t-1} - m_{t-2}].
+    """Weights, widths, offsets and gates are network outputs of the concatenated [h, c, m_{t-1}, 5 (m_{t-1} - m_{t-2})].
 
     h knows both latents, but through gates; given beside it they predict a frame ahead 1 nat better after 200 updates. No layer norm comes
-    before the components, and their weights start small: a film of 50 frames is the sum of as many offsets (docs/log.md has both).
+    before the heads, and the weights of the components start small: a film of 50 frames is the sum of as many offsets (docs/log.md).
 
     Means are offsets from an extrapolation of the latent, m_{t-1} + g (m_{t-1} - m_{t-2}), where m is the mean of q(z) (in imagination z
     itself) and g in (0, 1) a gate for each dimension; they have the bound of posterior means. Objects in a video have inertia; a network
@@ -91,7 +92,7 @@ class DPGMMPrior(nn.Module):
         nn.init.zeros_(self.inertia.weight)
         nn.init.zeros_(self.inertia.bias)
         with torch.no_grad():  # components start at different means, all near the extrapolation
-            self.components_head.weight.mul_(0.1)
+            self.components_head.weight.mul_(HEAD_SCALE)
             self.components_head.bias.copy_(
                 torch.cat([torch.randn(max_components * latent_dim) * OFFSET_STD, torch.zeros(max_components * latent_dim)])
             )

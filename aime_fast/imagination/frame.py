@@ -1,8 +1,9 @@
 """The world model one frame at a time: `step` observes the frame, `imagine` predicts and decodes it.
 
 Both map a `State` of fixed shape to the next one and cost one frame, however long the video is. `step` is the definition that the
-parallel path is tested against. `imagine` observes nothing: latent, attention and context come from their priors, so a decoded frame is
-never an input. `model` is always the world model, whose methods of the same names are the public ones.
+parallel path is tested against. `imagine` observes nothing: latent and attention come from their priors and the context stays that of the
+last observed frame, so a decoded frame is never an input. `model` is always the world model, whose methods of the same names are the
+public ones.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def imagine(
 ) -> tuple[dict[str, Tensor], State]:
     """One frame without observing it: `imagine_latents`, then the decoder.
 
-    With `prior_context="current"` too the prior is given c_{t-1}: c_t is predicted only after z_t. The cache of perception stays that of
+    With `prior_context="current"` too the prior is given the context of the last observed frame. The cache of perception stays that of
     the last observed frame.
 
     Args: given: action [B, A], taken after the imagined frame, alone or with the noise of a sample; state of the frame before; sample:

@@ -90,7 +90,7 @@ def recurrent_input(latents: Tensor, delta: Tensor, context: Tensor, actions: Te
     """The input of the recurrence, [..., 2 Z + Dc + A], from latents and delta [..., Z], context [..., Dc], actions [..., A].
 
     Latents are posterior means: a sample's noise is as large as the movement of a frame, and from noisy latents the recurrence learns
-    no speed.
+    no speed. Delta is scaled: as small as it is, little would be learnt from it in a short training.
     """
     return torch.cat([latents, DELTA_SCALE * delta, context.to(latents.dtype), actions.to(latents.dtype)], dim=-1)
 

@@ -25,7 +25,7 @@ class LossAggregator:
     """Weighs and adds the loss terms.
 
         elbo        = (lambda_recon recon + beta (KL_z + KL_hierarchical) - entropy_weight H(pi)
-                       + lambda_overshoot (roll-out: recon + latent + context)) / D + lambda_gram Gram
+                       + lambda_overshoot (roll-out: recon + latent)) / D + lambda_gram Gram
         perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy
         predictive  = lambda_attention_motion attention motion + diversity + lambda_attention_foreground KL(foreground || attention)
                       + lambda_kl_attention (KL_attention + lambda_overshoot KL_attention of the roll-out)

@@ -25,11 +25,11 @@ from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import Latents, infer_latents
 from aime_fast.training.schedules import Every
 
-CONTEXT = 8  # observed frames before the first imagined one, at most: as many as in the evaluation
+CONTEXT = 8  # observed frames for which a sequence has room beside all imagined ones, at least: as many as in the evaluation
 ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter of the sequences: it costs more than all the rest
 WARMUP = 20  # updates in which the learning rate rises
-SHORTEST = 0.15  # of the imagined frames, in the first update
-RISEN = 0.6  # of the updates, after which all frames are imagined
+FIRST_SHARE = 0.15  # of the frames, imagined in the first update
+ALL_FROM = 0.6  # share of the updates after which all frames are imagined
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
 SPARE = 20  # further frames of a sequence, where all long enough episodes have them: roll-outs begin at as many more places
@@ -145,8 +145,8 @@ class LatentPhase:
         self.made += 1
 
     def _imagined(self) -> int:
-        """Frames that this update imagines: few at first, which is cheap and shows what an action does, all of them from `RISEN` on."""
-        share = min(1.0, SHORTEST + (1 - SHORTEST) * self.made / (RISEN * self.updates))
+        """Frames that this update imagines: few at first, which shows what an action does, all of them from `ALL_FROM` on."""
+        share = min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * self.made / (ALL_FROM * self.updates))
         return max(1, round(share * self.frames))
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ POINT_CLIPS = 4  # clips of each validation episode by which a point of the curv
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutClips:
     """Clips of test and of validation episodes, and what the measures need beside them."""
 
     test: Clips
@@ -30,7 +30,7 @@ class HeldOut:
     lpips: Lpips | str
 
 
-def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOut:
+def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOutClips:
     """The clips of a run's data. Raises ValueError where no episode is as long as a clip."""
     from aime_fast.evaluate import held_out  # a command: it needs tyro
 
@@ -39,7 +39,7 @@ def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOut:
         training, validation, test = parts
         held = held_out(config.data, training, test, None)
         valid = [validation.episode(i) for i in range(len(validation.episodes))]
-        return HeldOut(
+        return HeldOutClips(
             cut_clips(held.episodes, context, horizon, clips), cut_clips(valid, context, horizon, POINT_CLIPS), training.mean_frame(),
             held.reader, find_lpips(torch.device("cpu")),
         )  # fmt: skip
@@ -48,14 +48,14 @@ def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOut:
             part.close()
 
 
-def measure(model: nn.Module, held: HeldOut, samples: int, batch: int = 16) -> dict[str, Any]:
+def measure(model: nn.Module, held: HeldOutClips, samples: int, batch: int = 16) -> dict[str, Any]:
     """The measures of test clips: `films`, see `evaluate_films`, and `reconstruction_psnr` of the whole clips."""
     reader, lpips = (None if isinstance(found, str) else found for found in (held.reader, held.lpips))
     films = evaluate_films(model, held.test, held.mean_frame, samples, batch, reader, lpips)
     return {"reconstruction_psnr": reconstruction_psnr(model, held.test, batch), "films": films}
 
 
-def measure_point(model: nn.Module, held: HeldOut, batch: int = 16) -> dict[str, float | None]:
+def measure_point(model: nn.Module, held: HeldOutClips, batch: int = 16) -> dict[str, float | None]:
     """A point of the curves, of validation clips: `reconstruction_psnr`, and `gain`, that of the predicted film on the better of
     repeat-last-frame and the mean frame in dB, mean over steps 5 to 16 (None: the horizon is shorter)."""
     clips = held.validation

@@ -1,0 +1,113 @@
+"""What each pillar is worth: runs with one thing changed at a time, each trained and measured alike, over several seeds.
+
+A run is trained by `aime_fast.train` with the flags of --flags; what is changed is in `profiling/pillars.py`. Its checkpoint, and a file
+with its measures on test episodes, are in OUT/VARIANT/seedN. A run whose file is there is not made again, so that a bench goes on
+where it was stopped, and two may share a folder, with different seeds or variants. The table is of all files in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aime_fast.cli import parse_config
+from aime_fast.config import PRESETS, Config, to_dict
+from profiling.learning.scores import rows
+from profiling.learning.turns import python, take_turns
+from profiling.machine import describe, title, write_json
+from profiling.pillars import VARIANTS
+
+FLAGS = "--steps 240 --picture-steps 140 --latent-phase-updates 500"
+OF_VALIDATION = {"loss/kl_z": "KL of z, nats", "loss/next_token": "next token, nats"}
+# columns of the table, as `rows` and OF_VALIDATION name them
+SHOWN = (
+    "reconstruction, PSNR dB", "gain on the better baseline, steps 5 to 16, dB",
+    "smallest gain on the better baseline to step {horizon}, dB",
+    "action-shuffle ratio", "sampled minus deterministic at step 5, dB", "position error of pole_1/tip, steps 1 to 16, pixels",
+    "position error of pole_1/tip, steps 1 to {horizon}, pixels", "position error of cart, steps 1 to 16, pixels", *OF_VALIDATION.values(),
+)  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `profiling.bench pillars`."""
+    parser.add_argument("--data", required=True, metavar="FILE", help="HDF5 file or folder, or synthetic")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each variant a seed; default 0")
+    parser.add_argument("--tier", choices=tuple(PRESETS), default="1", help="default 1")
+    parser.add_argument("--flags", default=FLAGS, help=f"of aime_fast.train, in quotes; default {FLAGS}")
+    parser.add_argument("--threads", type=int, metavar="T", help="threads of a run; default: all cores")
+    parser.add_argument("--context", type=int, default=8, metavar="N", help="observed frames of a clip; default 8")
+    parser.add_argument("--horizon", type=int, default=50, metavar="N", help="predicted frames of a clip; default 50")
+    parser.add_argument("--clips", type=int, default=8, metavar="N", help="clips of each test episode; default 8")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="sampled films of each clip; default 10")
+    parser.add_argument("--out", default="runs/bench-pillars", metavar="FOLDER", help="default runs/bench-pillars")
+
+
+def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    """Train, measure, print and write; returns the exit status."""
+    out, threads = Path(options.out), options.threads or torch.get_num_threads()
+    flags = ["--tier", options.tier, "--data", options.data, *shlex.split(options.flags)]
+    config = parse_config("python -m aime_fast.train", "The flags of --flags.", flags)
+    for seed in options.seeds:
+        for variant in options.variants:
+            folder = out / variant / f"seed{seed}"
+            if (folder / "measured.json").exists():
+                continue
+            print(f"seed {seed}: {VARIANTS[variant][0]}", flush=True)
+            try:
+                train(variant, config, seed, threads, options, folder)
+            except RuntimeError as error:
+                print(f"FAILED: {error}", flush=True)
+                return 1
+            found = [json.loads(path.read_text()) for path in sorted(out.glob("*/seed*/measured.json"))]
+            head = describe("cpu") | {"threads": threads, "flags": options.flags, "horizon": options.horizon, "config": to_dict(config)}
+            write_json(out / "pillars.json", head | {"runs": found})
+            (out / "pillars.md").write_text(table(found, options.horizon, f"{title(torch.device('cpu'))}; commit {head['git_commit']}."))
+    print((out / "pillars.md").read_text())
+    return 0
+
+
+def train(variant: str, config: Config, seed: int, threads: int, options: argparse.Namespace, folder: Path) -> None:
+    """One run, in a process of its own. Raises RuntimeError where it fails; it names the log."""
+    run = replace(
+        config.run, seed=seed, threads=threads, device="cpu", run_dir=str(folder / "run"), resume=(folder / "run").exists(),
+        validate_every=0, sample_every=0, keep_checkpoints=1,
+    )  # fmt: skip
+    given = {name: getattr(options, name) for name in ("context", "horizon", "clips", "samples")}
+    write_json(folder / "spec.json", given | {"config": to_dict(replace(config, run=run))})
+    command = python("profiling.pillars", variant, str(folder / "spec.json"), str(folder / "measured.json"))
+    take_turns({"run": command}, folder, math.inf, {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
+
+
+def table(runs: Sequence[dict[str, Any]], horizon: int, head: str) -> str:
+    """Markdown: a row a variant, a column a measure, the mean over seeds and, of several, the range."""
+    columns = [label.format(horizon=horizon) for label in SHOWN]
+    values: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        measured = rows(run["test"]) | {label: run["validation"][name] for name, label in OF_VALIDATION.items()}
+        for label in columns:
+            if (value := measured.get(label)) is not None:
+                values.setdefault(run["variant"], {}).setdefault(label, []).append(value)
+    columns = [label for label in columns if any(label in found for found in values.values())]
+    lines = [head, "", f"| {' | '.join(('', *columns, 'seeds'))} |", "|---" * (len(columns) + 2) + "|"]
+    for variant in [name for name in VARIANTS if name in values]:
+        cells = [_cell(values[variant].get(label, [])) for label in columns]
+        seeds = sum(run["variant"] == variant for run in runs)
+        lines.append(f"| {' | '.join((VARIANTS[variant][0], *cells, str(seeds)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"

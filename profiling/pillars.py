@@ -1,0 +1,152 @@
+"""One run of which one thing is different: `python -m profiling.pillars VARIANT SPEC FILE`.
+
+The trainer is that of `aime_fast.train`; the change is made to it from outside, before its first step, so that the product has no switches
+for what nobody should switch off. SPEC is a JSON file with `config` of a run, and `context`, `horizon`, `clips`, `samples` of its films;
+FILE gets what was measured, on test episodes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aime_fast.config import from_dict
+from aime_fast.multi_task_learning.loss_aggregator import TASKS
+from aime_fast.training import DMCVBTrainer
+from aime_fast.training.adam import clip_factor
+from profiling.machine import write_json
+
+IMPOSSIBLE = -1e4  # log-weight of a component that is switched off
+
+
+def _hook(trainer: DMCVBTrainer, module: str, change: Callable[[Any], Any]) -> None:
+    """The output of a module of the model and of its moving average goes through `change`."""
+    for model in (trainer.model, trainer.ema):
+        model.get_submodule(module).register_forward_hook(lambda _module, _inputs, output: change(output))
+
+
+def without_attention(trainer: DMCVBTrainer) -> None:
+    """Inferred and predicted maps are uniform."""
+
+    def uniform(like: Tensor) -> Tensor:
+        return torch.full_like(like, 1 / like[0].numel())
+
+    _hook(trainer, "attention.posterior", lambda maps: maps._replace(attention=uniform(maps.attention)))
+    _hook(trainer, "attention.prior", lambda found: found._replace(log_attention=uniform(found.log_attention).log()))
+
+
+def without_context(trainer: DMCVBTrainer) -> None:
+    """The context is zero."""
+    _hook(trainer, "perceiver_io.out", torch.zeros_like)
+
+
+def one_component(trainer: DMCVBTrainer) -> None:
+    """The mixture has its first component alone, and its weights no posterior."""
+
+    def alone(sticks: Any) -> Any:
+        log_pi = torch.full_like(sticks.log_pi, IMPOSSIBLE)
+        log_pi[..., 0] = 0.0
+        return sticks._replace(log_pi=log_pi, pi=log_pi.exp(), kl=None if sticks.kl is None else torch.zeros_like(sticks.kl))
+
+    _hook(trainer, "prior.sticks", alone)
+
+
+def series_of_ten(trainer: DMCVBTrainer) -> None:
+    """The KL of the sticks by AIME's ten terms."""
+    for model in (trainer.model, trainer.ema):
+        model.prior.kl_method = "series10"
+
+
+def without_token_task(trainer: DMCVBTrainer) -> None:
+    """Tokenizer, context and predictor learn nothing."""
+    losses = trainer.training_step.losses
+    compute = losses.compute_losses
+
+    def others_alone(*arguments: Any, **options: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+        terms, tasks = compute(*arguments, **options)
+        return terms, [0.0 * loss if task == "perceiver" else loss for task, loss in zip(TASKS, tasks)]
+
+    losses.compute_losses = others_alone
+
+
+def without_adversary(trainer: DMCVBTrainer) -> None:
+    """No adversarial task, and no discriminators."""
+    given = trainer.schedules.joint
+    trainer.schedules.joint = lambda step: given(step) | {"adversarial": False, "train_discriminator": False}
+
+
+def joined_by(aggregate: Callable[[Tensor], Tensor]) -> Callable[[DMCVBTrainer], None]:
+    """The tasks' gradients [4, P] become one [P] by `aggregate` instead of RGB."""
+
+    def change(trainer: DMCVBTrainer) -> None:
+        rgb = trainer.training_step.rgb
+
+        def rotate(gradients: Tensor, max_norm: float, out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            result = aggregate(gradients)
+            norm = torch.linalg.vector_norm(result)
+            torch.mul(result, clip_factor(norm, max_norm), out=out)
+            tasks = len(gradients)
+            norms = torch.linalg.vector_norm(gradients, dim=1)
+            return out, {"gradient_norms": norms, "cosine": torch.zeros(tasks, tasks), "angles": torch.zeros(tasks), "result_norm": norm}
+
+        rgb.rotate = torch.no_grad()(rotate)
+
+    return change
+
+
+def by_torchjd(name: str) -> Callable[[DMCVBTrainer], None]:
+    """The tasks' gradients are joined by an aggregator of TorchJD. Raises RuntimeError where it is not installed."""
+
+    def change(trainer: DMCVBTrainer) -> None:
+        try:
+            from torchjd import aggregation
+        except ImportError:
+            raise RuntimeError(f"{name} is TorchJD's: pip install torchjd, or leave this variant out") from None
+        joined_by(getattr(aggregation, name)())(trainer)
+
+    return change
+
+
+# name: (in words, the change)
+VARIANTS: dict[str, tuple[str, Callable[[DMCVBTrainer], None]]] = {
+    "whole": ("the whole model", lambda trainer: None),
+    "attention": ("no attention: uniform maps", without_attention),
+    "context": ("no context: zeros", without_context),
+    "mixture": ("one component", one_component),
+    "tokens": ("no token task", without_token_task),
+    "adversary": ("no adversary", without_adversary),
+    "sum": ("a plain sum instead of RGB", joined_by(lambda gradients: gradients.sum(0))),
+    "upgrad": ("UPGrad instead of RGB", by_torchjd("UPGrad")),
+    "pcgrad": ("PCGrad instead of RGB", by_torchjd("PCGrad")),
+    "series": ("ten terms instead of the exact KL", series_of_ten),
+}
+
+
+def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Train one variant and measure it: {variant, seed, seconds, validation, test}."""
+    from profiling.learning.scores import hold_out, measure
+
+    config = from_dict(given["config"])
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    trainer = DMCVBTrainer(config)
+    VARIANTS[variant][1](trainer)
+    result = trainer.train()
+    held = hold_out(trainer.config, given["context"], given["horizon"], given["clips"])
+    model: nn.Module = trainer.ema
+    return {
+        "variant": variant,
+        "seed": config.run.seed,
+        "seconds": trainer.seconds,
+        "validation": result["validation"],
+        "test": measure(model, held, given["samples"]),
+    }
+
+
+if __name__ == "__main__":
+    write_json(Path(sys.argv[3]), run(sys.argv[1], json.loads(Path(sys.argv[2]).read_text())))
