@@ -26,7 +26,8 @@ from aime_fast.cli import parse_config
 from aime_fast.config import LATENT_UPDATES, PICTURE_SHARE, PRESETS, Config, to_dict
 from aime_fast.errors import UserError
 from aime_fast.runtime.provenance import version
-from profiling.learning.turns import python, take_turns
+from profiling.learning.scores import add_clip_options
+from profiling.learning.turns import environment, python, take_turns
 from profiling.machine import describe, title, write_json
 
 PEERS = ("dreamer_v3",)
@@ -47,10 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-config", default="{}", metavar="JSON", help="fields of the peer's config that differ from its defaults")
     parser.add_argument("--threads", type=int, metavar="T", help="threads of each; default: all cores")
     parser.add_argument("--turn", type=float, default=60.0, metavar="S", help="processor seconds of a turn; default 60")
-    parser.add_argument("--context", type=int, default=8, metavar="N", help="observed frames of a clip; default 8")
-    parser.add_argument("--horizon", type=int, default=50, metavar="N", help="predicted frames of a clip; default 50")
-    parser.add_argument("--clips", type=int, default=8, metavar="N", help="clips of each test episode; default 8")
-    parser.add_argument("--samples", type=int, default=10, metavar="N", help="sampled films of each clip; default 10")
+    add_clip_options(parser)
     parser.add_argument("--out", default="runs/bench-learning", metavar="FOLDER", help="default runs/bench-learning")
 
 
@@ -87,7 +85,9 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
 def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
     """What the parts of our training cost, see `learning.ours.measure`."""
     spec = _spec(out / "costs", {"config": to_dict(config), "threads": threads, "updates": COSTED, "latent_updates": COSTED_LATENT})
-    take_turns({"costs": python("profiling.learning.ours", "measure", spec, str(out / "costs"))}, out / "costs", math.inf, _env(threads))
+    take_turns(
+        {"costs": python("profiling.learning.ours", "measure", spec, str(out / "costs"))}, out / "costs", math.inf, environment(threads)
+    )
     found = json.loads((out / "costs" / "costs.json").read_text())
     shutil.rmtree(out / "costs")
     return found
@@ -141,7 +141,7 @@ def one_seed(config: Config, options: argparse.Namespace, threads: int, cost: di
         peer = {"peer": json.loads(options.peer_config), "seconds": seconds, "points": POINTS}
         spec = _spec(folder / options.peer, {"config": to_dict(config), "threads": threads} | peer)
         commands[options.peer] = python("profiling.learning.peer", spec, str(folder / options.peer))
-    take_turns(commands, folder, options.turn, _env(threads))
+    take_turns(commands, folder, options.turn, environment(threads))
     contestants = measure(config, options, folder, list(commands))
     return {"seed": config.run.seed, "seconds": time.perf_counter() - began, "contestants": contestants}
 
@@ -221,8 +221,3 @@ def _spec(folder: Path, content: dict[str, Any]) -> str:
     path = folder / "spec.json"
     write_json(path, content)
     return str(path)
-
-
-def _env(threads: int) -> dict[str, str]:
-    """Variables of a training process: libraries that read them start with as many threads."""
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import shlex
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,9 @@ import torch
 
 from aime_fast.cli import parse_config
 from aime_fast.config import PRESETS, Config, to_dict
-from profiling.learning.scores import rows
-from profiling.learning.turns import python, take_turns
+from profiling.learning.output import cell, mean_and_range
+from profiling.learning.scores import add_clip_options, rows
+from profiling.learning.turns import environment, python, take_turns
 from profiling.machine import describe, title, write_json
 from profiling.pillars import VARIANTS
 
@@ -45,16 +45,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tier", choices=tuple(PRESETS), default="1", help="default 1")
     parser.add_argument("--flags", default=FLAGS, help=f"of aime_fast.train, in quotes; default {FLAGS}")
     parser.add_argument("--threads", type=int, metavar="T", help="threads of a run; default: all cores")
-    parser.add_argument("--context", type=int, default=8, metavar="N", help="observed frames of a clip; default 8")
-    parser.add_argument("--horizon", type=int, default=50, metavar="N", help="predicted frames of a clip; default 50")
-    parser.add_argument("--clips", type=int, default=8, metavar="N", help="clips of each test episode; default 8")
-    parser.add_argument("--samples", type=int, default=10, metavar="N", help="sampled films of each clip; default 10")
+    add_clip_options(parser)
     parser.add_argument("--out", default="runs/bench-pillars", metavar="FOLDER", help="default runs/bench-pillars")
 
 
 def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     """Train, measure, print and write; returns the exit status."""
     out, threads = Path(options.out), options.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)  # as the runs: the head of the table names them
     flags = ["--tier", options.tier, "--data", options.data, *shlex.split(options.flags)]
     config = parse_config("python -m aime_fast.train", "The flags of --flags.", flags)
     for seed in options.seeds:
@@ -85,7 +83,7 @@ def train(variant: str, config: Config, seed: int, threads: int, options: argpar
     given = {name: getattr(options, name) for name in ("context", "horizon", "clips", "samples")}
     write_json(folder / "spec.json", given | {"config": to_dict(replace(config, run=run))})
     command = python("profiling.pillars", variant, str(folder / "spec.json"), str(folder / "measured.json"))
-    take_turns({"run": command}, folder, math.inf, {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
+    take_turns({"run": command}, folder, math.inf, environment(threads))
 
 
 def table(runs: Sequence[dict[str, Any]], horizon: int, head: str) -> str:
@@ -100,14 +98,7 @@ def table(runs: Sequence[dict[str, Any]], horizon: int, head: str) -> str:
     columns = [label for label in columns if any(label in found for found in values.values())]
     lines = [head, "", f"| {' | '.join(('', *columns, 'seeds'))} |", "|---" * (len(columns) + 2) + "|"]
     for variant in [name for name in VARIANTS if name in values]:
-        cells = [_cell(values[variant].get(label, [])) for label in columns]
+        cells = [cell(mean_and_range(values[variant].get(label, []))) for label in columns]
         seeds = sum(run["variant"] == variant for run in runs)
         lines.append(f"| {' | '.join((VARIANTS[variant][0], *cells, str(seeds)))} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):.3g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"

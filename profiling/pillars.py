@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aime_fast.config import from_dict
 from aime_fast.multi_task_learning.loss_aggregator import TASKS
@@ -132,19 +132,16 @@ def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
     """Train one variant and measure it: {variant, seed, seconds, validation, test}."""
     from profiling.learning.scores import hold_out, measure
 
-    config = from_dict(given["config"])
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    trainer = DMCVBTrainer(config)
+    trainer = DMCVBTrainer(from_dict(given["config"]))
     VARIANTS[variant][1](trainer)
     result = trainer.train()
     held = hold_out(trainer.config, given["context"], given["horizon"], given["clips"])
-    model: nn.Module = trainer.ema
     return {
         "variant": variant,
-        "seed": config.run.seed,
+        "seed": trainer.config.run.seed,
         "seconds": trainer.seconds,
         "validation": result["validation"],
-        "test": measure(model, held, given["samples"]),
+        "test": measure(trainer.ema, held, given["samples"]),
     }
 
 

@@ -102,11 +102,8 @@ def trained_modules(model: nn.Module) -> nn.ModuleDict:
     """The modules that the phase trains: recurrence and priors, and the slots' seeds, which read h."""
     attention = model.attention
     return nn.ModuleDict(
-        dict(
-            recurrence=model.recurrence, prior=model.prior,
-            attention_prior=attention.prior, attention_seed=attention.posterior.seed,
-        )
-    )  # fmt: skip
+        dict(recurrence=model.recurrence, prior=model.prior, attention_prior=attention.prior, attention_seed=attention.posterior.seed)
+    )
 
 
 class LatentPhase:

@@ -33,10 +33,15 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[st
         each = [_values(result["contestants"][name]) for result in results]
         for label in each[0]:
             values = [found[label] for found in each]
-            known = [value for value in values if value is not None]
-            of = {"mean": statistics.fmean(known), "least": min(known), "most": max(known)} if known else {}
-            table.setdefault(label, {})[name] = of | {"of_seeds": values}
+            table.setdefault(label, {})[name] = mean_and_range(values)
     return table
+
+
+def mean_and_range(values: Sequence[float | None]) -> dict[str, Any]:
+    """{mean, least, most, of_seeds} of one value a seed; the last alone where none is known."""
+    known = [value for value in values if value is not None]
+    of = {"mean": statistics.fmean(known), "least": min(known), "most": max(known)} if known else {}
+    return of | {"of_seeds": list(values)}
 
 
 def _values(contestant: Mapping[str, Any]) -> dict[str, float | None]:
@@ -56,11 +61,12 @@ def table(summarised: Mapping[str, Mapping[str, Mapping[str, Any]]], head: Seque
     names = list(dict.fromkeys(name for found in summarised.values() for name in found))
     lines = [*head, "", f"| measure | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for label, found in summarised.items():
-        lines.append(f"| {label} | {' | '.join(_cell(found.get(name, {})) for name in names)} |")
+        lines.append(f"| {label} | {' | '.join(cell(found.get(name, {})) for name in names)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(found: Mapping[str, Any]) -> str:
+def cell(found: Mapping[str, Any]) -> str:
+    """What `mean_and_range` gave, as a cell of a table: the mean and, of several seeds, the range."""
     if "mean" not in found:
         return "–"
     several = len(found["of_seeds"]) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,14 @@ from aime_fast.evaluation.measures import psnr, squared_error
 from aime_fast.evaluation.positions import PositionReader
 
 POINT_CLIPS = 4  # clips of each validation episode by which a point of the curves is measured
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """What `hold_out` and `measure` are given, as options of a command."""
+    parser.add_argument("--context", type=int, default=8, metavar="N", help="observed frames of a clip; default 8")
+    parser.add_argument("--horizon", type=int, default=50, metavar="N", help="predicted frames of a clip; default 50")
+    parser.add_argument("--clips", type=int, default=8, metavar="N", help="clips of each test episode; default 8")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="sampled films of each clip; default 10")
 
 
 @dataclass(frozen=True)

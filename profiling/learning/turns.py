@@ -95,6 +95,11 @@ def _signal(process: subprocess.Popen, signum: int) -> None:
         os.killpg(process.pid, signum)
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a training process: libraries that read them start with as many threads."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
 def python(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours."""
     return [sys.executable, "-m", module, *arguments]

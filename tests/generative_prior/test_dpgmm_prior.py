@@ -10,18 +10,16 @@ from aime_fast.generative_prior import DPGMMPrior
 
 def test_the_prior_extrapolates_the_latent():
     torch.manual_seed(0)
-    prior = DPGMMPrior(hidden_dim=8, context_dim=6, latent_dim=3, max_components=4).double()
+    prior = DPGMMPrior(hidden_dim=8, context_dim=6, latent_dim=3, max_components=16).double()
     with torch.no_grad():
         prior.trunk[0][0].weight[:, -6:] = 0.0  # what the network makes of latents and delta comes on top
     hidden, context, latents, delta = (torch.randn(5, n, dtype=torch.float64) for n in (8, 6, 3, 3))
     still = prior(hidden, context, latents, torch.zeros_like(delta), sample=False)
     going = prior(hidden, context, latents, delta, sample=False)
-    torch.testing.assert_close(going.means - still.means, 0.5 * delta[:, None].expand(-1, 4, -1))  # the gates start half open
+    torch.testing.assert_close(going.means - still.means, 0.5 * delta[:, None].expand(-1, 16, -1))  # the gates start half open
     shifted = prior(hidden, context, latents + 1.0, delta, sample=False)
     torch.testing.assert_close(shifted.means, going.means + 1.0)
-    apart = (still.means - latents[:, None]).std(1)  # components start apart
-    assert apart.mean() > 0.05
-    assert apart.min() > 0.01
+    assert (still.means - latents[:, None]).std(1).min() > 0.05  # components start apart
 
 
 def test_prior_means_have_the_bound_of_posterior_means():
