@@ -18,6 +18,7 @@ from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import DELTA_SCALE, MLP, full_precision
 
 OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets
+LEAST_VARIANCE = 1e-6  # of a sample, where the noise of q(z) is all that a component has: no gradient of a root is infinite
 HEAD_SCALE = 0.1  # of the initial weights of the components: at first their biases say nearly all
 
 
@@ -30,15 +31,20 @@ class PriorNoise(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A Gaussian mixture for each of N frames, and the KL of its weights' posterior."""
+    """A Gaussian mixture for each of N frames."""
 
     log_weights: Tensor  # [N, K], log pi
     means: Tensor  # [N, K, Z]
     logvars: Tensor  # [N, K, Z]
     kl_hierarchical: Tensor | None  # [N], nats: sticks and concentration
+    features: Tensor  # [N, Dh], of which all that is a function
 
-    def sample(self, sample: bool = True, noise: PriorNoise | None = None) -> Tensor:
-        """z [N, Z]: the mean of the likeliest component, or a sample. No gradient passes the choice of the component."""
+    def sample(self, sample: bool = True, noise: PriorNoise | None = None, inferred_variance: Tensor | float = 0.0) -> Tensor:
+        """A latent [N, Z]: the mean of the likeliest component, or a sample. No gradient passes the choice of the component.
+
+        Args: inferred_variance [Z], of q(z): what reads latents reads the means of q(z), and a component is wider than they are spread, by
+        the noise of q(z). It is taken off.
+        """
         if not sample:
             chosen = self.log_weights.argmax(-1)
         else:
@@ -49,7 +55,8 @@ class Mixture(NamedTuple):
         if not sample:
             return mean
         normal = torch.randn_like(mean) if noise is None else noise.latents
-        return mean + normal * (0.5 * self.logvars.gather(1, index)[:, 0]).exp()
+        variance = self.logvars.gather(1, index)[:, 0].exp() - inferred_variance
+        return mean + normal * variance.clamp_min(LEAST_VARIANCE).sqrt()
 
 
 def prior_noise(seeds: Sequence[int], frames: int, components: int, latent_dim: int, like: Tensor) -> PriorNoise:
@@ -77,6 +84,9 @@ class DPGMMPrior(nn.Module):
         hidden_dim, context_dim, latent_dim: Dh, Dc, Z.
         max_components: K.
         kl: "exact" or "series10", see `kernels.kumaraswamy.kumaraswamy_sticks`.
+
+    `spread` is of roll-outs, see `overshooting.imagine_and_score`. `inferred_variance` [Z] is that of q(z) in a typical frame; zero until
+    the latent phase sets it.
     """
 
     def __init__(
@@ -89,13 +99,19 @@ class DPGMMPrior(nn.Module):
         self.alpha = GammaPosterior(hidden_dim)
         self.components_head = nn.Linear(hidden_dim, 2 * max_components * latent_dim)
         self.inertia = nn.Linear(hidden_dim, latent_dim)
+        self.spread_head = nn.Linear(hidden_dim, latent_dim)
         nn.init.zeros_(self.inertia.weight)
         nn.init.zeros_(self.inertia.bias)
+        self.register_buffer("inferred_variance", torch.zeros(latent_dim))
         with torch.no_grad():  # components start at different means, all near the extrapolation
             self.components_head.weight.mul_(HEAD_SCALE)
             self.components_head.bias.copy_(
                 torch.cat([torch.randn(max_components * latent_dim) * OFFSET_STD, torch.zeros(max_components * latent_dim)])
             )
+
+    def spread(self, features: Tensor) -> Tensor:
+        """Log-variance [..., Z] around the means at the end of a roll-out whose last features [..., Dh] these are."""
+        return bounded_logvar(self.spread_head(features))
 
     def forward(
         self,
@@ -105,22 +121,24 @@ class DPGMMPrior(nn.Module):
         delta: Tensor,
         sample: bool = True,
         noise: PriorNoise | None = None,
-        divergence: bool = True,
+        choice_only: bool = False,
     ) -> Mixture:
         """Predicts a frame's latent from the frame before.
 
         Args: hidden [N, Dh]; context [N, Dc]; latents, delta [N, Z], the latent and its difference from the one before it; sample: False
-            takes mean sticks; noise: of a sample; None draws it; divergence: False leaves `kl_hierarchical` out, many small operators.
+            takes mean sticks; noise: of a sample; None draws it; choice_only: the weights, many small operators, get no gradient and
+            no `kl_hierarchical`: enough to sample.
         """
         features = self.trunk(torch.cat([hidden, *(x.to(hidden.dtype) for x in (context, latents, DELTA_SCALE * delta))], dim=-1))
-        uniform, divergences = None if noise is None else noise.sticks, None
-        if divergence:
-            concentration, rate, alpha, log_alpha = self.alpha(hidden)
-            sticks = self.sticks(features, uniform, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
-            divergences = sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
-        else:
-            sticks = self.sticks(features, uniform, sample)
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
         extrapolated = latents + self.inertia(features).sigmoid() * delta
         means = (full_precision(extrapolated).unsqueeze(-2) + full_precision(means)).clamp(-MEAN_BOUND, MEAN_BOUND)
-        return Mixture(sticks.log_pi, means, bounded_logvar(logvars), divergences)
+        uniform = None if noise is None else noise.sticks
+        if choice_only:
+            with torch.no_grad():
+                log_weights, divergences = self.sticks(features, uniform, sample).log_pi, None
+        else:
+            concentration, rate, alpha, log_alpha = self.alpha(hidden)
+            sticks = self.sticks(features, uniform, sample, alpha[..., None], log_alpha[..., None], self.kl_method)
+            log_weights, divergences = sticks.log_pi, sticks.kl.sum(-1) + self.alpha.kl(concentration, rate)
+        return Mixture(log_weights, means, bounded_logvar(logvars), divergences, features)

@@ -25,7 +25,7 @@ class State(NamedTuple):
 
     lstm: Tensor  # [B, layers, 2, Dh], hidden and cell
     hidden: Tensor  # [B, Dh], h_t
-    latents: Tensor  # [B, Z], the mean of q(z_t); z_t where it was imagined
+    latents: Tensor  # [B, Z], the mean of q(z_t), inferred or imagined
     delta: Tensor  # [B, Z], latents minus those of the frame before
     fresh: Tensor  # bool [B], true before an episode's first frame: there is no latent to take a difference from
     context: Tensor  # [B, Dc], c_t
@@ -114,11 +114,11 @@ def imagine_latents(
 ) -> tuple[Mixture, Tensor | None, State]:
     """`imagine` in latent space, differentiable: (prior of z_t, log of the predicted attention [B, Ha, Wa], the next state).
 
-    Without `attends` the map stays as it is and its log is None. In training, delta is a difference of means; the delta of sampled latents
-    contains their noise, which the prior was not trained on.
+    Without `attends` the map stays as it is and its log is None. A sampled latent stands for the mean of q(z), as an observed one
+    does: with the noise of q(z) in it, delta would be mostly noise.
     """
-    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, divergence=False)
-    z = prior.sample(sample, noise)
+    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
+    z = prior.sample(sample, noise, model.prior.inferred_variance)
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
     delta = _delta(state, z)
     hidden, lstm = _recur(model, z, delta, state.context, action, state.lstm)

@@ -35,24 +35,35 @@ class Targets(NamedTuple):
 
 
 def imagine_and_score(
-    model: nn.Module, state: State, first: Tensor, frames: int, targets: Targets, attends: bool = True
+    model: nn.Module, state: State, first: Tensor, frames: int, targets: Targets, attends: bool = True, sample: bool = False
 ) -> tuple[dict[str, Tensor], list[State]]:
     """Imagines `frames` frames from `state`, the state after frame `first`.
 
-    Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too.
+    Latents are scored by the weights and means of the prior and by `prior.spread`, which grows with every frame that is imagined. The
+    widths of the components say what a single frame adds and learn from observed frames alone: made as wide as a whole roll-out strays, a
+    sampled film would stray that far in each of its frames.
+
+    Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
+    imagined latents, where they are not the means of the likeliest components.
 
     Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined states).
     """
-    scores: dict[str, list[Tensor]] = {"latent": []} | ({"attention": []} if attends else {})
-    states = []
-    for age in range(1, frames + 1):
-        latents, attention, action = (_at(x, first + age) for x in targets)
-        prior, log_attention, state = imagine_latents(model, action, state, attends=attends)
-        scores["latent"].append(_nll(latents, prior))
-        if attends:
-            scores["attention"].append(attention_kl(attention, log_attention))
+    times = first + torch.arange(1, frames + 1, device=first.device)
+    latents, attention, actions = (x.index_select(1, times).transpose(0, 1) for x in targets)  # [frames, B, ...]
+    priors, maps, states = [], [], []
+    for action in actions.unbind():
+        prior, log_attention, state = imagine_latents(model, action, state, sample, attends=attends)
+        priors.append(prior)
+        maps.append(log_attention)
         states.append(state)
-    return {name: torch.stack(parts) for name, parts in scores.items()}, states
+    # Of all frames at once: on a processor so small an operator costs as much as one of all.
+    features = torch.stack([prior.features for prior in priors])
+    log_weights = model.prior.sticks(features, sample=sample).log_pi
+    means = torch.stack([prior.means for prior in priors])
+    scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
+    if attends:
+        scores["attention"] = attention_kl(attention, torch.stack(maps))
+    return scores, states
 
 
 def pixel_overshooting(
@@ -85,14 +96,15 @@ def pixel_overshooting(
     return dict(zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, scores["latent"], scores["attention"]))))
 
 
-def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool) -> dict[str, Tensor]:
+def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool, sample: bool = False) -> dict[str, Tensor]:
     """Scores `frames` imagined frames after a random one, the same for the whole batch, and observed frames predicted from the one before.
 
     The latter are those up to the one after that from which it imagines; where it attends, all.
 
     The slots' seeds, which read h, are trained towards their old values: attention does not move as the recurrence changes.
 
-    Args: inferred, one episode a sequence; frames, from 1 to T - 1; attends: score attention too, at more than the cost of all the rest.
+    Args: inferred, one episode a sequence; frames, from 1 to T - 1; attends: score attention too, at more than the cost of all the rest;
+    sample: the imagined latents.
 
     Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; and where it attends `attention`,
     `attention_rolled_out` and `seeds`. All but the last are nats a frame.
@@ -118,7 +130,7 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
     targets = Targets(latents, inferred.attention, inferred.actions)
-    scores, _ = imagine_and_score(model, state, first, frames, targets, attends)
+    scores, _ = imagine_and_score(model, state, first, frames, targets, attends, sample)
     names = {"latent": "rolled_out", "attention": "attention_rolled_out"}
     return terms | {names[name]: score.mean() for name, score in scores.items()}
 

@@ -2,7 +2,8 @@
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
 pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior
-and attention prior go on training on them. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
+and attention prior go on training on pieces of them. Every other update imagines samples: a sampled film goes where no
+film of means does. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
 
 Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.
 """
@@ -25,17 +26,15 @@ from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import Latents, infer_latents
 from aime_fast.training.schedules import Every
 
-CONTEXT = 8  # observed frames for which a sequence has room beside all imagined ones, at least: as many as in the evaluation
-ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter of the sequences: it costs more than all the rest
+CONTEXT = 8  # observed frames before the first imagined one, at most: as many as in the evaluation
+ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter of the pieces: it costs more than all the rest
 WARMUP = 20  # updates in which the learning rate rises
 FIRST_SHARE = 0.15  # of the frames, imagined in the first update
 ALL_FROM = 0.6  # share of the updates after which all frames are imagined
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
-SPARE = 20  # further frames of a sequence, where all long enough episodes have them: roll-outs begin at as many more places
-OVERLAP = 2  # sequences that a frame of an episode is in, on average
-CHUNK = 16  # sequences inferred at once
-MEASURED = 128  # held-out sequences of a measure
+MEASURED = 128  # held-out pieces of a measure
+BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
 
 
 class _Stopped(Exception):
@@ -43,49 +42,45 @@ class _Stopped(Exception):
 
 
 class LatentReplay:
-    """`Latents` of sequences of `length` frames from every episode of `batches`, in fp32 whatever the run's precision.
+    """`Latents` of every frame of the episodes of `batches` that have `length` frames, in fp32 whatever the run's precision.
 
-    Each sequence is inferred from an empty state, as its first frames are seen in the joint updates and in the evaluation: a context that
-    remembers frames before the sequence, beside a recurrence that does not, is met nowhere else.
+    An episode is inferred as one sequence. The recurrence of the phase begins anew in each piece of it; the context remembers some frames
+    from before the piece, as many as a sequence of a joint update has.
 
-    Args: model in eval mode; batches with at least one episode of `length` frames; at most `limit` sequences are inferred, spread over
-    all; `stopped` is asked before each episode. Raises _Stopped once `stopped()` is true.
+    Args: model in eval mode; batches with at least one episode of `length` frames; where `limit` says how many pieces will be drawn, only
+    as many episodes as hold so many are inferred, spread over all; `stopped` is asked before each. Raises _Stopped once it is true.
+
+    Attributes: frames: `Latents` [F, ...] of the frames of all episodes, one after the other.
     """
 
     def __init__(
         self, model: nn.Module, batches: SequenceBatches, length: int, limit: int | None = None, stopped: Callable[[], bool] = lambda: False
     ):
-        places = [(i, first) for i, frames in enumerate(batches.lengths) if frames >= length for first in first_frames(frames, length)]
-        if limit is not None and limit < len(places):
-            places = [places[len(places) * k // limit] for k in range(limit)]
+        episodes = [i for i, frames in enumerate(batches.lengths) if frames >= length]
+        if limit is not None:
+            count = min(len(episodes), math.ceil(limit * length * len(episodes) / sum(batches.lengths[i] for i in episodes)))
+            episodes = [episodes[len(episodes) * k // count] for k in range(count)]
         inferred = []
-        for i, of_episode in itertools.groupby(places, key=lambda place: place[0]):
+        for i in episodes:
             if stopped():
                 raise _Stopped
-            episode, first = batches.episode(i), [first for _, first in of_episode]
-            pixels, actions = (torch.stack([episode[key][f : f + length] for f in first]) for key in ("pixels", "action"))
-            inferred += [infer_latents(model, *chunk) for chunk in zip(pixels.split(CHUNK), actions.split(CHUNK))]
-        fields = [list(parts) for parts in zip(*inferred)]
+            episode = batches.episode(i)
+            inferred.append(infer_latents(model, episode["pixels"][None], episode["action"][None]))
+        fields = [[part[0] for part in parts] for parts in zip(*inferred)]
         inferred.clear()  # what is joined is freed field by field: all of it lies on the device
-        self.sequences = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
+        self.frames = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
+        self.length = length
+        ends = itertools.accumulate(batches.lengths[i] for i in episodes)
+        firsts = [torch.arange(end - batches.lengths[i], end - length + 1) for i, end in zip(episodes, ends)]
+        self.firsts = torch.cat(firsts).to(self.frames.mean.device)  # of all pieces of `length` frames
 
-    def draw(self, batch: int) -> Latents:
-        """`batch` random sequences."""
-        device = self.sequences.mean.device
-        which = torch.randint(len(self.sequences.mean), (batch,), device=device)
-        return Latents(*(part[which] for part in self.sequences))
-
-
-def first_frames(frames: int, length: int) -> list[int]:
-    """Where sequences of `length` begin in an episode: the first at its start, the last at its end, evenly between, `OVERLAP` deep."""
-    count = round(OVERLAP * frames / length)  # two at least
-    return sorted({round(i * (frames - length) / (count - 1)) for i in range(count)})
-
-
-def sequence_length(frames: int, *parts: SequenceBatches) -> int:
-    """Frames of a sequence with `frames` imagined ones: as many as wanted, or as the shortest episode has that is long enough."""
-    least = CONTEXT + frames
-    return min(least + SPARE, *(length for part in parts for length in part.lengths if length >= least))
+    def draw(self, batch: int, length: int | None = None) -> Latents:
+        """`batch` random pieces of `length` frames of an episode, of `self.length` where it is not given and at most: [B, length, ...]."""
+        length, device = length or self.length, self.firsts.device
+        which = torch.randint(len(self.firsts), (batch,), device=device)
+        first = self.firsts[which] + torch.randint(self.length - length + 1, (batch,), device=device)
+        rows = first[:, None] + torch.arange(length, device=device)
+        return Latents(*(part[rows] for part in self.frames))
 
 
 def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
@@ -111,7 +106,7 @@ class LatentPhase:
 
     Args:
         model: in eval mode, without gradients; `close` leaves it so.
-        training, held_out: sequences as the model infers them.
+        training, held_out: frames as the model infers them, of which pieces of CONTEXT and all imagined frames can be drawn.
         optim: its fields `latent_phase_*` are read.
         seed: of all random numbers.
 
@@ -124,7 +119,8 @@ class LatentPhase:
         self.batch, self.frames = optim.latent_phase_batch_size, optim.latent_phase_frames
         self.learning_rate = optim.latent_phase_learning_rate
         self.modules = trained_modules(model).requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.modules.parameters())
+        self.optimizer = torch.optim.Adam(self.modules.parameters(), betas=BETAS)
+        model.prior.inferred_variance.copy_(training.frames.logvar.mean(0).exp())
 
     def update(self) -> None:
         """One update of the weights. Raises NonFiniteError, before the weights change, where a gradient is not finite."""
@@ -132,8 +128,9 @@ class LatentPhase:
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling
         attends = self.made % ATTENDS_EVERY == 0
         with self._random_numbers(self.made + 1):
-            sequences = self.training.draw(max(1, self.batch // 4) if attends else self.batch)
-            terms = latent_overshooting(self.model, sequences, self._imagined(), attends)
+            frames = self._imagined()
+            pieces = self.training.draw(max(1, self.batch // 4) if attends else self.batch, CONTEXT + frames)
+            terms = latent_overshooting(self.model, pieces, frames, attends, sample=self.made % 2 == 1)
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), CLIP)
@@ -148,7 +145,7 @@ class LatentPhase:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The terms of `latent_overshooting` on the same held-out sequences each time."""
+        """The terms of `latent_overshooting` on the same held-out pieces each time."""
         with self._random_numbers(0):
             terms = latent_overshooting(self.model, self.held_out.draw(MEASURED), self.frames, attends=True)
         return {name: term.item() for name, term in terms.items()}
@@ -165,7 +162,7 @@ class LatentPhase:
     @contextmanager
     def _random_numbers(self, update: int) -> Iterator[None]:
         """Within it, torch's random numbers are those of an update; 0: of the measures."""
-        device = self.training.sequences.mean.device
+        device = self.training.firsts.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + update)
             yield
@@ -210,7 +207,7 @@ def train_latent_phase(
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
     """
-    modules, length = trained_modules(model), sequence_length(optim.latent_phase_frames, training, held_out)
+    modules, length = trained_modules(model), CONTEXT + optim.latent_phase_frames
     now = {name: value.clone() for name, value in modules.state_dict().items()}
     modules.load_state_dict(state["before"])  # latents are always those of the weights before the phase
     try:

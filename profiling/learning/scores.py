@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aime_fast.config import Config
 from aime_fast.data import make_batches, normalise
 from aime_fast.evaluation.clips import Clips, cut_clips
+from aime_fast.evaluation.explained import explain_reconstruction
 from aime_fast.evaluation.films import GAIN_STEPS, NEAR_STEPS, evaluate_films, predict
 from aime_fast.evaluation.lpips import Lpips, find_lpips
 from aime_fast.evaluation.measures import psnr, squared_error
@@ -58,10 +59,14 @@ def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOutC
 
 
 def measure(model: nn.Module, held: HeldOutClips, samples: int, batch: int = 16) -> dict[str, Any]:
-    """The measures of test clips: `films`, see `evaluate_films`, and `reconstruction_psnr` of the whole clips."""
+    """The measures of test clips: `films`, see `evaluate_films`, and of the whole clips `reconstruction_psnr` and, where positions are
+    known, `reconstruction_explained`, see `explain_reconstruction`."""
     reader, lpips = (None if isinstance(found, str) else found for found in (held.reader, held.lpips))
     films = evaluate_films(model, held.test, held.mean_frame, samples, batch, reader, lpips)
-    return {"reconstruction_psnr": reconstruction_psnr(model, held.test, batch), "films": films}
+    found = {"reconstruction_psnr": reconstruction_psnr(model, held.test, batch), "films": films}
+    if reader is not None:
+        found["reconstruction_explained"] = explain_reconstruction(model, held.test, held.mean_frame, reader.names, batch)
+    return found
 
 
 def measure_point(model: nn.Module, held: HeldOutClips, batch: int = 16) -> dict[str, float | None]:
@@ -104,6 +109,8 @@ def rows(measured: dict[str, Any]) -> dict[str, float | None]:
         f"smallest gain on the better baseline to step {horizon}, dB": better["smallest"],
         "action-shuffle ratio": films["action_shuffle_ratio"],
     }
+    for line, share in measured.get("reconstruction_explained", {}).items():
+        found[f"explained within 2 pixels of {line}, reconstruction"] = share
     films_of = {"model": "deterministic film", "sample_mean": "sampled film", "mean_picture": "mean picture of samples"}
     for name, label in films_of.items():
         if name in films:

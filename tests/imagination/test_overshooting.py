@@ -24,7 +24,8 @@ def test_the_first_frame_is_the_one_step_prior(model):
     found = pixel_overshooting(model, inferred, video, actions, start, 1)
     p, z = inferred.prior, inferred.latents.unflatten(0, (2, 2))[:, 1]
     rows = [1, 3]  # frame 1 of both sequences
-    expected = -mixture_log_prob(z, p.log_weights[rows], p.means[rows], p.logvars[rows]).mean()
+    spread = model.prior.spread(p.features[rows]).unsqueeze(1)
+    expected = -mixture_log_prob(z, p.log_weights[rows], p.means[rows], spread).mean()
     torch.testing.assert_close(found["overshoot_latent"], expected)
     decoded = model.predict_future(video[:, :1], actions[:, :1], actions[:, 1:])["reconstructions"][:, 0]
     torch.testing.assert_close(found["overshoot_recon"], model.decoder.likelihood.nll(decoded, video[:, 1]).mean())

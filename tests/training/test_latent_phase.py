@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from models import make_batch, make_model
 
 from aime_fast.config import Config, preset
@@ -21,7 +18,7 @@ from aime_fast.imagination.sequence import infer_latents
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training.checkpoint import load_model
-from aime_fast.training.latent_phase import LatentPhase, LatentReplay, first_frames
+from aime_fast.training.latent_phase import CONTEXT, LatentPhase, LatentReplay
 
 TAUGHT = ("recurrence.", "prior.", "attention.prior.", "attention.posterior.seed.")
 
@@ -59,7 +56,8 @@ def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
     p = seen.prior
     nll = -mixture_log_prob(seen.posterior.mean, p.log_weights, p.means, p.logvars).unflatten(0, (3, 2))
     torch.testing.assert_close(terms["one_step"], nll.mean())
-    torch.testing.assert_close(terms["rolled_out"], nll[:, 1].mean())
+    rolled = -mixture_log_prob(seen.posterior.mean, p.log_weights, p.means, model.prior.spread(p.features).unsqueeze(1))
+    torch.testing.assert_close(terms["rolled_out"], rolled.unflatten(0, (3, 2))[:, 1].mean())
     torch.testing.assert_close(terms["seeds"], torch.zeros_like(terms["seeds"]), atol=1e-9, rtol=0)
 
 
@@ -94,9 +92,10 @@ def test_it_imagines_few_frames_at_first_and_all_in_the_end(monkeypatch):
     replays = [LatentReplay(model, batches, 18) for batches in (training, validation)]
     imagined = []
 
-    def score(model, sequences, frames, attends):
+    def score(model, pieces, frames, attends, sample=False):
+        assert pieces.mean.shape[1] == CONTEXT + frames
         imagined.append(frames)
-        return latent_overshooting(model, sequences, frames, attends)
+        return latent_overshooting(model, pieces, frames, attends, sample)
 
     monkeypatch.setattr("aime_fast.training.latent_phase.latent_overshooting", score)
     phase = LatentPhase(model, *replays, dataclasses.replace(config.optim, latent_phase_frames=10))
@@ -150,10 +149,11 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(monkeypatch)
     training, validation = make_batches(config.data, 0)
     model = make_model().float().requires_grad_(False)
     replays = [LatentReplay(model, batches, 11) for batches in (training, validation)]
-    replays[0].sequences.context.fill_(float("nan"))
+    replays[0].frames.context.fill_(float("nan"))
+    phase = LatentPhase(model, *replays, config.optim)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NonFiniteError, match=r"update 1: .*one_step.* not finite.*--latent-phase-learning-rate"):
-        LatentPhase(model, *replays, config.optim).update()
+        phase.update()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -203,29 +203,27 @@ def test_other_settings_begin_a_phase_again(tmp_path, monkeypatch):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_sequences_are_inferred_as_if_nothing_came_before():
+def test_pieces_are_what_is_inferred_of_the_frames_of_one_episode():
     model = make_model().float().requires_grad_(False)
     training, validation = make_batches(config_of(Path()).data, 0)
     replay = LatentReplay(model, training, 11)
-    episode, places = training.episode(0), first_frames(training.lengths[0], 11)
-    for place, first in enumerate(places):
-        window = slice(first, first + 11)
-        alone = infer_latents(model, episode["pixels"][None, window], episode["action"][None, window])
-        for found, expected in zip(replay.sequences, alone):
-            torch.testing.assert_close(found[place], expected[0], rtol=1e-4, atol=1e-5)
-    whole = infer_latents(model, episode["pixels"][None], episode["action"][None])
-    assert not torch.allclose(whole.context[0, places[1]], replay.sequences.context[1, 0], rtol=1e-3)
+    episode = training.episode(1)
+    alone = infer_latents(model, episode["pixels"][None], episode["action"][None])
+    frames = slice(training.lengths[0], training.lengths[0] + training.lengths[1])
+    for found, expected in zip(replay.frames, alone):
+        torch.testing.assert_close(found[frames], expected[0], rtol=0, atol=0)
+    count = len(replay.frames.actions)
+    replay.frames.actions[:, 0] = torch.arange(count)  # an action says which frame it is of
+    for length in (11, 4):
+        drawn = replay.draw(20_000, length)
+        assert drawn.mean.shape == (20_000, length, model.latent_dim)
+        rows = drawn.actions[..., 0].long()  # [20000, length]
+        assert torch.equal(rows, rows[:, :1] + torch.arange(length))
+        episodes = torch.bucketize(rows, torch.tensor(training.lengths).cumsum(0), right=True)
+        assert torch.equal(episodes, episodes[:, :1].expand_as(episodes))
+        assert len(rows.unique()) == count  # every frame is drawn
     training.close()
     validation.close()
-
-
-@given(st.integers(1, 300), st.integers(1, 50))
-def test_sequences_cover_an_episode(frames, length):
-    assume(frames >= length)
-    first = first_frames(frames, length)
-    assert first == sorted(set(first))
-    assert (first[0], first[-1]) == (0, frames - length)
-    assert all(after - before <= length for before, after in itertools.pairwise(first))  # no frame is left out between
 
 
 @pytest.mark.parametrize(
@@ -251,12 +249,37 @@ def test_a_phase_that_is_given_up_half_way_is_undone(tmp_path, monkeypatch):
     assert all(torch.equal(value, other["ema"][name]) for name, value in one["ema"].items())
 
 
-def test_a_short_phase_infers_no_more_sequences_than_it_draws():
+def test_a_short_phase_infers_no_more_frames_than_it_draws():
     training, validation = make_batches(config_of(Path()).data, 0)
     model = make_model().float()
-    whole, few = LatentReplay(model, training, 11), LatentReplay(model, training, 11, limit=3)
-    assert len(whole.sequences.mean) > 3
-    assert len(few.sequences.mean) == 3
-    assert all(any(torch.allclose(one, other, atol=1e-4) for other in whole.sequences.actions) for one in few.sequences.actions)
+    assert len(training.lengths) == 2
+    few = LatentReplay(model, training, 11, limit=training.lengths[0] // 11)
+    assert len(few.frames.mean) == training.lengths[0]
+    more = LatentReplay(model, training, 11, limit=training.lengths[0] // 11 + 1)
+    assert len(more.frames.mean) == sum(training.lengths)
+    for batches in (training, validation):
+        batches.close()
+
+
+def test_every_other_update_imagines_samples_of_the_means_of_the_posterior(monkeypatch):
+    """A component is as wide as means are spread and as they are noisy together; what is imagined is a mean."""
+    config = config_of(Path(), latent_phase_updates=4)
+    training, validation = make_batches(config.data, 0)
+    model = make_model().float().requires_grad_(False)
+    replays = [LatentReplay(model, batches, 11) for batches in (training, validation)]
+    sampled = []
+
+    def score(model, pieces, frames, attends, sample=False):
+        sampled.append(sample)
+        return latent_overshooting(model, pieces, frames, attends, sample)
+
+    monkeypatch.setattr("aime_fast.training.latent_phase.latent_overshooting", score)
+    phase = LatentPhase(model, *replays, config.optim)
+    for _ in range(4):
+        phase.update()
+    phase.measure()
+    assert sampled == [False, True, False, True, False]
+    phase.close()
+    torch.testing.assert_close(model.prior.inferred_variance, replays[0].frames.logvar.mean(0).exp())
     for batches in (training, validation):
         batches.close()
