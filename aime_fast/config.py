@@ -146,7 +146,7 @@ class OptimConfig:
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
     picture_steps: Steps | None = 0  # first steps, of encoder and decoder alone on single frames; none: two thirds, with --stills
     latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
-    latent_phase_batch_size: Count = 64  # sequences of such an update
+    latent_phase_batch_size: Count = 64  # pieces of episodes in such an update
     latent_phase_frames: Count = 30  # frames imagined in it, at first fewer, after some observed ones
     latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 3e-3  # of its Adam, falling as a cosine
     accumulate: Annotated[int, Bound(1, 4096)] = 1  # batches whose gradients make one update

@@ -69,7 +69,8 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
             found = [json.loads(path.read_text()) for path in sorted(out.glob("*/seed*/measured.json"))]
             head = describe("cpu") | {"threads": threads, "flags": options.flags, "horizon": options.horizon, "config": to_dict(config)}
             write_json(out / "pillars.json", head | {"runs": found})
-            (out / "pillars.md").write_text(table(found, options.horizon, f"{title(torch.device('cpu'))}; commit {head['git_commit']}."))
+            commits = ", ".join(sorted({str(run["commit"]) for run in found}))  # more than one where another version went on in OUT
+            (out / "pillars.md").write_text(table(found, options.horizon, f"{title(torch.device('cpu'))}; commit {commits}."))
     print((out / "pillars.md").read_text())
     return 0
 

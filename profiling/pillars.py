@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aime_fast.config import from_dict
 from aime_fast.multi_task_learning.loss_aggregator import TASKS
+from aime_fast.runtime.provenance import git_commit
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training.adam import clip_factor
 from profiling.machine import write_json
@@ -106,9 +107,11 @@ def by_torchjd(name: str) -> Callable[[DMCVBTrainer], None]:
     def change(trainer: DMCVBTrainer) -> None:
         try:
             from torchjd import aggregation
-        except ImportError:
-            raise RuntimeError(f"{name} is TorchJD's: pip install torchjd, or leave this variant out") from None
-        joined_by(getattr(aggregation, name)())(trainer)
+
+            aggregator = getattr(aggregation, name)()  # may need a solver
+        except ImportError as error:
+            raise RuntimeError(f"{name} is TorchJD's ({error}): install the extra bench, or leave this variant out") from None
+        joined_by(aggregator)(trainer)
 
     return change
 
@@ -129,7 +132,7 @@ VARIANTS: dict[str, tuple[str, Callable[[DMCVBTrainer], None]]] = {
 
 
 def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Train one variant and measure it: {variant, seed, seconds, validation, test}."""
+    """Train one variant and measure it: {variant, seed, commit, seconds, validation, test}."""
     from profiling.learning.scores import hold_out, measure
 
     trainer = DMCVBTrainer(from_dict(given["config"]))
@@ -139,6 +142,7 @@ def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
     return {
         "variant": variant,
         "seed": trainer.config.run.seed,
+        "commit": git_commit(),
         "seconds": trainer.seconds,
         "validation": result["validation"],
         "test": measure(trainer.ema, held, given["samples"]),

@@ -18,7 +18,6 @@ from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import DELTA_SCALE, MLP, full_precision
 
 OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets
-LEAST_VARIANCE = 1e-6  # of a sample, where the noise of q(z) is all that a component has: no gradient of a root is infinite
 HEAD_SCALE = 0.1  # of the initial weights of the components: at first their biases say nearly all
 
 
@@ -40,10 +39,11 @@ class Mixture(NamedTuple):
     features: Tensor  # [N, Dh], of which all that is a function
 
     def sample(self, sample: bool = True, noise: PriorNoise | None = None, inferred_variance: Tensor | float = 0.0) -> Tensor:
-        """A latent [N, Z]: the mean of the likeliest component, or a sample. No gradient passes the choice of the component.
+        """The mean of q(z) [N, Z]: that of the likeliest component, or a sample. No gradient passes the choice of the component and its
+        width.
 
-        Args: inferred_variance [Z], of q(z): what reads latents reads the means of q(z), and a component is wider than they are spread, by
-        the noise of q(z). It is taken off.
+        Args: inferred_variance [Z], of q(z). A component is a density of z, wider by that than the means of q(z) are spread: a sample has
+        the variance of its component less this one.
         """
         if not sample:
             chosen = self.log_weights.argmax(-1)
@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
             return mean
         normal = torch.randn_like(mean) if noise is None else noise.latents
         variance = self.logvars.gather(1, index)[:, 0].exp() - inferred_variance
-        return mean + normal * variance.clamp_min(LEAST_VARIANCE).sqrt()
+        return mean + normal * variance.detach().clamp_min(0.0).sqrt()
 
 
 def prior_noise(seeds: Sequence[int], frames: int, components: int, latent_dim: int, like: Tensor) -> PriorNoise:
@@ -76,8 +76,8 @@ class DPGMMPrior(nn.Module):
     h knows both latents, but through gates; given beside it they predict a frame ahead 1 nat better after 200 updates. No layer norm comes
     before the heads, and the weights of the components start small: a film of 50 frames is the sum of as many offsets (docs/log.md).
 
-    Means are offsets from an extrapolation of the latent, m_{t-1} + g (m_{t-1} - m_{t-2}), where m is the mean of q(z) (in imagination z
-    itself) and g in (0, 1) a gate for each dimension; they have the bound of posterior means. Objects in a video have inertia; a network
+    Means are offsets from an extrapolation of the latent, m_{t-1} + g (m_{t-1} - m_{t-2}), where m is the mean of q(z), inferred or
+    imagined, and g in (0, 1) a gate for each dimension; they have the bound of posterior means. Objects in a video have inertia; a network
     that had to find speed in h by itself did not within 750 updates (docs/log.md).
 
     Args:

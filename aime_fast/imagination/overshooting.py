@@ -2,9 +2,9 @@
 
 In one-step training the priors never get a state that they produced; in open-loop prediction they get no other. One loop,
 `imagine_and_score`, serves two uses: `pixel_overshooting` in a joint update, which decodes the imagined frames too, and
-`latent_overshooting` in the latent phase, for sequences whose latents were inferred before. Targets get no gradient, nor do latent, delta
-and context where a roll-out begins: the posterior gets one through the recurrence alone. Source: latent overshooting (Hafner et al.,
-arXiv 1811.04551), here with pixels too.
+`latent_overshooting` in the latent phase, for pieces of episodes whose latents were inferred before. Targets get no gradient, nor do
+latent, delta and context where a roll-out begins: the posterior gets one through the recurrence alone. Source: latent overshooting
+(Hafner et al., arXiv 1811.04551), here with pixels too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def imagine_and_score(
 ) -> tuple[dict[str, Tensor], list[State]]:
     """Imagines `frames` frames from `state`, the state after frame `first`.
 
-    Latents are scored by the weights and means of the prior and by `prior.spread`, which grows with every frame that is imagined. The
-    widths of the components say what a single frame adds and learn from observed frames alone: made as wide as a whole roll-out strays, a
-    sampled film would stray that far in each of its frames.
+    Latents are scored by the weights and means of the prior and by `prior.spread`, which may grow with every frame that is imagined. The
+    widths of the components say what a single frame adds: made as wide as a whole roll-out strays, a sampled film would stray that far in
+    each of its frames. The sticks of these weights are not those by which a sample chose its components.
 
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
     imagined latents, where they are not the means of the likeliest components.
@@ -101,10 +101,10 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
 
     The latter are those up to the one after that from which it imagines; where it attends, all.
 
-    The slots' seeds, which read h, are trained towards their old values: attention does not move as the recurrence changes.
+    The slots' seeds, which read h, are trained towards those that were inferred: attention moves little as the recurrence changes.
 
-    Args: inferred, one episode a sequence; frames, from 1 to T - 1; attends: score attention too, at more than the cost of all the rest;
-    sample: the imagined latents.
+    Args: inferred, each sequence of one episode; frames, from 1 to T - 1; attends: score attention too, at more than the cost of
+    all the rest; sample: the imagined latents.
 
     Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; and where it attends `attention`,
     `attention_rolled_out` and `seeds`. All but the last are nats a frame.

@@ -17,7 +17,8 @@ def gaussian_log_prob(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def mixture_log_prob(z: Tensor, log_weights: Tensor, means: Tensor, logvars: Tensor) -> Tensor:
-    """log sum_k pi_k N(z | mu_k, diag exp(logvar_k)): z [..., Z], log_weights [..., K], means and logvars [..., K, Z] -> [...]."""
+    """log sum_k pi_k N(z | mu_k, diag exp(logvar_k)): z [..., Z], log_weights [..., K], means [..., K, Z],
+    logvars [..., K, Z] or [..., 1, Z] -> [...]."""
     return torch.logsumexp(log_weights + gaussian_log_prob(z.unsqueeze(-2), means, logvars), dim=-1)
 
 

@@ -2,15 +2,14 @@
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
 pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior
-and attention prior go on training on pieces of them. Every other update imagines samples: a sampled film goes where no
-film of means does. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
+and attention prior go on training on pieces of them. Every other update imagines samples, so that the
+places that a sampled film comes to are known. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
 
 Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +26,14 @@ from aime_fast.imagination.sequence import Latents, infer_latents
 from aime_fast.training.schedules import Every
 
 CONTEXT = 8  # observed frames before the first imagined one, at most: as many as in the evaluation
-ATTENDS_EVERY = 8  # one update in this many scores attention too, on a quarter of the pieces: it costs more than all the rest
+ATTENDS_EVERY = 7  # one update in this many, odd, so with and without samples, scores attention too, on a quarter of the pieces: it is dear
 WARMUP = 20  # updates in which the learning rate rises
 FIRST_SHARE = 0.15  # of the frames, imagined in the first update
 ALL_FROM = 0.6  # share of the updates after which all frames are imagined
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
+AT_ONCE = 1000  # frames of an episode inferred at once, at most
 BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
 
 
@@ -44,13 +44,13 @@ class _Stopped(Exception):
 class LatentReplay:
     """`Latents` of every frame of the episodes of `batches` that have `length` frames, in fp32 whatever the run's precision.
 
-    An episode is inferred as one sequence. The recurrence of the phase begins anew in each piece of it; the context remembers some frames
-    from before the piece, as many as a sequence of a joint update has.
+    An episode is inferred as one sequence, in parts where it is long. The recurrence of the phase begins anew in each piece; the context of
+    its first frames remembers some before it.
 
     Args: model in eval mode; batches with at least one episode of `length` frames; where `limit` says how many pieces will be drawn, only
     as many episodes as hold so many are inferred, spread over all; `stopped` is asked before each. Raises _Stopped once it is true.
 
-    Attributes: frames: `Latents` [F, ...] of the frames of all episodes, one after the other.
+    Attributes: frames: `Latents` [F, ...] of the frames of all episodes, one after the other; lengths: int64 [E], frames of each.
     """
 
     def __init__(
@@ -65,26 +65,30 @@ class LatentReplay:
             if stopped():
                 raise _Stopped
             episode = batches.episode(i)
-            inferred.append(infer_latents(model, episode["pixels"][None], episode["action"][None]))
+            parts = zip(episode["pixels"].split(AT_ONCE), episode["action"].split(AT_ONCE))
+            inferred += [infer_latents(model, pixels[None], actions[None]) for pixels, actions in parts]
         fields = [[part[0] for part in parts] for parts in zip(*inferred)]
         inferred.clear()  # what is joined is freed field by field: all of it lies on the device
         self.frames = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
-        self.length = length
-        ends = itertools.accumulate(batches.lengths[i] for i in episodes)
-        firsts = [torch.arange(end - batches.lengths[i], end - length + 1) for i, end in zip(episodes, ends)]
-        self.firsts = torch.cat(firsts).to(self.frames.mean.device)  # of all pieces of `length` frames
+        self.lengths = torch.tensor([batches.lengths[i] for i in episodes])
 
-    def draw(self, batch: int, length: int | None = None) -> Latents:
-        """`batch` random pieces of `length` frames of an episode, of `self.length` where it is not given and at most: [B, length, ...]."""
-        length, device = length or self.length, self.firsts.device
-        which = torch.randint(len(self.firsts), (batch,), device=device)
-        first = self.firsts[which] + torch.randint(self.length - length + 1, (batch,), device=device)
-        rows = first[:, None] + torch.arange(length, device=device)
+    def draw(self, batch: int, length: int) -> Latents:
+        """`batch` random pieces of `length` frames of an episode, [B, length, ...]; every place of every episode is as likely."""
+        places = self.lengths - length + 1
+        place = torch.randint(int(places.sum()), (batch,), device=self.device)
+        episode = torch.searchsorted(places.cumsum(0).to(self.device), place, right=True)
+        first = place + episode * (length - 1)  # so many frames of each episode before begin no piece
+        rows = first[:, None] + torch.arange(length, device=self.device)
         return Latents(*(part[rows] for part in self.frames))
+
+    @property
+    def device(self) -> torch.device:
+        """Of the frames."""
+        return self.frames.mean.device
 
 
 def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
-    """Raises ConfigError where one of the parts has no episode as long as a sequence of the phase."""
+    """Raises ConfigError where one of the parts has no episode as long as a piece with all imagined frames."""
     frames, longest = optim.latent_phase_frames, min(max(part.lengths) for part in parts)
     if optim.latent_phase_updates and CONTEXT + frames > longest:
         raise ConfigError(
@@ -147,7 +151,7 @@ class LatentPhase:
     def measure(self) -> dict[str, float]:
         """The terms of `latent_overshooting` on the same held-out pieces each time."""
         with self._random_numbers(0):
-            terms = latent_overshooting(self.model, self.held_out.draw(MEASURED), self.frames, attends=True)
+            terms = latent_overshooting(self.model, self.held_out.draw(MEASURED, CONTEXT + self.frames), self.frames, attends=True)
         return {name: term.item() for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +166,7 @@ class LatentPhase:
     @contextmanager
     def _random_numbers(self, update: int) -> Iterator[None]:
         """Within it, torch's random numbers are those of an update; 0: of the measures."""
-        device = self.training.firsts.device
+        device = self.training.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + update)
             yield
