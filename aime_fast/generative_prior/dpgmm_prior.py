@@ -18,6 +18,7 @@ from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import DELTA_SCALE, MLP, full_precision
 
 OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets
+LEAST_VARIANCE = 1e-6  # of a sample where the noise of q(z) is all that a component has: the root of 0 has an infinite gradient
 HEAD_SCALE = 0.1  # of the initial weights of the components: at first their biases say nearly all
 
 
@@ -39,8 +40,7 @@ class Mixture(NamedTuple):
     features: Tensor  # [N, Dh], of which all that is a function
 
     def sample(self, sample: bool = True, noise: PriorNoise | None = None, inferred_variance: Tensor | float = 0.0) -> Tensor:
-        """The mean of q(z) [N, Z]: that of the likeliest component, or a sample. No gradient passes the choice of the component and its
-        width.
+        """The mean of q(z) [N, Z]: that of the likeliest component, or a sample. No gradient passes the choice of the component.
 
         Args: inferred_variance [Z], of q(z). A component is a density of z, wider by that than the means of q(z) are spread: a sample has
         the variance of its component less this one.
@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
             return mean
         normal = torch.randn_like(mean) if noise is None else noise.latents
         variance = self.logvars.gather(1, index)[:, 0].exp() - inferred_variance
-        return mean + normal * variance.detach().clamp_min(0.0).sqrt()
+        return mean + normal * variance.clamp_min(LEAST_VARIANCE).sqrt()
 
 
 def prior_noise(seeds: Sequence[int], frames: int, components: int, latent_dim: int, like: Tensor) -> PriorNoise:

@@ -39,5 +39,7 @@ def test_a_sample_is_as_wide_as_its_component_less_the_posterior():
     drawn = prior.sample(True, inferred_variance=torch.tensor([0.09, 0.05]))
     torch.testing.assert_close(drawn.mean(0), torch.ones(2), atol=0.01, rtol=0)
     torch.testing.assert_close(drawn.var(0), torch.tensor([0.16, 0.0]), atol=0.005, rtol=0)
-    assert not drawn.requires_grad  # widths learn from the scores of components, not from where samples go
+    (gradient,) = torch.autograd.grad(drawn.square().sum(), logvars)
+    assert gradient[:, 0, 0].all()  # widths learn from where samples go too
+    assert not gradient[:, 0, 1].any()  # but not below the noise of q(z)
     torch.testing.assert_close(prior.sample(True).var(0), torch.tensor([0.25, 0.04]), atol=0.01, rtol=0)
