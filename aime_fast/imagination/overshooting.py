@@ -39,9 +39,10 @@ def imagine_and_score(
 ) -> tuple[dict[str, Tensor], list[State]]:
     """Imagines `frames` frames from `state`, the state after frame `first`.
 
-    Latents are scored by the weights and means of the prior and by `prior.spread`, which may grow with every frame that is imagined. The
-    widths of the components say what a single frame adds, and learn from observed frames and from where sampled roll-outs go: made as
-    wide as a whole roll-out strays, a sampled film would stray that far in each of its frames. The sticks of these weights are not those by which a sample chose its components.
+    Latents are scored by the weights and means of the prior and by `prior.spread`, which may grow with every frame that is imagined.
+    The widths of the components say what a single frame adds, and learn from observed frames and from where sampled roll-outs go: made
+    as wide as a whole roll-out strays, a sampled film would stray that far in each of its frames. The sticks of these weights are not
+    those by which a sample chose its components.
 
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
     imagined latents, where they are not the means of the likeliest components.
