@@ -37,7 +37,7 @@ class Mixture(NamedTuple):
     means: Tensor  # [N, K, Z]
     logvars: Tensor  # [N, K, Z]
     kl_hierarchical: Tensor | None  # [N], nats: sticks and concentration
-    features: Tensor  # [N, Dh], of which all that is a function
+    features: Tensor  # [N, Dh], what all heads but that of the concentration read
 
     def sample(self, sample: bool = True, noise: PriorNoise | None = None, inferred_variance: Tensor | float = 0.0) -> Tensor:
         """The mean of q(z) [N, Z]: that of the likeliest component, or a sample. No gradient passes the choice of the component.

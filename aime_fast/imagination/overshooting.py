@@ -49,10 +49,8 @@ def imagine_and_score(
 
     Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined states).
     """
-    times = first + torch.arange(1, frames + 1, device=first.device)
-    latents, attention, actions = (x.index_select(1, times).transpose(0, 1) for x in targets)  # [frames, B, ...]
     priors, maps, states = [], [], []
-    for action in actions.unbind():
+    for action in _after(targets.actions, first, frames).unbind():
         prior, log_attention, state = imagine_latents(model, action, state, sample, attends=attends)
         priors.append(prior)
         maps.append(log_attention)
@@ -61,9 +59,10 @@ def imagine_and_score(
     features = torch.stack([prior.features for prior in priors])
     log_weights = model.prior.sticks(features, sample=sample).log_pi
     means = torch.stack([prior.means for prior in priors])
+    latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
     if attends:
-        scores["attention"] = attention_kl(attention, torch.stack(maps))
+        scores["attention"] = attention_kl(_after(targets.attention, first, frames), torch.stack(maps))
     return scores, states
 
 
@@ -86,10 +85,9 @@ def pixel_overshooting(
     targets = Targets(latents.detach(), attention.detach(), actions)
     scores, states = imagine_and_score(model, state, first, frames, targets)
 
-    times = first + torch.arange(1, frames + 1, device=start.device)
-    truth = video.index_select(1, times).transpose(0, 1).flatten(0, 1)  # [frames * B, 3, H, W]
-    in_episode = (~start.index_select(1, times)).cumprod(1)  # [B, frames], 0 from the next episode on
-    weight = in_episode.t().flatten().to(scores["latent"].dtype)
+    truth = _after(video, first, frames).flatten(0, 1)  # [frames * B, 3, H, W]
+    in_episode = (~_after(start, first, frames)).cumprod(0)  # [frames, B], 0 from the next episode on
+    weight = in_episode.flatten().to(scores["latent"].dtype)
     share = weight / weight.sum().clamp_min(1.0)
     z, a = (torch.cat([getattr(state, name) for state in states]) for name in ("latents", "attention"))  # [frames * B, ...]
     recon = model.decoder.likelihood.nll(model.decoder(z, a), truth)
@@ -117,8 +115,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     first = first.to(latents.device)
     start = starts(None, *observed.mean.shape[:2], latents.device)
     predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
-    nll = _nll(latents[:, : start.shape[1]].flatten(0, 1), predicted.prior)
-    terms = {"one_step": nll.mean(), "sticks": predicted.prior.kl_hierarchical.mean()}
+    prior = predicted.prior
+    log_prob = mixture_log_prob(latents[:, : start.shape[1]].flatten(0, 1), prior.log_weights, prior.means, prior.logvars)
+    terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean()}
     if attends:
         before = previous(observed.attention, start, model.attention.uniform(1)).flatten(0, 1)
         attention = model.attention.prior(before, predicted.hidden_before, predicted.latents_before)
@@ -146,5 +145,6 @@ def _at(x: Tensor, time: Tensor) -> Tensor:
     return x.index_select(1, time)[:, 0]
 
 
-def _nll(latents: Tensor, prior) -> Tensor:
-    return -mixture_log_prob(latents, prior.log_weights, prior.means, prior.logvars)
+def _after(x: Tensor, first: Tensor, frames: int) -> Tensor:
+    """The `frames` frames after frame `first` [1] of x: [B, T, ...] -> [frames, B, ...]."""
+    return x.index_select(1, first + torch.arange(1, frames + 1, device=first.device)).transpose(0, 1)
