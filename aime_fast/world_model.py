@@ -65,13 +65,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         self.auxiliary_share, self.decoded_share = c.auxiliary_share, max(c.decoded_share, c.auxiliary_share)
         self.perceiver_io = CausalPerceiverIO(
             (sequence_length, 3, image_size, image_size), c.num_latents, c.num_latent_channels, 2 * c.num_latent_channels, c.context_dim,
-            action_dim, c.context_layers,
+            action_dim, c.latent_dim, c.context_layers,
             tokenizer=dict(
                 channels=c.tokenizer_channels, codebook_heads=c.codebook_heads, codebook_size=c.codebook_size, code_dim=c.code_dim,
                 share_codebook=c.share_codebook, codebook_decay=c.codebook_decay,
             ),
             predictor=dict(
-                dim=c.predictor_dim, layers=c.predictor_layers, corruption=c.token_corruption, refinement_steps=c.refinement_steps
+                dim=c.predictor_dim, layers=c.predictor_layers, corruption=c.token_corruption, hidden=c.hidden_tokens,
+                refinement_steps=c.refinement_steps,
             ),
         )  # fmt: skip
         self.encoder = VAEEncoder(image_size, c.latent_dim, c.context_dim, c.encoder_channels, c.blocks_per_level, c.dense_dim)
@@ -169,7 +170,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         start = starts(is_init, *video.shape[:2], video.device)
         tokens, inferred = self._infer(video, actions, start, learn=self.training)
         q, p = inferred.posterior, inferred.prior
-        few, drawn = self._share(len(start), self.auxiliary_share), self._share(len(start), self.decoded_share)
+        few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
         seen = inferred.rows(few, start.shape)
         with span("encoder_decoder: decoder"):
             z, maps = (x.unflatten(0, start.shape)[drawn].flatten(0, 1) for x in (inferred.latents, inferred.maps.attention))
@@ -179,7 +180,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             from_tokens = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
             terms["token_reconstruction"] = F.mse_loss(full_precision(from_tokens), video[few])
         if self.training:  # context and decoder have read the codebook: only now may it change
-            self.perceiver_io.tokenizer.learn(tokens)
+            self.perceiver_io.learn(tokens)
         with span("perceiver_io: predictor"):
             pictures = None
             if self.training:
@@ -188,6 +189,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(
                 tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context, pictures
             )
+        with span("perceiver_io: recall"):
+            told = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
+            terms["context_recall"] = self.perceiver_io.recall_loss(inferred.context, *told)
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(decoded, video[drawn].flatten(0, 1)).mean()
         with span("generative_prior: KL"):
@@ -216,6 +220,10 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             out["drawn"] = fake
             terms |= gan.generator_learns(self.image_discriminator, self.temporal_discriminator, fake, video[few], z)
         return out | terms
+
+    def few(self, batch: int) -> slice:
+        """The sequences of a batch that the tasks of `auxiliary_share` see."""
+        return self._share(batch, self.auxiliary_share)
 
     def _share(self, batch: int, share: float) -> slice:
         """The sequences of a batch that a dear task sees: in training a share of them, at least one; else all."""
@@ -270,7 +278,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
         Returns: (scalar, scalars by name).
         """
-        few = self._share(len(observations), self.auxiliary_share)
+        few = self.few(len(observations))
         real = self._frames(observations, check=False)[few]
         fake, z = outputs["drawn"].detach(), outputs["latents"].detach()[few]
         return gan.discriminators_learn(self.image_discriminator, self.temporal_discriminator, fake, real, z, gradient_penalty)

@@ -33,7 +33,7 @@ from profiling.machine import describe, title, write_json
 PEERS = ("dreamer_v3",)
 LATENT_SHARE = 0.7  # most of the budget that the latent phase may take; of more, fewer updates are made
 POINTS = 10  # of a curve, about
-COSTED, COSTED_LATENT = 8, (20, 60)  # updates by which the cost of ours is measured: of pictures, joint ones, of two latent phases
+COSTED, COSTED_LATENT = 8, (20, 160)  # updates by which the cost of ours is measured: of pictures, joint ones, of two latent phases
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -69,7 +69,8 @@ def evaluate_films(
         clips, context, horizon, samples; `psnr`, `ssim` and, where measured, `lpips` per step under model, sample_mean, sample_best,
         mean_picture, repeat_last_frame, mean_frame; sampled_minus_deterministic: dB; positions: errors in pixels per step, and by_point
         over the first 16 steps and the horizon; explained_near: shares by film, steps and point, where there is a reader;
-        psnr_gain_on_ each baseline and on the better one at each step; action_shuffle_ratio, None where all clips are of one episode.
+        psnr_gain_on_ each baseline and on the better one at each step, of the deterministic film; and of mean_picture,
+        mean_picture_psnr_gain_on_better_baseline; action_shuffle_ratio, None where all clips are of one episode.
     """
     shuffled = clips.actions.roll(max(1, len(clips) // 2), 0)  # of another episode if there is one
 
@@ -98,10 +99,17 @@ def evaluate_films(
     baselines = {name: result[name]["psnr"] for name in ("repeat_last_frame", "mean_frame")}
     baselines["better_baseline"] = [max(pair) for pair in zip(*baselines.values())]
     for baseline, theirs in baselines.items():
-        gain = [ours - other for ours, other in zip(result["model"]["psnr"], theirs)]
-        mean = sum(gain[step - 1] for step in GAIN_STEPS) / len(GAIN_STEPS) if len(gain) >= GAIN_STEPS[-1] else None
-        result[f"psnr_gain_on_{baseline}"] = {"steps_5_to_16": mean, "smallest": min(gain)}
+        result[f"psnr_gain_on_{baseline}"] = _gain(result["model"]["psnr"], theirs)
+    if samples:
+        result["mean_picture_psnr_gain_on_better_baseline"] = _gain(result["mean_picture"]["psnr"], baselines["better_baseline"])
     return result
+
+
+def _gain(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
+    """By how much the PSNR of one film is above that of another: mean over GAIN_STEPS, if there are so many, and least of all steps, dB."""
+    gain = [a - b for a, b in zip(ours, theirs)]
+    mean = sum(gain[step - 1] for step in GAIN_STEPS) / len(GAIN_STEPS) if len(gain) >= GAIN_STEPS[-1] else None
+    return {"steps_5_to_16": mean, "smallest": min(gain)}
 
 
 def join(batches: Iterable[Iterable[tuple[str, Tensor]]]) -> dict[str, Tensor]:

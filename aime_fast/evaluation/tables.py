@@ -46,7 +46,10 @@ def print_tables(result: dict) -> None:
         _print_table("share explained near, reconstruction", {"model": r["explained_near"]}, 3)
     if "sampled_minus_deterministic" in o:
         gap = o["sampled_minus_deterministic"]["at_step_5"]
-        print(f"\nsampled minus deterministic at step 5 {'-' if gap is None else f'{gap:+.2f} dB'}")
+        print(f"\nsampled minus deterministic at step 5 {_decibels(gap)}")
+        gain = o["mean_picture_psnr_gain_on_better_baseline"]
+        print(f"mean picture of samples, gain on the better baseline: {_decibels(gain['steps_5_to_16'])} over steps 5 to 16, ", end="")
+        print(f"{_decibels(gain['smallest'])} at least")
     if "probes" in result:
         _print_probes(result["probes"])
     for name in ("lpips", "positions"):
@@ -77,6 +80,10 @@ def _print_table(title: str, rows: dict[str, dict[str, float | str | None]], dig
         values = (row[column] for column in columns)
         cells = ("-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}" for value in values)
         print(f"  {name:{first}s}" + "".join(f"{cell:>{width}s}" for cell in cells))
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f} dB"
 
 
 def _label(name: str) -> str:

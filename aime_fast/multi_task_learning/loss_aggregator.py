@@ -16,8 +16,8 @@ TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
 # In the order of computation: the first term that is not finite is where a fault began.
 TERMS = (
-    "commitment", "token_reconstruction", "next_token", "recon", "kl_z", "kl_hierarchical", "kl_attention", "mixture_entropy", "gram",
-    "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator", "feature_matching",
+    "commitment", "token_reconstruction", "next_token", "context_recall", "recon", "kl_z", "kl_hierarchical", "kl_attention",
+    "mixture_entropy", "gram", "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator", "feature_matching",
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ class LossAggregator:
 
         elbo        = (lambda_recon recon + beta (KL_z + KL_hierarchical) - entropy_weight H(pi)
                        + lambda_overshoot (roll-out: recon + latent)) / D + lambda_gram Gram
-        perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy
+        perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy + lambda_recall context recall
         predictive  = lambda_attention_motion attention motion + diversity + lambda_attention_foreground KL(foreground || attention)
                       + lambda_kl_attention (KL_attention + lambda_overshoot KL_attention of the roll-out)
         adversarial = lambda_gan generator loss + lambda_fm feature matching
@@ -74,7 +74,7 @@ class LossAggregator:
         generator = c.lambda_gan * term["generator"] + c.lambda_fm * term["feature_matching"]
         task = {
             "elbo": elbo / outputs["reconstructions"].shape[-3:].numel() + c.lambda_gram * term["gram"],
-            "perceiver": c.lambda_commitment * term["commitment"] + term["token_reconstruction"] + term["next_token"],
+            "perceiver": self.perceiver(term),
             "predictive": c.lambda_attention_motion * term["attention_motion"]
             + c.lambda_attention_foreground * term["attention_foreground"]
             + c.lambda_kl_attention * kl_attention
@@ -82,3 +82,9 @@ class LossAggregator:
             "adversarial": generator if adversarial else torch.zeros_like(generator),
         }
         return term | task, [task[name] for name in TASKS]
+
+    def perceiver(self, term: Mapping[str, Tensor]) -> Tensor:
+        """The loss of the perceiver task, of its terms by name."""
+        c = self.config
+        weighed = c.lambda_commitment * term["commitment"] + c.lambda_recall * term["context_recall"]
+        return weighed + term["token_reconstruction"] + term["next_token"]

@@ -1,7 +1,8 @@
 """CausalPerceiverIO: tokens -> one context vector a frame, never looking ahead.
 
-Learned latents read the tokens of a frame (Perceiver IO; Jaegle et al., arXiv 2107.14795); a causal transformer with rotary positions
-mixes frames. A frame attends at most `window` frames back, as in training, so that longer videos need nothing that was not learnt.
+Learned latents read the tokens of a frame (Perceiver IO; Jaegle et al., arXiv 2107.14795), a dense layer reads them beside these, and a
+causal transformer with rotary positions mixes frames. A frame attends at most `window` frames back, as in training, so that longer videos
+need nothing that was not learnt.
 `observe` continues from a `PerceptionCache` of fixed size: frames may come one by one, at the cost of one frame each.
 """
 
@@ -15,10 +16,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import TransformerBlock, episode_mask, grid_positions, starts
+from aime_fast.layers import DELTA_SCALE, TransformerBlock, episode_mask, full_precision, grid_positions, starts
 from aime_fast.perceiver_io.predictor import PerceiverTokenPredictor
-from aime_fast.perceiver_io.tokenizer import VQPTTokenizer
+from aime_fast.perceiver_io.tokenizer import Tokens, VQPTTokenizer
 from aime_fast.runtime.roll_out import RollOut, match_layout
+
+USUAL_DECAY = 0.9  # an update of `usual`: as fast as the codebook moves at first
 
 
 class ContextCache(NamedTuple):
@@ -44,9 +47,14 @@ class CausalPerceiverIO(nn.Module):
         hidden_dim: width inside the MLPs.
         context_dim: Dc.
         action_dim: A, for the predictor.
+        latent_dim: Z, for `recall_loss`.
         tokenizer, predictor: further keywords of `VQPTTokenizer` and `PerceiverTokenPredictor`.
 
-    The tokenizer is trained by its own reconstruction and commitment alone: context and predictor read discrete codes.
+    The tokenizer is trained by its own reconstruction and commitment alone: context and predictor read discrete codes. The context is
+    trained by tokens that it alone tells the predictor, and by `recall_loss`. By the tokens of the next frame alone, predicted from it and
+    the tokens of this frame, it stayed a constant: what it could add is little, and hardly any gradient came back (docs/log.md).
+
+    `usual` [Ht * Wt, Q * d], a moving average of the code vectors of each place, is taken off what the context reads.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class CausalPerceiverIO(nn.Module):
         hidden_dim: int = 2 * ModelConfig.num_latent_channels,
         context_dim: int = ModelConfig.context_dim,
         action_dim: int = 6,
+        latent_dim: int = ModelConfig.latent_dim,
         context_layers: int = ModelConfig.context_layers,
         tokenizer: dict | None = None,
         predictor: dict | None = None,
@@ -70,11 +79,14 @@ class CausalPerceiverIO(nn.Module):
         quantizer, grid, dim = self.tokenizer.quantizer, self.tokenizer.grid, num_latent_channels
         self.embed = nn.Linear(self.tokenizer.width, dim)
         self.register_buffer("positions", grid_positions(grid, grid, dim), persistent=False)
+        self.register_buffer("usual", torch.zeros(grid**2, self.tokenizer.width))
+        self.dense = nn.Linear(self.usual.numel(), dim)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * dim**-0.5)
         self.read = TransformerBlock(dim, hidden_dim=hidden_dim, memory_dim=dim)
         self.think = TransformerBlock(dim, hidden_dim=hidden_dim)
         self.time = nn.ModuleList(TransformerBlock(dim, hidden_dim=hidden_dim, rotary=True) for _ in range(context_layers))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, context_dim))
+        self.recall = nn.Linear(context_dim, 2 * latent_dim)
         self.predictor = PerceiverTokenPredictor(
             grid, quantizer.heads, quantizer.codebook_size, context_dim, action_dim, **(predictor or {})
         )
@@ -117,12 +129,25 @@ class CausalPerceiverIO(nn.Module):
     def _summarise(self, tokens: Tensor) -> Tensor:
         """One vector for each frame, of that frame alone: int64 [B, T, Ht, Wt, Q] -> [B, T, D].
 
-        Tokens are attended to by how rare their codes are: in a mean over the picture the few that change would vanish.
+        Tokens are attended to by how rare their codes are: in a mean over the picture the few that change would vanish. The dense layer
+        sees each at its place: an angle is a pattern, not a token.
         """
         rarity = self.tokenizer.quantizer.surprise(tokens).flatten(2).flatten(0, 1).unsqueeze(1)  # [B * T, 1, Ht * Wt]
-        memory = self.embed(rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c")) + self.positions
+        unusual = rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c") - self.usual
+        memory = self.embed(unusual) + self.positions
         latents = self.read(self.latents.expand(memory.shape[0], -1, -1), memory, rarity.to(memory.dtype))
-        return self.think(latents).mean(1).unflatten(0, tokens.shape[:2])
+        return (self.think(latents).mean(1) + self.dense(unusual.flatten(1))).unflatten(0, tokens.shape[:2])
+
+    def recall_loss(self, context: Tensor, means: Tensor, delta: Tensor) -> Tensor:
+        """Mean squared error of latents and scaled movement, [B, T, Z] each, without gradient, read linearly from context [B, T, Dc]."""
+        told = torch.cat([means, DELTA_SCALE * delta], dim=-1).detach()
+        return F.mse_loss(full_precision(self.recall(context)), full_precision(told))
+
+    def learn(self, tokens: Tokens) -> None:
+        """Update codebook and `usual` by the tokens of a batch, when nothing reads the old ones any more."""
+        vectors = self.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1)
+        self.usual.lerp_(vectors.mean(0).to(self.usual.dtype), 1 - USUAL_DECAY)
+        self.tokenizer.learn(tokens)
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:
         """video [B, T, 3, H, W], uint8 or in [-1, 1] -> context [B, T, Dc]."""

@@ -39,11 +39,15 @@ class Arena:
             view.copy_(parameter.detach())
             parameter.data = view
 
-    def head(self, count: int) -> Arena:
-        """The first `count` parameters as an arena of their own, in the same memory."""
-        part = copy.copy(self)
-        part.parameters, part._orders, part._padding = self.parameters[:count], self._orders[:count], self._padding[:count]
-        part.flat = self.flat[: sum(p.numel() + padding for p, padding in zip(part.parameters, part._padding))]
+    def part(self, chosen: slice) -> Arena:
+        """Parameters that lie side by side as an arena of their own, in the same memory."""
+        part, begin = copy.copy(self), chosen.indices(len(self.parameters))[0]
+        part.parameters, part._orders, part._padding = self.parameters[chosen], self._orders[chosen], self._padding[chosen]
+        first, size = (
+            sum(p.numel() + padding for p, padding in zip(parameters, paddings))
+            for parameters, paddings in ((self.parameters[:begin], self._padding[:begin]), (part.parameters, part._padding))
+        )
+        part.flat = self.flat[first : first + size]
         return part
 
     def split(self, flat: Tensor) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """One update of AIME, from a batch of frames to new weights, with nothing read back to the host.
 
-    single frames -> encoder, decoder -> Adam                      (`--stills` times; in the first `--picture-steps` nothing else)
+    single frames -> encoder, decoder -> Adam                      (`--stills` times)
+    sequences -> perceiver -> Adam                                 (in the first `--picture-steps`, which do no more than these two)
     pixels -> augment -> infer_and_score -> LossAggregator -> four task gradients -> RGB -> clip -> Adam -> EMA
                                        └-> discriminator loss -> Adam      (every n_critic updates)
 
@@ -8,8 +9,9 @@
 new weights). `execution.py` runs it eagerly, compiled or captured as one CUDA graph. Schedules come in as tensors, the kind of update as
 two bools, and metrics go out as tensors on the device. An update whose losses or gradients are not finite changes nothing: weights and
 averages move by zero, buffers that the forward pass learns (codebooks) are restored, and RGB guards its own state. `faults` counts such
-updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames (`stills.py`) stand for
-themselves: each is made or not, those before an update that is not made remain, and they run eagerly.
+updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames (`stills.py`) and of
+perception alone (`tokens.py`) stand for themselves: each is made or not, those before an update that is not made remain, and they run
+eagerly.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from aime_fast.training.ema import EMA
 from aime_fast.training.execution import Compile, Execution, Kind
 from aime_fast.training.faults import Faults, first_error
 from aime_fast.training.stills import STILLS, StillUpdates
+from aime_fast.training.tokens import TOKENS, TokenUpdates
 
 BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
@@ -50,6 +53,7 @@ CHECKED = (
     *(f"loss/{name}" for name in (*TERMS, *TASKS)),
     *(f"loss/{name}" for name in ("discriminator_image", "discriminator_temporal", "discriminator")),
     *(f"gradient_norm/{name}" for name in ("discriminator", *TASKS, "total")),
+    TOKENS[-1],
 )
 
 
@@ -93,11 +97,13 @@ class TrainingStep:
         self.optimizer = Adam(self.generator.flat, optim.adam_beta1, scale=self.generator.flatten(scales))
         self.discriminator_optimizer = Adam(self.discriminator.flat)
         self.stills = StillUpdates(model, self.generator, config.data.stills, config.loss, optim.grad_clip, optim.adam_beta1)
+        self.losses = LossAggregator(config.loss)
+        scale = optim.perceiver_lr_scale
+        self.tokens = TokenUpdates(model, self.generator, self.losses, scale, optim.grad_clip, optim.adam_beta1)
         self.discriminator_lr = torch.tensor(optim.discriminator_lr, device=self.device)
         self._task_rows, self._discriminator_row = GradientRows(self.generator, len(TASKS)), GradientRows(self.discriminator, 1)
         self.gradient = torch.zeros_like(self.generator.flat)  # balanced by RGB and clipped
 
-        self.losses = LossAggregator(config.loss)
         self.rgb = RGB(
             mu=optim.rgb_mu, lam=optim.rgb_lambda, alpha_steps=optim.rgb_alpha_steps, lr_inner=optim.rgb_lr_inner,
             aggregation=optim.aggregation,
@@ -150,14 +156,15 @@ class TrainingStep:
         return TensorDict(metrics, batch_size=[])
 
     def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor) -> TensorDict:
-        """Updates of encoder and decoder alone, on the single frames of the batches.
+        """Updates of encoder and decoder alone, on the single frames of the batches, and of perception alone, on their sequences.
 
-        Args: batches with `stills` uint8 [B, T, 3, H, W]; learning_rate: a scalar tensor.
+        Args: batches with `stills` uint8 [B, T, 3, H, W], and what `__call__` takes; learning_rate: a scalar tensor.
 
-        Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, `learning_rate`, and `finite`: whether all were made.
+        Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, `tokens.TOKENS`, `learning_rate`, and `finite`: whether all
+        were made.
         """
-        scalars = [self._learn_stills(batch, learning_rate, attends=False) for batch in batches]
-        metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in STILLS}
+        scalars = [self._learn_stills(batch, learning_rate, attends=False) | self._learn_tokens(batch, learning_rate) for batch in batches]
+        metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in scalars[0]}
         finite = self.faults.record(metrics)
         self.ema.update(finite)
         self._evidence, self._gradients = [{"batch": dict(batch), "output": {}, "loss": metrics} for batch in batches], Gradients()
@@ -223,6 +230,10 @@ class TrainingStep:
             return {}
         frames = self._observe(batch["stills"].flatten(0, 1).unsqueeze(1)).squeeze(1)  # each is a sequence of one
         return self.stills(frames, learning_rate, self.autocast(), attends)
+
+    def _learn_tokens(self, batch: TensorDict, learning_rate: Tensor) -> dict[str, Tensor]:
+        """An update of perception alone; returns its scalars by name."""
+        return self.tokens(self._observe(batch["pixels"]), batch["action"], batch["is_init"], learning_rate, self.autocast())
 
     def apply_gradients(
         self, gradients: Gradients, metrics: dict[str, Tensor], learnt_before: list[Tensor], learning_rate: Tensor
@@ -294,6 +305,7 @@ class TrainingStep:
             "optimizer": self.optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "stills_optimizer": self.stills.optimizer.state_dict(),
+            "tokens_optimizer": self.tokens.optimizer.state_dict(),
             "rgb": self.rgb.state_dict(),
             "faults": self.faults.state_dict(),
         }
@@ -307,4 +319,5 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         self.stills.optimizer.load_state_dict(state["stills_optimizer"])
+        self.tokens.optimizer.load_state_dict(state["tokens_optimizer"])
         self.faults.load_state_dict(state["faults"])

@@ -55,7 +55,7 @@ class StillUpdates:
 
     def __init__(self, model: nn.Module, generator: Arena, batches: int, losses: LossConfig, clip: float, beta1: float):
         self.model, self.batches, self.losses, self.clip = model, batches, losses, clip
-        self.arena = generator.head(sum(1 for tower in (model.encoder, model.decoder) for _ in tower.parameters()))
+        self.arena = generator.part(slice(sum(1 for tower in (model.encoder, model.decoder) for _ in tower.parameters())))
         self._row = GradientRows(self.arena, 1)
         self.optimizer = Adam(self.arena.flat, beta1)
 

@@ -109,6 +109,9 @@ def rows(measured: dict[str, Any]) -> dict[str, float | None]:
         f"smallest gain on the better baseline to step {horizon}, dB": better["smallest"],
         "action-shuffle ratio": films["action_shuffle_ratio"],
     }
+    if gain := films.get("mean_picture_psnr_gain_on_better_baseline"):
+        label = "gain of the mean picture of samples on the better baseline"
+        found |= {f"{label}, {steps}, dB": gain["steps_5_to_16"], f"smallest {label} to step {horizon}, dB": gain["smallest"]}
     for line, share in measured.get("reconstruction_explained", {}).items():
         found[f"explained within 2 pixels of {line}, reconstruction"] = share
     films_of = {"model": "deterministic film", "sample_mean": "sampled film", "mean_picture": "mean picture of samples"}

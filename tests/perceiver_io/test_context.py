@@ -52,6 +52,30 @@ def test_generation_runs_past_the_trained_length_is_causal_in_actions_and_determ
         perceiver.generate_tokens(tokens, actions, 20)
 
 
+def test_recall_trains_the_context_and_not_what_is_recalled(model):
+    perceiver, z = model.perceiver_io, model.latent_dim
+    context, means, delta = (torch.randn(2, 3, width, dtype=torch.float64, requires_grad=True) for width in (20, z, z))
+    loss = perceiver.recall_loss(context, means, delta)
+    read = perceiver.recall(context)
+    expected = 0.5 * ((read[..., :z] - means).square().mean() + (read[..., z:] - 5 * delta).square().mean())
+    torch.testing.assert_close(loss, expected)
+    of_context, of_means, of_delta = torch.autograd.grad(loss, (context, means, delta), allow_unused=True)
+    assert of_context.abs().sum() > 0
+    assert of_means is None
+    assert of_delta is None
+
+
+def test_usual_vectors_follow_the_tokens_of_batches():
+    perceiver = make_model().train().perceiver_io
+    video, _ = make_batch(make_model(), 2, 4)
+    start = starts(None, 2, 4, video.device)
+    tokens = perceiver.tokenizer.tokenize(video, start, learn=True)
+    seen = perceiver.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1).mean(0)  # by the codebook of before the update
+    before = perceiver.usual.clone()
+    perceiver.learn(tokens)
+    torch.testing.assert_close(perceiver.usual, 0.9 * before + 0.1 * seen.to(before.dtype))
+
+
 ENTRANCES = {
     "model": lambda m, x: m.forward_sequence(x, torch.zeros(1, 3, m.action_dim))["context"],
     "encode": lambda m, x: m.encode(x)["context"],

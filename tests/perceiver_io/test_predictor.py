@@ -13,7 +13,7 @@ from aime_fast.perceiver_io.predictor import sample_codes
 def test_predictor_learns_to_copy_and_counts_only_frames_with_a_past():
     model = make_model().train()
     predictor = model.perceiver_io.predictor.float()
-    predictor.corruption = 0.0
+    predictor.corruption = predictor.hidden = 0.0
     torch.manual_seed(0)
     tokens = torch.randint(32, (2, 1, 4, 4, 2)).expand(2, 4, 4, 4, 2)
     context, actions = torch.zeros(2, 4, 20), torch.zeros(2, 4, 2)
@@ -39,6 +39,37 @@ def test_top_p_keeps_the_nucleus_and_zero_temperature_the_mode():
     torch.testing.assert_close(frequency, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
     with pytest.raises(ValueError, match="top_p"):
         sample_codes(logits, top_p=0.0)
+
+
+@torch.no_grad()
+def test_hidden_tokens_are_told_by_the_context_alone(model):
+    predictor = model.perceiver_io.predictor
+    torch.manual_seed(0)
+    tokens, context, actions = torch.randint(32, (3, 2, 4, 4, 2)), torch.randn(3, 2, 20).double(), torch.randn(3, 2, 2).double()
+    torch.nn.init.normal_(predictor.stay.weight)
+    shown = torch.tensor([True, False, True])
+    logits = predictor(tokens, context, actions, shown=shown)
+    changed = predictor(tokens.roll(1, 0), context, actions, shown=shown)
+    torch.testing.assert_close(logits[0], predictor(tokens, context, actions)[0])
+    torch.testing.assert_close(logits[1], changed[1], rtol=0, atol=0)
+    assert not torch.allclose(logits[0], changed[0])
+    assert not torch.allclose(logits[1], predictor(tokens, context.roll(1, 0), actions, shown=shown)[1])
+
+
+def test_in_training_a_share_of_the_sequences_is_hidden(monkeypatch):
+    model = make_model().train()
+    predictor = model.perceiver_io.predictor
+    calls, forward = [], predictor.forward
+    monkeypatch.setattr(predictor, "forward", lambda *given: calls.append(given[-1]) or forward(*given))
+    tokens = torch.randint(32, (64, 2, 4, 4, 2))
+    given = tokens, torch.zeros(64, 2, 20).double(), torch.zeros(64, 2, 2).double(), torch.zeros(64, 2, dtype=torch.bool)
+    for hidden, least, most in ((0.0, 64, 64), (0.5, 16, 48), (1.0, 0, 0)):
+        predictor.hidden = hidden
+        predictor.loss(*given)
+        assert least <= calls[-1].sum() <= most
+    model.eval()
+    predictor.loss(*given)
+    assert calls[-1] is None
 
 
 def test_the_context_of_replaced_tokens_is_computed_from_them(monkeypatch):

@@ -131,7 +131,7 @@ def test_picture_steps_without_single_frames_are_refused_and_by_themselves_left_
 
 def test_a_bad_frame_in_a_picture_step_is_named_and_changes_nothing(step_and_batch):
     step, batch = step_and_batch
-    step._observe = lambda pixels: torch.full((10, 1, 3, 32, 32), torch.nan)
+    step._observe = lambda pixels: torch.full(pixels.shape, torch.nan)
     before = {name: value.clone() for name, value in step.ema.model.state_dict().items()}
     metrics = step.learn_pictures([batch], torch.tensor(1e-3))
     assert not bool(metrics["finite"])

@@ -1,0 +1,68 @@
+"""Updates of perception alone: what they change, what a bad one does, that a resume goes on in them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from aime_fast.config import preset
+from aime_fast.data import make_batches
+from aime_fast.training import DMCVBTrainer, TrainingStep, load_model
+from aime_fast.training.tokens import TOKENS
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+
+@pytest.fixture
+def step_and_batch():
+    config = preset("debug")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0))
+    training, validation = make_batches(config.data, 0, "cpu")
+    torch.manual_seed(0)
+    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, training.action_dim).train()
+    yield TrainingStep(model, config), next(training)
+    training.close()
+    validation.close()
+
+
+def test_only_the_perceiver_changes_and_its_loss_falls(step_and_batch):
+    step, batch = step_and_batch
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    learnt = [step._learn_tokens(batch, torch.tensor(1e-3)) for _ in range(12)]
+    assert tuple(learnt[0]) == TOKENS
+    changed = {name for name, value in step.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.partition(".")[0] for name in changed} == {"perceiver_io"}
+    assert {"perceiver_io.usual", "perceiver_io.tokenizer.quantizer.codebook", "perceiver_io.recall.weight"} <= changed
+    assert learnt[-1]["loss/perceiver"] < learnt[0]["loss/perceiver"]
+    assert step.tokens.optimizer.updates == 12
+
+
+def test_a_bad_sequence_changes_nothing_and_is_named(step_and_batch):
+    step, batch = step_and_batch
+    step._learn_tokens(batch, torch.tensor(1e-3))
+    before = {name: value.clone() for name, value in step.model.perceiver_io.state_dict().items()}
+    batch["action"] = batch["action"].clone()
+    batch["action"][0, 0] = torch.nan
+    scalars = step._learn_tokens(batch, torch.tensor(1e-3))
+    assert scalars["gradient_norm/tokens"].isnan()
+    assert all(torch.equal(value, before[name]) for name, value in step.model.perceiver_io.state_dict().items())
+    assert not bool(step.learn_pictures([batch], torch.tensor(1e-3))["finite"])
+    assert "loss/next_token" in step.faults.read().terms
+
+
+def test_each_picture_step_makes_one_and_a_resume_goes_on(tmp_path):
+    def run(run_dir, steps=5, **fields):
+        config = preset("debug")
+        optim = dataclasses.replace(config.optim, picture_steps=4)
+        data = dataclasses.replace(config.data, data="synthetic", stills=2)
+        fields = dataclasses.asdict(config.run) | dict(run_dir=str(run_dir), steps=steps, device="cpu", checkpoint_every=1) | fields
+        trainer = DMCVBTrainer(dataclasses.replace(config, data=data, optim=optim, run=type(config.run)(**fields)))
+        trainer.train()
+        return trainer.training_step.tokens.optimizer.updates
+
+    assert run(tmp_path / "straight") == 4
+    assert run(tmp_path / "halves", steps=3) == 3
+    assert run(tmp_path / "halves", resume=True) == 4
+    one, other = (load_model(tmp_path / name)[0].state_dict() for name in ("straight", "halves"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
