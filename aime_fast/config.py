@@ -95,7 +95,9 @@ class ModelConfig:
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
-    hidden_tokens: Share = 0.5  # share of training sequences whose predictor is shown no tokens, so that the context carries what they tell
+    hidden_tokens: Share = (
+        0.5  # share of training sequences whose tokens are predicted from the context alone, so that it carries what they tell
+    )
     attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
     overshoot_frames: Steps = 3  # imagined frames that are scored in training
     decoded_share: Share = 1.0  # share of training sequences that are decoded, at least the next; with --stills few are enough
@@ -113,7 +115,7 @@ class LossConfig:
     lambda_gram: Weight = 0.0  # Gram distance to the EMA encoder; 0 saves that encoder's pass over the batch (docs/log.md has the measures)
     lambda_overshoot: Weight = 0.5  # scores of imagined frames
     lambda_commitment: Weight = 0.25  # VQ commitment
-    lambda_recall: Weight = 1.0  # latents and movement as the context tells them
+    lambda_recall: Weight = 1.0  # error of latents and movement read linearly from the context
     lambda_attention_motion: Weight = 0.1  # attention motion
     lambda_attention_foreground: Weight = 0.0  # KL of the map to where the frame differs from the background; needs --no-augment
     lambda_kl_attention: Weight = 0.1  # KL between inferred and predicted attention, of observed and of imagined frames
@@ -146,7 +148,7 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    picture_steps: Steps | None = 0  # first steps, of encoder and decoder alone on single frames; none: two thirds, with --stills
+    picture_steps: Steps | None = 0  # first steps, of encoder, decoder and perceiver alone; none: two thirds, with --stills
     latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
     latent_phase_batch_size: Count = 64  # pieces of episodes in such an update
     latent_phase_frames: Count = 30  # frames imagined in it, at first fewer, after some observed ones
@@ -159,7 +161,7 @@ class RunConfig:
     """How long, where, and what is written."""
 
     seed: Seed = 0  # seed of data, weights and noise
-    steps: Count | None = None  # updates, those of pictures alone included; give this or --epochs
+    steps: Count | None = None  # updates, picture steps included; give this or --epochs
     epochs: Annotated[float, Bound(0, 1e6, open_low=True)] | None = None  # passes over the training sequences, picture steps included
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast

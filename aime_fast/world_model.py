@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -71,7 +70,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
                 share_codebook=c.share_codebook, codebook_decay=c.codebook_decay,
             ),
             predictor=dict(
-                dim=c.predictor_dim, layers=c.predictor_layers, corruption=c.token_corruption, hidden=c.hidden_tokens,
+                dim=c.predictor_dim, layers=c.predictor_layers, corruption=c.token_corruption, hidden_share=c.hidden_tokens,
                 refinement_steps=c.refinement_steps,
             ),
         )  # fmt: skip
@@ -175,23 +174,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: decoder"):
             z, maps = (x.unflatten(0, start.shape)[drawn].flatten(0, 1) for x in (inferred.latents, inferred.maps.attention))
             decoded = self.decoder(z, self.with_dropout(maps, start[drawn].shape))
-        terms = dict(commitment=tokens.commitment, perplexity=tokens.perplexity, code_usage=tokens.usage)
-        with span("perceiver_io: tokenizer decoder"):
-            from_tokens = self.perceiver_io.tokenizer.decode_vectors(tokens.quantized[few], start[few])
-            terms["token_reconstruction"] = F.mse_loss(full_precision(from_tokens), video[few])
-        if self.training:  # context and decoder have read the codebook: only now may it change
-            self.perceiver_io.learn(tokens)
-        with span("perceiver_io: predictor"):
-            pictures = None
-            if self.training:
-                parameters = decoded.detach().unflatten(0, start[drawn].shape)[few]
-                pictures = self.decoder.likelihood.mean(parameters.flatten(0, 1)).unflatten(0, start[few].shape)
-            terms["next_token"], terms["token_accuracy"] = self.perceiver_io.predictor.loss(
-                tokens.codes[few], inferred.context[few], actions[few], start[few], own_tokens, self.perceiver_io.context, pictures
-            )
-        with span("perceiver_io: recall"):
-            told = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
-            terms["context_recall"] = self.perceiver_io.recall_loss(inferred.context, *told)
+        pictures = None
+        if self.training:
+            parameters = decoded.detach().unflatten(0, start[drawn].shape)[few]
+            pictures = self.decoder.likelihood.mean(parameters.flatten(0, 1)).unflatten(0, start[few].shape)
+        means, delta = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
+        terms = dict(perplexity=tokens.perplexity, code_usage=tokens.usage)
+        terms |= self.perceiver_io.score(video, tokens, inferred.context, actions, start, few, means, delta, own_tokens, pictures)
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(decoded, video[drawn].flatten(0, 1)).mean()
         with span("generative_prior: KL"):

@@ -96,7 +96,7 @@ def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
 class Plan(NamedTuple):
     """How a budget is divided."""
 
-    pictures: int  # steps of encoder and decoder alone
+    pictures: int  # steps of encoder, decoder and perceiver alone
     joint: int  # joint updates, as many as are expected
     latent: int  # updates of the latent phase
     stop: float  # processor seconds at which the joint updates end

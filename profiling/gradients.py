@@ -26,8 +26,8 @@ from aime_fast.training.checkpoint import load_model
 from profiling.machine import describe, title, write_json
 
 PARTS = (
-    "perceiver_io.tokenizer", "perceiver_io.time", "perceiver_io.predictor", "encoder", "decoder", "prior", "recurrence",
-    "attention.posterior", "attention.prior",
+    "perceiver_io.tokenizer", "perceiver_io.dense", "perceiver_io.time", "perceiver_io.predictor", "encoder", "decoder", "prior",
+    "recurrence", "attention.posterior", "attention.prior",
 )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def without_token_task(trainer: DMCVBTrainer) -> None:
         return terms, [0.0 * loss if task == "perceiver" else loss for task, loss in zip(TASKS, tasks)]
 
     losses.compute_losses = others_alone
+    trainer.training_step._learn_perception = lambda *_: {}
 
 
 def without_adversary(trainer: DMCVBTrainer) -> None:

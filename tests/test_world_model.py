@@ -231,7 +231,10 @@ INFERENCE = {
 
 
 def codebook_state(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.perceiver_io.tokenizer.quantizer.state_dict().items()}
+    perceiver = model.perceiver_io
+    return {name: value.clone() for name, value in perceiver.tokenizer.quantizer.state_dict().items()} | {
+        "mean": perceiver.mean_code.clone()
+    }
 
 
 @pytest.mark.parametrize("name", INFERENCE)

@@ -155,7 +155,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     ),
     "context_unused": (
         context_unused,
-        "raise --own-tokens or --token-corruption so that present tokens alone do not tell the next ones, or raise --perceiver-lr-scale",
+        "train perception longer with --picture-steps, or raise --lambda-recall, or --hidden-tokens, so that present tokens tell less",
     ),
     "actions_unused": (
         actions_unused,

@@ -20,8 +20,9 @@ from aime_fast.layers import DELTA_SCALE, TransformerBlock, episode_mask, full_p
 from aime_fast.perceiver_io.predictor import PerceiverTokenPredictor
 from aime_fast.perceiver_io.tokenizer import Tokens, VQPTTokenizer
 from aime_fast.runtime.roll_out import RollOut, match_layout
+from aime_fast.runtime.spans import span
 
-USUAL_DECAY = 0.9  # an update of `usual`: as fast as the codebook moves at first
+MEAN_DECAY = 0.9  # an update of `mean_code`: as fast as the codebook moves at first
 
 
 class ContextCache(NamedTuple):
@@ -51,10 +52,11 @@ class CausalPerceiverIO(nn.Module):
         tokenizer, predictor: further keywords of `VQPTTokenizer` and `PerceiverTokenPredictor`.
 
     The tokenizer is trained by its own reconstruction and commitment alone: context and predictor read discrete codes. The context is
-    trained by tokens that it alone tells the predictor, and by `recall_loss`. By the tokens of the next frame alone, predicted from it and
-    the tokens of this frame, it stayed a constant: what it could add is little, and hardly any gradient came back (docs/log.md).
+    trained by the ELBO, by `recall_loss`, and by the tokens of sequences of which the predictor is given nothing else. By those alone
+    that it predicts from tokens of this frame too it stayed a constant: it can add little, and hardly any gradient came back
+    (docs/log.md).
 
-    `usual` [Ht * Wt, Q * d], a moving average of the code vectors of each place, is taken off what the context reads.
+    `mean_code` [Ht * Wt, Q * d], a moving average of the code vectors of each place, is taken off what the context reads.
     """
 
     def __init__(
@@ -79,8 +81,8 @@ class CausalPerceiverIO(nn.Module):
         quantizer, grid, dim = self.tokenizer.quantizer, self.tokenizer.grid, num_latent_channels
         self.embed = nn.Linear(self.tokenizer.width, dim)
         self.register_buffer("positions", grid_positions(grid, grid, dim), persistent=False)
-        self.register_buffer("usual", torch.zeros(grid**2, self.tokenizer.width))
-        self.dense = nn.Linear(self.usual.numel(), dim)
+        self.register_buffer("mean_code", torch.zeros(grid**2, self.tokenizer.width))
+        self.dense = nn.Linear(self.mean_code.numel(), dim)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * dim**-0.5)
         self.read = TransformerBlock(dim, hidden_dim=hidden_dim, memory_dim=dim)
         self.think = TransformerBlock(dim, hidden_dim=hidden_dim)
@@ -130,23 +132,58 @@ class CausalPerceiverIO(nn.Module):
         """One vector for each frame, of that frame alone: int64 [B, T, Ht, Wt, Q] -> [B, T, D].
 
         Tokens are attended to by how rare their codes are: in a mean over the picture the few that change would vanish. The dense layer
-        sees each at its place: an angle is a pattern, not a token.
+        sees each at its place, so that it can tell patterns of several, as a pole at an angle is.
         """
         rarity = self.tokenizer.quantizer.surprise(tokens).flatten(2).flatten(0, 1).unsqueeze(1)  # [B * T, 1, Ht * Wt]
-        unusual = rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c") - self.usual
-        memory = self.embed(unusual) + self.positions
+        centred = rearrange(self.tokenizer.embed(tokens), "b t h w c -> (b t) (h w) c") - self.mean_code
+        memory = self.embed(centred) + self.positions
         latents = self.read(self.latents.expand(memory.shape[0], -1, -1), memory, rarity.to(memory.dtype))
-        return (self.think(latents).mean(1) + self.dense(unusual.flatten(1))).unflatten(0, tokens.shape[:2])
+        return (self.think(latents).mean(1) + self.dense(centred.flatten(1))).unflatten(0, tokens.shape[:2])
 
     def recall_loss(self, context: Tensor, means: Tensor, delta: Tensor) -> Tensor:
         """Mean squared error of latents and scaled movement, [B, T, Z] each, without gradient, read linearly from context [B, T, Dc]."""
         told = torch.cat([means, DELTA_SCALE * delta], dim=-1).detach()
         return F.mse_loss(full_precision(self.recall(context)), full_precision(told))
 
+    def score(
+        self,
+        video: Tensor,
+        tokens: Tokens,
+        context: Tensor,
+        actions: Tensor,
+        start: Tensor,
+        few: slice,
+        means: Tensor,
+        delta: Tensor,
+        own_tokens: Tensor | float = 0.0,
+        pictures: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms of the perceiver task; in training codebook and mean code then learn: context and decoder have read the old ones.
+
+        Args: video [B, T, 3, H, W] in [-1, 1], actions [B, T, A], start bool [B, T]; tokens of all sequences or of the first few; context
+            [B, T, Dc]; few: the sequences that are tokenised back and predicted; means, delta [B, T, Z]: see `recall_loss`; own_tokens,
+            pictures of the few: see `PerceiverTokenPredictor.loss`.
+
+        Returns: scalars: commitment, token_reconstruction, next_token, token_accuracy, context_recall.
+        """
+        terms = {"commitment": tokens.commitment}
+        with span("perceiver_io: tokenizer decoder"):
+            from_tokens = self.tokenizer.decode_vectors(tokens.quantized[few], start[few])
+            terms["token_reconstruction"] = F.mse_loss(full_precision(from_tokens), video[few])
+        if self.training:
+            self.learn(tokens)
+        with span("perceiver_io: predictor"):
+            terms["next_token"], terms["token_accuracy"] = self.predictor.loss(
+                tokens.codes[few], context[few], actions[few], start[few], own_tokens, self.context, pictures
+            )
+        with span("perceiver_io: recall"):
+            terms["context_recall"] = self.recall_loss(context, means, delta)
+        return terms
+
     def learn(self, tokens: Tokens) -> None:
-        """Update codebook and `usual` by the tokens of a batch, when nothing reads the old ones any more."""
+        """Update codebook and `mean_code` by the tokens of a batch, when nothing reads the old ones any more."""
         vectors = self.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1)
-        self.usual.lerp_(vectors.mean(0).to(self.usual.dtype), 1 - USUAL_DECAY)
+        self.mean_code.lerp_(vectors.mean(0).to(self.mean_code.dtype), 1 - MEAN_DECAY)
         self.tokenizer.learn(tokens)
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:

@@ -47,7 +47,7 @@ class PerceiverTokenPredictor(nn.Module):
     Args:
         grid: Ht = Wt.
         corruption: share of input tokens replaced by random codes in training, against exposure bias.
-        hidden: share of training sequences of which no token of frame t is shown, only c_t: it must tell what they would.
+        hidden_share: of the training sequences, those of which neither tokens of frame t nor a picture are shown, only c_t.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class PerceiverTokenPredictor(nn.Module):
         dim: int = ModelConfig.predictor_dim,
         layers: int = ModelConfig.predictor_layers,
         corruption: float = ModelConfig.token_corruption,
-        hidden: float = ModelConfig.hidden_tokens,
+        hidden_share: float = ModelConfig.hidden_tokens,
         refinement_steps: int = ModelConfig.refinement_steps,
     ):
         super().__init__()
         self.grid, self.heads, self.codes = grid, codebook_heads, codebook_size
-        self.corruption, self.hidden, self.refinement_steps = corruption, hidden, refinement_steps
+        self.corruption, self.hidden_share, self.refinement_steps = corruption, hidden_share, refinement_steps
         self.mask_token = codebook_size
         self.current = nn.Embedding(codebook_heads * codebook_size, dim)
         self.partial = nn.Embedding(codebook_heads * (codebook_size + 1), dim) if refinement_steps else None
@@ -98,7 +98,7 @@ class PerceiverTokenPredictor(nn.Module):
             actions: [B, T, A], a_t.
             partial: int64 [B, T, Ht, Wt, Q], known tokens of frame t+1; `mask_token` where unknown.
             seen: [B, T, Ht * Wt, D], what `see` gives of pictures of frame t+1; 0 where there is none.
-            shown: [B], 0 for a sequence whose tokens are hidden; None shows all.
+            shown: bool [B], false for a sequence whose tokens are hidden; None shows all.
 
         Returns:
             [B, T, Ht, Wt, Q, V] for frame t+1.
@@ -106,8 +106,8 @@ class PerceiverTokenPredictor(nn.Module):
         batch, frames = tokens.shape[:2]
         x = self._embed(self.current, tokens, self.codes)
         if shown is not None:
-            shown = shown.to(x.dtype).repeat_interleave(frames)[:, None, None]  # [B * T, 1, 1]
-            x = x * shown
+            shown = shown.repeat_interleave(frames)[:, None, None]  # [B * T, 1, 1]
+            x = torch.where(shown, x, 0.0)
         x = x + self.positions
         if self.partial is not None:
             known = torch.full_like(tokens, self.mask_token) if partial is None else partial
@@ -120,7 +120,7 @@ class PerceiverTokenPredictor(nn.Module):
         x = self.norm(x)
         shape = dict(b=batch, t=frames, h=self.grid, w=self.grid, q=self.heads)
         logits = rearrange(self.logits(x), "(b t) (h w) (q v) -> b t h w q v", **shape)
-        stay = self.stay(x) if shown is None else self.stay(x) * shown
+        stay = self.stay(x) if shown is None else torch.where(shown, self.stay(x), 0.0)
         stay = rearrange(stay, "(b t) (h w) q -> b t h w q 1", **shape)
         return logits.scatter_add(-1, tokens.unsqueeze(-1), stay)
 
@@ -137,8 +137,9 @@ class PerceiverTokenPredictor(nn.Module):
         """Teacher-forced cross-entropy (nats a token) and accuracy of frames 1..T-1; a frame after a cut is not predicted.
 
         In training, a share `own_tokens` of the input frames is what the model itself predicts for them from the frame before
-        (scheduled sampling; Bengio et al., arXiv 1506.03099), `corruption` of the input tokens are random codes, and of a share `hidden`
-        of the sequences none is shown. The context is computed from these inputs too: that of the true tokens would tell what was replaced.
+        (scheduled sampling; Bengio et al., arXiv 1506.03099), `corruption` of the input tokens are random codes, and of a share
+        `hidden_share` of the sequences neither tokens nor a picture are shown. The context is computed from these inputs too: that of the
+        true tokens would tell what was replaced.
 
         Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1]; context_of:
             (tokens, start) -> context, used in training; None takes the given context; pictures [B, T, 3, H, W], of the same frames as the
@@ -149,20 +150,21 @@ class PerceiverTokenPredictor(nn.Module):
         weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
         seen = None if pictures is None else self.see(pictures[:, 1:])
         if self.training:
+            shown = torch.rand(len(given), device=given.device) >= self.hidden_share
             if seen is not None:
-                seen = seen * (torch.rand(len(seen), 1, 1, 1, device=seen.device) < PICTURED)
+                pictured = shown & (torch.rand(len(given), device=given.device) < PICTURED)
+                seen = seen * pictured[:, None, None, None]
             if isinstance(own_tokens, Tensor) or own_tokens > 0:
                 given = self._mix_in_own(given, context, actions, start, own_tokens, seen)
             noise = torch.rand(given.shape, device=tokens.device)
             given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
-            shown = torch.rand(len(given), device=given.device) >= self.hidden
             if context_of is not None:
                 context = context_of(given, start[:, :-1])
             if self.partial is not None:
                 ratio = torch.cos(0.5 * math.pi * torch.rand(target.shape[:2], device=tokens.device))
-                hidden = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
-                partial = torch.where(hidden, self.mask_token, target)
-                weight = weight * hidden
+                masked = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
+                partial = torch.where(masked, self.mask_token, target)
+                weight = weight * masked
         logits = full_precision(self(given, context, actions[:, :-1], partial, seen, shown))
         total = weight.sum().clamp_min(1.0)
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")

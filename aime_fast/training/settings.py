@@ -43,7 +43,7 @@ def check_pictures(config: Config) -> None:
 
 
 def picture_steps(config: Config, total_steps: int, resumed: dict[str, Any] | None) -> int:
-    """How many of the steps, the first ones, are of encoder and decoder alone.
+    """How many of the steps, the first ones, are of encoder, decoder and perceiver alone.
 
     A run that has left them behind does not go back, and one that is resumed in them has made those that it has made.
 

@@ -10,8 +10,8 @@ new weights). `execution.py` runs it eagerly, compiled or captured as one CUDA g
 two bools, and metrics go out as tensors on the device. An update whose losses or gradients are not finite changes nothing: weights and
 averages move by zero, buffers that the forward pass learns (codebooks) are restored, and RGB guards its own state. `faults` counts such
 updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames (`stills.py`) and of
-perception alone (`tokens.py`) stand for themselves: each is made or not, those before an update that is not made remain, and they run
-eagerly.
+the perceiver alone (`perception.py`) stand for themselves: each is made or not, those before an update that is not made remain, and
+they run eagerly.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
 from aime_fast.training.execution import Compile, Execution, Kind
 from aime_fast.training.faults import Faults, first_error
+from aime_fast.training.perception import GRADIENT_NORM, PerceptionUpdates
 from aime_fast.training.stills import STILLS, StillUpdates
-from aime_fast.training.tokens import TOKENS, TokenUpdates
 
 BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
@@ -53,7 +53,7 @@ CHECKED = (
     *(f"loss/{name}" for name in (*TERMS, *TASKS)),
     *(f"loss/{name}" for name in ("discriminator_image", "discriminator_temporal", "discriminator")),
     *(f"gradient_norm/{name}" for name in ("discriminator", *TASKS, "total")),
-    TOKENS[-1],
+    GRADIENT_NORM,
 )
 
 
@@ -98,8 +98,7 @@ class TrainingStep:
         self.discriminator_optimizer = Adam(self.discriminator.flat)
         self.stills = StillUpdates(model, self.generator, config.data.stills, config.loss, optim.grad_clip, optim.adam_beta1)
         self.losses = LossAggregator(config.loss)
-        scale = optim.perceiver_lr_scale
-        self.tokens = TokenUpdates(model, self.generator, self.losses, scale, optim.grad_clip, optim.adam_beta1)
+        self.perception = PerceptionUpdates(model, self.generator, self.losses, optim.perceiver_lr_scale, optim.grad_clip, optim.adam_beta1)
         self.discriminator_lr = torch.tensor(optim.discriminator_lr, device=self.device)
         self._task_rows, self._discriminator_row = GradientRows(self.generator, len(TASKS)), GradientRows(self.discriminator, 1)
         self.gradient = torch.zeros_like(self.generator.flat)  # balanced by RGB and clipped
@@ -156,14 +155,16 @@ class TrainingStep:
         return TensorDict(metrics, batch_size=[])
 
     def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor) -> TensorDict:
-        """Updates of encoder and decoder alone, on the single frames of the batches, and of perception alone, on their sequences.
+        """Updates of encoder and decoder alone, on the single frames of the batches, and of the perceiver alone, on their sequences.
 
         Args: batches with `stills` uint8 [B, T, 3, H, W], and what `__call__` takes; learning_rate: a scalar tensor.
 
-        Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, `tokens.TOKENS`, `learning_rate`, and `finite`: whether all
-        were made.
+        Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, those of `PerceptionUpdates`, `learning_rate`, and `finite`:
+        whether all were made.
         """
-        scalars = [self._learn_stills(batch, learning_rate, attends=False) | self._learn_tokens(batch, learning_rate) for batch in batches]
+        scalars = [
+            self._learn_stills(batch, learning_rate, attends=False) | self._learn_perception(batch, learning_rate) for batch in batches
+        ]
         metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in scalars[0]}
         finite = self.faults.record(metrics)
         self.ema.update(finite)
@@ -231,9 +232,9 @@ class TrainingStep:
         frames = self._observe(batch["stills"].flatten(0, 1).unsqueeze(1)).squeeze(1)  # each is a sequence of one
         return self.stills(frames, learning_rate, self.autocast(), attends)
 
-    def _learn_tokens(self, batch: TensorDict, learning_rate: Tensor) -> dict[str, Tensor]:
-        """An update of perception alone; returns its scalars by name."""
-        return self.tokens(self._observe(batch["pixels"]), batch["action"], batch["is_init"], learning_rate, self.autocast())
+    def _learn_perception(self, batch: TensorDict, learning_rate: Tensor) -> dict[str, Tensor]:
+        """An update of the perceiver alone; returns its scalars by name."""
+        return self.perception(self._observe(batch["pixels"]), batch["action"], batch["is_init"], learning_rate, self.autocast())
 
     def apply_gradients(
         self, gradients: Gradients, metrics: dict[str, Tensor], learnt_before: list[Tensor], learning_rate: Tensor
@@ -277,7 +278,9 @@ class TrainingStep:
         bad_parameter = first_error(((f"parameter {n}", p) for n, p in self.model.named_parameters()), step)
         error = first_error(self._terms(), step)
         if error is None and self._gradients.tasks is None:
-            error = NonFiniteError(f"gradient of single frames at step {step}: not finite, although the loss is")
+            norms = {name: one["loss"][name] for one in self._evidence for name in (STILLS[-1], GRADIENT_NORM) if name in one["loss"]}
+            whose = next((name.partition("/")[2] for name, norm in norms.items() if not norm.isfinite()), STILLS[-1])
+            error = NonFiniteError(f"gradient of {whose} at step {step}: not finite, although the loss is")
         if error is None:
             error = NonFiniteError(f"gradient norm at step {step}: overflows although every element is finite")
         return error if bad_parameter is None else NonFiniteError(f"{error}. Its source may be {bad_parameter}")
@@ -297,7 +300,7 @@ class TrainingStep:
                 yield f"gradient of {whose} for {names[id(parameter)]}", view
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, EMA, both optimizers, RGB and the count of updates not made."""
+        """Weights, EMA, all optimizers, RGB and the count of updates not made."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
@@ -305,7 +308,7 @@ class TrainingStep:
             "optimizer": self.optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
             "stills_optimizer": self.stills.optimizer.state_dict(),
-            "tokens_optimizer": self.tokens.optimizer.state_dict(),
+            "perception_optimizer": self.perception.optimizer.state_dict(),
             "rgb": self.rgb.state_dict(),
             "faults": self.faults.state_dict(),
         }
@@ -319,5 +322,5 @@ class TrainingStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         self.stills.optimizer.load_state_dict(state["stills_optimizer"])
-        self.tokens.optimizer.load_state_dict(state["tokens_optimizer"])
+        self.perception.optimizer.load_state_dict(state["perception_optimizer"])
         self.faults.load_state_dict(state["faults"])

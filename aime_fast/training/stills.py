@@ -3,7 +3,7 @@
 The frames of a sequence look alike, and an update of all tasks costs as much as a dozen of these: pictures are learnt faster from many
 small batches of single frames (docs/log.md). Encoder and slots get an empty state and no context. The prior of a single frame is
 N(0, I), from the first update on: it gives latents their scale, since to the mixture prior, which is relative to the latent before, any
-scale is the same. They are made before each update of all tasks, and by themselves in the first steps of a run (`--picture-steps`).
+scale is the same. They are made before each update of all tasks, and in the first steps of a run (`--picture-steps`) instead of it.
 """
 
 from __future__ import annotations

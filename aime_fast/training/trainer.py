@@ -383,10 +383,10 @@ class DMCVBTrainer:
         self.console.line(
             f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to "
             f"{self.total_steps} ({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
-            + (f"; to step {self.picture_steps} encoder and decoder alone" if self.step < self.picture_steps else "")
+            + (f"; to step {self.picture_steps} encoder, decoder and perceiver alone" if self.step < self.picture_steps else "")
         )
         if self.picture_steps >= self.total_steps:
-            self.console.line("no step is left in which prior, recurrence, tokens and attention learn: give more --steps")
+            self.console.line("no step is left in which prior, recurrence and attention learn: give more --steps")
 
     def _close(self) -> None:
         for opened in (self.console, self.logger, self.batches, self.validation):

@@ -109,10 +109,10 @@ def train(spec: dict, folder: Path) -> None:
             print(f"over budget: {stopped}", flush=True)
     watch.finish()
     frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
-    pictures, of_joint = trainer.picture_steps, 2 if config.data.stills else 1
+    pictures, of_each = trainer.picture_steps, 2 if config.data.stills else 1
     for point in watch.points:
         made = max(0, point["updates"] - pictures)
-        point["frames"] = frames * (point["updates"] - made + of_joint * made)
+        point["frames"] = frames * of_each * point["updates"]  # of a picture step too: single frames and sequences
         point["updates"] = made
     write_json(folder / "points.json", watch.points)
 

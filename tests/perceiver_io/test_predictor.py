@@ -13,7 +13,7 @@ from aime_fast.perceiver_io.predictor import sample_codes
 def test_predictor_learns_to_copy_and_counts_only_frames_with_a_past():
     model = make_model().train()
     predictor = model.perceiver_io.predictor.float()
-    predictor.corruption = predictor.hidden = 0.0
+    predictor.corruption = predictor.hidden_share = 0.0
     torch.manual_seed(0)
     tokens = torch.randint(32, (2, 1, 4, 4, 2)).expand(2, 4, 4, 4, 2)
     context, actions = torch.zeros(2, 4, 20), torch.zeros(2, 4, 2)
@@ -46,7 +46,6 @@ def test_hidden_tokens_are_told_by_the_context_alone(model):
     predictor = model.perceiver_io.predictor
     torch.manual_seed(0)
     tokens, context, actions = torch.randint(32, (3, 2, 4, 4, 2)), torch.randn(3, 2, 20).double(), torch.randn(3, 2, 2).double()
-    torch.nn.init.normal_(predictor.stay.weight)
     shown = torch.tensor([True, False, True])
     logits = predictor(tokens, context, actions, shown=shown)
     changed = predictor(tokens.roll(1, 0), context, actions, shown=shown)
@@ -64,12 +63,30 @@ def test_in_training_a_share_of_the_sequences_is_hidden(monkeypatch):
     tokens = torch.randint(32, (64, 2, 4, 4, 2))
     given = tokens, torch.zeros(64, 2, 20).double(), torch.zeros(64, 2, 2).double(), torch.zeros(64, 2, dtype=torch.bool)
     for hidden, least, most in ((0.0, 64, 64), (0.5, 16, 48), (1.0, 0, 0)):
-        predictor.hidden = hidden
+        predictor.hidden_share = hidden
         predictor.loss(*given)
         assert least <= calls[-1].sum() <= most
     model.eval()
     predictor.loss(*given)
     assert calls[-1] is None
+
+
+def test_hidden_sequences_train_the_context_and_have_no_picture():
+    model = make_model().train()
+    perceiver, predictor = model.perceiver_io, model.perceiver_io.predictor
+    video, actions = make_batch(model, 4, 3)
+    codes, start = perceiver.tokenizer.encode(video)[0], starts(None, 4, 3, video.device)
+    predictor.hidden_share = 1.0
+
+    def loss(pictures):
+        torch.manual_seed(1)
+        return predictor.loss(codes, perceiver.context(codes, start), actions, start, 0.0, perceiver.context, pictures)[0]
+
+    torch.testing.assert_close(loss(video), loss(-video), rtol=0, atol=0)
+    gradient = torch.autograd.grad(loss(video), (perceiver.dense.weight, perceiver.read.attention.query.weight), allow_unused=True)
+    assert gradient[0].abs().sum() > 0
+    predictor.hidden_share = 0.0
+    assert loss(video) != loss(-video)
 
 
 def test_the_context_of_replaced_tokens_is_computed_from_them(monkeypatch):
