@@ -135,7 +135,10 @@ def one_seed(config: Config, options: argparse.Namespace, threads: int, cost: di
         optim = replace(config.optim, picture_steps=division.pictures, latent_phase_updates=division.latent)
         steps = 10**9 if config.optim.schedule == "constant" else expected
         given = {"config": to_dict(replace(config, run=run, optim=optim)), "threads": threads, "steps": steps}
-        spec = _spec(folder / "ours", given | {"seconds": seconds, "stop": division.stop, "costs": cost})
+        spec = _spec(
+            folder / "ours",
+            given | {"seconds": seconds, "stop": division.stop, "costs": cost, "most_latent": config.optim.latent_phase_updates},
+        )
         commands["ours"] = python("profiling.learning.ours", "train", spec, str(folder / "ours"))
     if options.only != "ours":
         peer = {"peer": json.loads(options.peer_config), "seconds": seconds, "points": POINTS}

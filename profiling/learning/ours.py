@@ -9,13 +9,15 @@ seeds). Unpacking the data, making batches and checkpoints count; imports, readi
 video at the end do not.
 
 SPEC is a JSON file with `config`, `threads` and, to train, the budget `seconds`, `stop`, the second of it at which the joint updates end,
-`steps`, at which they end in any case, and `costs`; to measure, `updates` and `latent_updates`, two numbers.
+`steps`, at which they end in any case, `most_latent`, updates of the latent phase or null, and `costs`; to measure, `updates` and
+`latent_updates`, two numbers.
 FOLDER gets `points.json`, a list of {seconds, updates (joint ones), frames, checkpoint}, one for each checkpoint, the last of the end.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -96,9 +98,13 @@ def train(spec: dict, folder: Path) -> None:
         print(f"joint updates stopped at {trainer.step} after {watch.clock.seconds:.0f} s", flush=True)
     watch.stop_at = None
     if wanted:
-        costs = spec["costs"]
-        left = spec["seconds"] - watch.clock.seconds - costs["latent_begin"]
-        wanted = min(wanted, max(0, int(left / costs["latent_update"]))) if costs["latent_update"] > 0 else wanted
+        costs, pictures = spec["costs"], min(trainer.step, trainer.picture_steps)
+        expected = pictures * costs["picture_step"] + (trainer.step - pictures) * costs["update"]
+        # The machine may have become faster or slower since costs were measured.
+        pace = watch.clock.seconds / expected if expected > 0 else 1.0
+        left, each = spec["seconds"] - watch.clock.seconds - pace * costs["latent_begin"], pace * costs["latent_update"]
+        if each > 0:
+            wanted = max(0, min(int(left / each), math.inf if spec["most_latent"] is None else spec["most_latent"]))
     if wanted:
         with watch.clock.paused():
             trainer = DMCVBTrainer(_for(config, trainer.step, wanted, resume=True))
