@@ -1,8 +1,8 @@
 """Operations of a training step: `python -m profiling.flops --tier 1 [--json FILE] [any setting of train]`.
 
 Counts the matrix products, convolutions and attention of `n_critic` updates, as PyTorch's operators are called with their shapes, and
-prints MFLOP a frame by pillar, forward and backward; a multiplication and an addition are two. Nothing is timed, so the machine does
-not matter. The batch is a few sequences: operations a frame do not depend on their number, except for those of the update itself.
+prints MFLOP a frame by pillar, forward and backward; a multiplication and an addition are two. Tensors are fake: nothing is computed, so
+the machine does not matter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from aime_fast.cli import parse_arguments, run_command, tier_from
 from aime_fast.config import Config, preset
 from aime_fast.runtime.spans import open_spans
 from profiling.machine import describe, write_json
-from profiling.steps import Updates
+from profiling.steps import FakeUpdates
 from profiling.trace import OUTSIDE, Share, by_pillar
 
-SEQUENCES = 4  # of the batch that is counted
-PER_UPDATE = ("step: RGB", "step: Adam", "step: EMA")  # ranges whose operations do not grow with the batch
+PER_UPDATE = ("step: RGB", "step: Adam", "step: EMA")  # ranges of which an update has one, however many batches it accumulates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,21 +61,14 @@ class CountByRange(TorchDispatchMode):
 
 def count(config: Config) -> dict[str, Share]:
     """Operations a frame by range, mean over a cycle of updates."""
-    one = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, batch_size=min(config.data.batch_size, SEQUENCES), prefetch=0),
-        optim=dataclasses.replace(config.optim, accumulate=1),
-        run=dataclasses.replace(config.run, device="cpu", compile="off", kernels="reference", precision="fp32"),  # bf16 counts the same
-    )
-    updates = Updates(one)
-    try:
-        with open_spans() as names, CountByRange(names) as counter:
-            for _ in range(updates.cycle):
-                updates()
-    finally:
-        updates.close()
-    whole = config.data.batch_size * config.data.sequence_length * config.optim.accumulate  # frames of an update as it is
-    frames = {name: updates.cycle * (whole if name in PER_UPDATE else updates.frames) for name in counter.counts}
+    run = dataclasses.replace(config.run, device="cpu", compile="off", kernels="reference", precision="fp32")  # bf16 counts the same
+    updates = FakeUpdates(dataclasses.replace(config, run=run))
+    with open_spans() as names:
+        counter = CountByRange(names)
+        for _ in range(updates.cycle):
+            updates(counter)
+    cycle = updates.cycle * updates.frames
+    frames = {name: cycle * (config.optim.accumulate if name in PER_UPDATE else 1) for name in counter.counts}
     return {name: Share(s.forward / frames[name], s.backward / frames[name]) for name, s in counter.counts.items() if s.total}
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 
 import torch
 from tensordict import TensorDict
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import Config
 from aime_fast.data import make_batches
@@ -75,6 +79,51 @@ class Updates:
     def close(self) -> None:
         """Stop the loader."""
         self.batches.close()
+
+
+class FakeUpdates:
+    """The same updates on fake tensors: every operator is called with its shapes and types, and nothing is computed.
+
+    An operator that reads a value on the host, or has no shape function, raises. Precision is that of autocast on a CPU; batches are not
+    accumulated.
+
+    Args and attributes: as of `Updates`.
+    """
+
+    def __init__(self, config: Config):
+        self.frames, self.cycle = config.data.batch_size * config.data.sequence_length, config.optim.n_critic
+        data = dataclasses.replace(with_synthetic_frames(config).data, prefetch=0)
+        config = dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, accumulate=1))
+        batches, validation = make_batches(data, config.run.seed, torch.device("cpu"))
+        batch, action_dim = next(batches).to_dict(), batches.action_dim
+        batches.close()
+        validation.close()
+        model = DPGMMVariationalRecurrentAutoencoder.from_config(config, action_dim)
+        self._mode = _CopyableFakes()
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = parameter if parameter is None else nn.Parameter(self._mode.from_tensor(parameter.detach()))
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else self._mode.from_tensor(buffer)
+        self._batch = {name: self._mode.from_tensor(value) for name, value in batch.items()}
+        with self._mode, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a deep copy asks whether there is any
+            self.step, self._one = TrainingStep(model, config), torch.ones(())
+        self.made = 0
+        self._trains_discriminator = Every(self.cycle)
+
+    def __call__(self, recorder: TorchDispatchMode) -> None:
+        """Make one update, its operators called under `recorder`."""
+        self.made += 1
+        with self._mode, recorder:
+            self.step([self._batch], self._one, self._one, self._trains_discriminator(self.made))
+
+
+class _CopyableFakes(FakeTensorMode):
+    """Fake tensors that may be copied deeply: the copy is of the same mode."""
+
+    def __deepcopy__(self, memo: dict) -> _CopyableFakes:
+        return self
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aime_fast.config import preset
 from aime_fast.runtime.spans import open_spans, span
-from profiling.flops import SEQUENCES, CountByRange, count, main
+from profiling.flops import CountByRange, count, main
 from profiling.steps import Updates
 from profiling.trace import OUTSIDE, Share
 
@@ -34,8 +34,7 @@ def test_backward_counts_where_its_forward_was():
 def test_nothing_is_lost_beside_pytorchs_own_counter():
     config = preset("debug")
     counts = count(config)
-    one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=min(config.data.batch_size, SEQUENCES), prefetch=0))
-    updates = Updates(one)
+    updates = Updates(dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=0)))
     with FlopCounterMode(display=False) as theirs:
         for _ in range(updates.cycle):
             updates()
