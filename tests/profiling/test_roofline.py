@@ -116,8 +116,10 @@ def test_a_change_is_told_and_the_table_has_every_pillar(debug_counts):
     assert all(name in shown for name in ("perceiver_io", "attention_schema", "sum", "h100: eager"))
 
 
-def test_a_host_read_in_the_step_fails():
+def test_a_host_read_in_the_step_fails_and_a_picture_step_has_none():
     updates = FakeUpdates(preset("debug"))
+    with updates._mode:
+        assert "gradient_norm/perception" in updates.step.learn_pictures([updates._batch], updates._one)
     learn = updates.step.rgb.rotate
 
     def reads(gradients, **options):
