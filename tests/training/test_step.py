@@ -74,7 +74,8 @@ def test_step_is_the_loop_of_the_specification(batches):
         update(step, [batch], train_discriminator=False)
 
         torch.manual_seed(seed)
-        outputs = model.forward_sequence(normalise(batch["pixels"]), batch["action"], batch["is_init"], ema=anchor)
+        inputs = normalise(batch["pixels"]), batch["action"], batch["is_init"]
+        outputs = model.forward_sequence(*inputs, ema=anchor, own_tokens=torch.zeros(()))  # as a tensor, it draws random numbers
         _, task_losses = LossAggregator(**to_dict(config.loss)).compute_losses(outputs, beta=0.5)
         optimizer.zero_grad()
         rgb.backward(task_losses)
