@@ -1,9 +1,8 @@
 """The world model one frame at a time: `step` observes the frame, `imagine` predicts and decodes it.
 
 Both map a `State` of fixed shape to the next one and cost one frame, however long the video is. `step` is the definition that the
-parallel path is tested against. `imagine` observes nothing: latent and attention come from their priors and the context stays that of the
-last observed frame, so a decoded frame is never an input. `model` is always the world model, whose methods of the same names are the
-public ones.
+parallel path is tested against. `imagine` observes nothing: latent and attention come from their priors and the context is the mean one,
+so a decoded frame is never an input. `model` is always the world model, whose methods of the same names are the public ones.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class State(NamedTuple):
     latents: Tensor  # [B, Z], the mean of q(z_t), inferred or imagined
     delta: Tensor  # [B, Z], latents minus those of the frame before
     fresh: Tensor  # bool [B], true before an episode's first frame: there is no latent to take a difference from
-    context: Tensor  # [B, Dc], c_t
+    context: Tensor  # [B, Dc], c_t; after an imagined frame the mean of all
     attention: Tensor  # [B, Ha, Wa], A_t
     cache: PerceptionCache | None  # None where no further frame will be observed
 
@@ -91,8 +90,8 @@ def imagine(
 ) -> tuple[dict[str, Tensor], State]:
     """One frame without observing it: `imagine_latents`, then the decoder.
 
-    With `prior_context="current"` too the prior is given the context of the last observed frame. The cache of perception stays that of
-    the last observed frame.
+    With `prior_context="current"` too the prior is given the context of the frame before. The cache of perception stays that of the last
+    observed frame.
 
     Args: given: action [B, A], taken after the imagined frame, alone or with the noise of a sample; state of the frame before; sample:
     sample the prior, otherwise take the mean of the likeliest component.
@@ -114,16 +113,18 @@ def imagine_latents(
 ) -> tuple[Mixture, Tensor | None, State]:
     """`imagine` in latent space, differentiable: (prior of z_t, log of the predicted attention [B, Ha, Wa], the next state).
 
-    Without `attends` the map stays as it is and its log is None. A sampled latent stands for the mean of q(z), as an observed one
-    does: with the noise of q(z) in it, delta would be mostly noise.
+    An imagined frame has no tokens, and the context of the last observed one, kept for a whole roll-out, made it worse (docs/log.md): its
+    context is the mean one. Without `attends` the map stays as it is and its log is None. A sampled latent stands for the mean of q(z),
+    as an observed one does: with the noise of q(z) in it, delta would be mostly noise.
     """
     prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
     z = prior.sample(sample, noise, model.prior.inferred_variance)
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
     delta = _delta(state, z)
-    hidden, lstm = _recur(model, z, delta, state.context, action, state.lstm)
+    context = model.perceiver_io.mean_context.to(state.context).expand_as(state.context)
+    hidden, lstm = _recur(model, z, delta, context, action, state.lstm)
     after = state._replace(
-        lstm=lstm, hidden=hidden, latents=z, delta=delta,
+        lstm=lstm, hidden=hidden, latents=z, delta=delta, context=context,
         fresh=torch.zeros_like(state.fresh), attention=log_attention.exp() if attends else state.attention,
     )  # fmt: skip
     return prior, log_attention, after

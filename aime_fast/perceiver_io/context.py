@@ -22,7 +22,7 @@ from aime_fast.perceiver_io.tokenizer import Tokens, VQPTTokenizer
 from aime_fast.runtime.roll_out import RollOut, match_layout
 from aime_fast.runtime.spans import span
 
-MEAN_DECAY = 0.9  # an update of `mean_code`: as fast as the codebook moves at first
+MEAN_DECAY = 0.9  # an update of `mean_code` and `mean_context`: as fast as the codebook moves at first
 
 
 class ContextCache(NamedTuple):
@@ -57,6 +57,7 @@ class CausalPerceiverIO(nn.Module):
     (docs/log.md).
 
     `mean_code` [Ht * Wt, Q * d], a moving average of the code vectors of each place, is taken off what the context reads.
+    `mean_context` [Dc], of contexts, is that of a frame that nobody has seen.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CausalPerceiverIO(nn.Module):
         self.embed = nn.Linear(self.tokenizer.width, dim)
         self.register_buffer("positions", grid_positions(grid, grid, dim), persistent=False)
         self.register_buffer("mean_code", torch.zeros(grid**2, self.tokenizer.width))
+        self.register_buffer("mean_context", torch.zeros(context_dim))
         self.dense = nn.Linear(self.mean_code.numel(), dim)
         self.latents = nn.Parameter(torch.randn(num_latents, dim) * dim**-0.5)
         self.read = TransformerBlock(dim, hidden_dim=hidden_dim, memory_dim=dim)
@@ -158,7 +160,7 @@ class CausalPerceiverIO(nn.Module):
         own_tokens: Tensor | float = 0.0,
         pictures: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The terms of the perceiver task; in training codebook and mean code then learn: context and decoder have read the old ones.
+        """The terms of the perceiver task; in training codebook and means then learn: context and decoder have read the old ones.
 
         Args: video [B, T, 3, H, W] in [-1, 1], actions [B, T, A], start bool [B, T]; tokens of all sequences or of the first few; context
             [B, T, Dc]; few: the sequences that are tokenised back and predicted; means, delta [B, T, Z]: see `recall_loss`; own_tokens,
@@ -171,7 +173,7 @@ class CausalPerceiverIO(nn.Module):
             from_tokens = self.tokenizer.decode_vectors(tokens.quantized[few], start[few])
             terms["token_reconstruction"] = F.mse_loss(full_precision(from_tokens), video[few])
         if self.training:
-            self.learn(tokens)
+            self.learn(tokens, context)
         with span("perceiver_io: predictor"):
             terms["next_token"], terms["token_accuracy"] = self.predictor.loss(
                 tokens.codes[few], context[few], actions[few], start[few], own_tokens, self.context, pictures
@@ -180,10 +182,11 @@ class CausalPerceiverIO(nn.Module):
             terms["context_recall"] = self.recall_loss(context, means, delta)
         return terms
 
-    def learn(self, tokens: Tokens) -> None:
-        """Update codebook and `mean_code` by the tokens of a batch, when nothing reads the old ones any more."""
+    def learn(self, tokens: Tokens, context: Tensor) -> None:
+        """Update codebook and means by the tokens and contexts of a batch, when nothing reads the old ones any more."""
         vectors = self.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1)
         self.mean_code.lerp_(vectors.mean(0).to(self.mean_code.dtype), 1 - MEAN_DECAY)
+        self.mean_context.lerp_(context.detach().mean((0, 1)).to(self.mean_context.dtype), 1 - MEAN_DECAY)
         self.tokenizer.learn(tokens)
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:

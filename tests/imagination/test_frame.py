@@ -33,7 +33,7 @@ def predict_without_caches(model, video, actions, future):
         predicted = model.attention.prior(attention, h[:, -1], z[:, -1])
         attention = predicted.log_attention.exp()
         z = torch.cat([z, p.sample(False)[:, None]], 1)
-        context = torch.cat([context, context[:, -1:]], 1)
+        context = torch.cat([context, model.perceiver_io.mean_context.expand_as(context[:, -1:])], 1)
         decoded.append(model.decoder.likelihood.mean(model.decoder(z[:, -1], attention)))
         actions = torch.cat([actions, future[:, t : t + 1]], 1)
         deltas = torch.diff(z, dim=1, prepend=z[:, :1])

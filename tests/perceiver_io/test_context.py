@@ -65,15 +65,17 @@ def test_recall_trains_the_context_and_not_what_is_recalled(model):
     assert of_delta is None
 
 
-def test_the_mean_code_follows_the_tokens_of_batches():
+def test_means_follow_the_tokens_and_contexts_of_batches():
     perceiver = make_model().train().perceiver_io
     video, _ = make_batch(make_model(), 2, 4)
     start = starts(None, 2, 4, video.device)
     tokens = perceiver.tokenizer.tokenize(video, start, learn=True)
     seen = perceiver.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1).mean(0)  # by the codebook of before the update
     before = perceiver.mean_code.clone()
-    perceiver.learn(tokens)
+    context, mean = perceiver.context(tokens.codes, start), perceiver.mean_context.clone()
+    perceiver.learn(tokens, context)
     torch.testing.assert_close(perceiver.mean_code, 0.9 * before + 0.1 * seen.to(before.dtype))
+    torch.testing.assert_close(perceiver.mean_context, 0.9 * mean + 0.1 * context.detach().mean((0, 1)))
 
 
 ENTRANCES = {
