@@ -89,6 +89,8 @@ class Watch(threading.Thread):
 def train(spec: dict, folder: Path) -> None:
     """Train as said above."""
     config, watch = _begin(spec, folder)
+    # The trainer heeds the signal while it trains; one that comes later, as it validates, has nothing to stop.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     wanted = config.optim.latent_phase_updates
     watch.stop_at = spec["stop"]
     trainer = DMCVBTrainer(_for(config, spec["steps"], latent=0))
