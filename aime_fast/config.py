@@ -95,9 +95,7 @@ class ModelConfig:
     prior_context: Literal["previous", "current"] = "previous"  # p(z_t | h_{t-1}, c_{t-1}) or c_t (sees the frame it predicts)
     kl: Literal["exact", "series10"] = "exact"  # KL(Kumaraswamy || Beta): exact, or AIME's ten terms
     token_corruption: Share = 0.1  # share of input tokens replaced by random codes when training the predictor
-    hidden_tokens: Share = (
-        0.5  # share of training sequences whose tokens are predicted from the context alone, so that it carries what they tell
-    )
+    hidden_tokens: Share = 0.5  # share of training sequences whose tokens are predicted from the context alone, so that it carries them
     attention_dropout: Share = 0.5  # share of training sequences decoded with a uniform map, so that z carries what is predicted
     overshoot_frames: Steps = 3  # imagined frames that are scored in training
     decoded_share: Share = 1.0  # share of training sequences that are decoded, at least the next; with --stills few are enough
@@ -115,7 +113,7 @@ class LossConfig:
     lambda_gram: Weight = 0.0  # Gram distance to the EMA encoder; 0 saves that encoder's pass over the batch (docs/log.md has the measures)
     lambda_overshoot: Weight = 0.5  # scores of imagined frames
     lambda_commitment: Weight = 0.25  # VQ commitment
-    lambda_recall: Weight = 1.0  # error of latents and movement read linearly from the context
+    lambda_recall: Weight = 1.0  # error of latents and delta read linearly from the context
     lambda_attention_motion: Weight = 0.1  # attention motion
     lambda_attention_foreground: Weight = 0.0  # KL of the map to where the frame differs from the background; needs --no-augment
     lambda_kl_attention: Weight = 0.1  # KL between inferred and predicted attention, of observed and of imagined frames

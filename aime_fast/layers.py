@@ -65,9 +65,9 @@ def previous(x: Tensor, start: Tensor, initial: Tensor | float = 0.0) -> Tensor:
     return torch.where(mask, initial.to(x.dtype) if isinstance(initial, Tensor) else initial, shifted)
 
 
-def movement(x: Tensor, start: Tensor) -> Tensor:
-    """x [B, T, D] minus that of the frame before; 0 in an episode's first frame, where start [B, T] is true."""
-    return torch.where(start[..., None], 0.0, x - previous(x, start))
+def delta_from(before: Tensor, x: Tensor, start: Tensor) -> Tensor:
+    """x [B, T, D] minus `before`, `previous` of it; 0 in an episode's first frame, where start [B, T] is true."""
+    return torch.where(start[..., None], 0.0, x - before)
 
 
 def episode_mask(start: Tensor, window: int) -> Tensor:

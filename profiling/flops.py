@@ -33,29 +33,44 @@ class FlopsConfig:
     json: str | None = None  # file to write
 
 
-class CountByRange(TorchDispatchMode):
-    """Adds up operations by the innermost range `a: b` around each operator; one of a backward pass counts with its forward."""
+class ByRange(TorchDispatchMode):
+    """Knows the innermost range `a: b` around each operator; one of a backward pass belongs to the range of its forward.
+
+    Args: names: of the ranges that are open at the moment, see `open_spans`.
+    """
 
     def __init__(self, names: list[str]):
         super().__init__()
-        self.names, self.counts = names, defaultdict(Share)
+        self.names = names
         self._makers: dict[int, str] = {}  # by the number of an autograd node: autograd has just made it when it calls the operator
+
+    def range(self) -> tuple[str, bool]:
+        """The range of the operator that was just called, and whether it is of a backward pass. To be asked once of every operator."""
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            return self._makers.get(node._sequence_nr(), OUTSIDE), True
+        name = next((name for name in reversed(self.names) if ": " in name and not name.startswith("step: update")), OUTSIDE)
+        self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, name)
+        return name, False
+
+
+class CountByRange(ByRange):
+    """Adds up operations by range."""
+
+    def __init__(self, names: list[str]):
+        super().__init__(names)
+        self.counts: dict[str, Share] = defaultdict(Share)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        node = torch._C._current_autograd_node()
-        if node is None:
-            name = next((name for name in reversed(self.names) if ": " in name and not name.startswith("step: update")), OUTSIDE)
-            self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, name)
-        else:
-            name = self._makers.get(node._sequence_nr(), OUTSIDE)
+        name, backward = self.range()
         packet = func._overloadpacket
         if packet in flop_registry:
             operations, share = flop_registry[packet](*args, **(kwargs or {}), out_val=out), self.counts[name]
-            if node is None:
-                share.forward += operations
-            else:
+            if backward:
                 share.backward += operations
+            else:
+                share.forward += operations
         return out
 
 

@@ -7,8 +7,7 @@ other library call lies between. A kernel costs at least its bytes at the memory
 or one launch, whichever is most; their sum is a floor of the time, and gives a ceiling of frames/s.
 
 The model is not a compiler: it knows no limit of registers, no horizontal fusion and no cancelled duplicates, and it was not compared with
-one yet. Random indexing counts what is picked, not the table. Kernels written in Triton
-count as their references.
+one yet. Random indexing counts what is picked, not the table. Kernels written in Triton count as their references.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -31,6 +29,7 @@ from aime_fast.cli import run_command
 from aime_fast.config import PRESETS, Config, preset
 from aime_fast.errors import UserError
 from aime_fast.runtime.spans import open_spans
+from profiling.flops import ByRange
 from profiling.machine import describe, write_json
 from profiling.steps import FakeUpdates
 from profiling.trace import OUTSIDE, PILLARS
@@ -76,7 +75,6 @@ class Kernel:
     """One operator, or several fused."""
 
     range: str
-    backward: bool
     half: bool = False  # operations are of bf16
     operations: float = 0.0
     launches: int = 1
@@ -97,15 +95,14 @@ class Kernel:
         return max(self.bytes / gpu.bytes_per_second, operations, LAUNCH * self.launches)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(ByRange):
     """Lists the kernels of the operators called within it, as eager code launches them and as fusion would."""
 
     def __init__(self, names: list[str]):
-        super().__init__()
-        self.names, self.calls = names, 0
+        super().__init__(names)
+        self.calls = 0
         self.eager: list[Kernel] = []
         self.fused: list[Kernel] = []
-        self._makers: dict[int, str] = {}  # range by the number of an autograd node, see `flops.CountByRange`
         self._owners: dict[int, Kernel] = {}  # who makes a tensor, after fusion
         self._roots: dict[int, int] = {}  # a view's tensor
         self._users: dict[int, list[Kernel]] = defaultdict(list)
@@ -122,12 +119,7 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func, inputs: list[Tensor], outputs: list[Tensor], args, kwargs, out) -> None:
         packet, returns = func._overloadpacket, func._schema.returns
-        node = torch._C._current_autograd_node()
-        if node is None:
-            name = next((name for name in reversed(self.names) if ": " in name and not name.startswith("step: update")), OUTSIDE)
-            self._makers.setdefault(torch.autograd._get_sequence_nr() - 1, name)
-        else:
-            name = self._makers.get(node._sequence_nr(), OUTSIDE)
+        name, _ = self.range()
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if is_view or packet in NO_KERNEL:
             if inputs:
@@ -140,7 +132,7 @@ class Recorder(TorchDispatchMode):
             read = dict.fromkeys(read, 0) | {next(iter(read)): sum(written.values())}
         half = any(x.dtype in (torch.bfloat16, torch.float16) for x in inputs)
         operations = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-        kernel = Kernel(name, node is not None, half, operations, SEVERAL.get(packet, 1), reads=read, writes=written)
+        kernel = Kernel(name, half, operations, SEVERAL.get(packet, 1), reads=read, writes=written)
         self.eager.append(kernel)
         self._fuse(func, dataclasses.replace(kernel, reads=dict(read), writes=dict(written)), inputs, outputs)
 

@@ -113,9 +113,9 @@ def imagine_latents(
 ) -> tuple[Mixture, Tensor | None, State]:
     """`imagine` in latent space, differentiable: (prior of z_t, log of the predicted attention [B, Ha, Wa], the next state).
 
-    An imagined frame has no tokens, and the context of the last observed one, kept for a whole roll-out, made it worse (docs/log.md): its
-    context is the mean one. Without `attends` the map stays as it is and its log is None. A sampled latent stands for the mean of q(z),
-    as an observed one does: with the noise of q(z) in it, delta would be mostly noise.
+    An imagined frame has no tokens: its context is the mean one. With the context of the last observed frame in every frame of a
+    roll-out, roll-outs of held-out episodes were worse (docs/log.md). Without `attends` the map stays as it is and its log is None. A
+    sampled latent stands for the mean of q(z), as an observed one does: with the noise of q(z) in it, delta would be mostly noise.
     """
     prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
     z = prior.sample(sample, noise, model.prior.inferred_variance)

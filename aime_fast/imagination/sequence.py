@@ -11,7 +11,7 @@ from aime_fast.attention_schema.posterior import AttentionMaps
 from aime_fast.attention_schema.prior import PredictedAttention
 from aime_fast.encoder_decoder.encoder import Posterior
 from aime_fast.generative_prior.dpgmm_prior import Mixture
-from aime_fast.layers import DELTA_SCALE, movement, previous
+from aime_fast.layers import DELTA_SCALE, delta_from, previous
 from aime_fast.runtime.spans import span
 
 
@@ -69,7 +69,7 @@ def predict_latents(model: nn.Module, latents: Tensor, context: Tensor, actions:
     Args: latents [B, T, Z], the posterior means; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; sample: False takes mean sticks.
     """
     before = previous(latents, start)
-    delta = movement(latents, start)
+    delta = delta_from(before, latents, start)
     with span("temporal_dynamics: LSTM"):
         hidden, lstm = model.recurrence(recurrent_input(latents, delta, context, actions), start)
     hidden_before, delta_before = (previous(x, start).flatten(0, 1) for x in (hidden, delta))

@@ -143,7 +143,7 @@ class CausalPerceiverIO(nn.Module):
         return (self.think(latents).mean(1) + self.dense(centred.flatten(1))).unflatten(0, tokens.shape[:2])
 
     def recall_loss(self, context: Tensor, means: Tensor, delta: Tensor) -> Tensor:
-        """Mean squared error of latents and scaled movement, [B, T, Z] each, without gradient, read linearly from context [B, T, Dc]."""
+        """Mean squared error of latents and scaled delta, [B, T, Z] each, without gradient, read linearly from context [B, T, Dc]."""
         told = torch.cat([means, DELTA_SCALE * delta], dim=-1).detach()
         return F.mse_loss(full_precision(self.recall(context)), full_precision(told))
 

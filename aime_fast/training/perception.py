@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aime_fast.layers import movement, starts
+from aime_fast.layers import delta_from, previous, starts
 from aime_fast.multi_task_learning import LossAggregator
+from aime_fast.multi_task_learning.loss_aggregator import TERMS
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
@@ -36,7 +37,8 @@ def score_perception(model: nn.Module, video: Tensor, actions: Tensor, start: Te
         context = perceiver.context(codes, start)
     with span("encoder_decoder: encoder"), torch.no_grad():
         means = model.encoder(video.flatten(0, 1), torch.zeros_like(context).flatten(0, 1)).mean.unflatten(0, start.shape)
-    return perceiver.score(video, tokens, context, actions, start, few, means, movement(means, start), pictures=video[few])
+    delta = delta_from(previous(means, start), means, start)
+    return perceiver.score(video, tokens, context, actions, start, few, means, delta, pictures=video[few])
 
 
 class PerceptionUpdates:
@@ -70,7 +72,7 @@ class PerceptionUpdates:
         before = [buffer.clone() for buffer in self._learnt]
         with autocast:
             terms = score_perception(self.model, video, actions, starts(is_init, *video.shape[:2], video.device))
-        terms = {name: terms[name] for name in ("commitment", "token_reconstruction", "next_token", "context_recall")}
+        terms = {name: term for name, term in terms.items() if name in TERMS}
         loss = self.losses.perceiver(terms)
         gradient = self._row.gather({"perception": loss})[0]
         norm = torch.linalg.vector_norm(gradient)

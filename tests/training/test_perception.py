@@ -8,21 +8,7 @@ import pytest
 import torch
 
 from aime_fast.config import preset
-from aime_fast.data import make_batches
-from aime_fast.training import DMCVBTrainer, TrainingStep, load_model
-from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
-
-
-@pytest.fixture
-def step_and_batch():
-    config = preset("debug")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0))
-    training, validation = make_batches(config.data, 0, "cpu")
-    torch.manual_seed(0)
-    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, training.action_dim).train()
-    yield TrainingStep(model, config), next(training)
-    training.close()
-    validation.close()
+from aime_fast.training import DMCVBTrainer, load_model
 
 
 def test_only_the_perceiver_changes_and_its_loss_falls(step_and_batch):
@@ -61,17 +47,11 @@ def test_a_bad_gradient_of_finite_terms_is_named(step_and_batch):
     assert "gradient of perception" in str(step.diagnose(1))
 
 
-def test_both_kinds_of_update_run_in_bf16():
-    config = preset("debug")
-    data, run = dataclasses.replace(config.data, data="synthetic", prefetch=0), dataclasses.replace(config.run, precision="bf16")
-    config = dataclasses.replace(config, data=data, run=run)
-    training, validation = make_batches(config.data, 0, "cpu")
-    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, training.action_dim).train()
-    step, batch = TrainingStep(model, config), next(training)
+@pytest.mark.parametrize("step_and_batch", ["bf16"], indirect=True)
+def test_both_kinds_of_update_run_in_bf16(step_and_batch):
+    step, batch = step_and_batch
     assert bool(step.learn_pictures([batch], torch.tensor(1e-3))["finite"])
     assert bool(step([batch], torch.tensor(1.0), torch.tensor(1e-3), True)["finite"])
-    training.close()
-    validation.close()
 
 
 def test_each_picture_step_makes_one_and_a_resume_goes_on(tmp_path):

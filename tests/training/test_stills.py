@@ -10,23 +10,9 @@ import pytest
 import torch
 
 from aime_fast.config import Config, preset
-from aime_fast.data import make_batches
 from aime_fast.data.windows import Windows
 from aime_fast.errors import ConfigError
-from aime_fast.training import DMCVBTrainer, TrainingStep, load_model
-from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
-
-
-@pytest.fixture
-def step_and_batch():
-    config = preset("debug")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0))
-    training, validation = make_batches(config.data, 0, "cpu")
-    torch.manual_seed(0)
-    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, training.action_dim)
-    yield TrainingStep(model, config), next(training)
-    training.close()
-    validation.close()
+from aime_fast.training import DMCVBTrainer, load_model
 
 
 def learn(step, batch):
