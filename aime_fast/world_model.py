@@ -167,7 +167,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations, check=False)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, inferred = self._infer(video, actions, start, learn=self.training)
+        tokens, context = self._perceive(video, start, learn=self.training)
+        inferred = self._infer(video, context, actions, start)
         q, p = inferred.posterior, inferred.prior
         few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
         seen = inferred.rows(few, start.shape)
@@ -224,13 +225,16 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     forward = forward_sequence
 
-    def _infer(self, video: Tensor, actions: Tensor, start: Tensor, learn: bool = False, decode: bool = False) -> tuple[Tokens, Inference]:
-        """Everything but the losses; only the recurrence in `predict_latents` is sequential. See `VQPTTokenizer.tokenize` for `learn`."""
-        shape, flat = start.shape, video.flatten(0, 1)
+    def _perceive(self, video: Tensor, start: Tensor, learn: bool = False) -> tuple[Tokens, Tensor]:
+        """(tokens, context [B, T, Dc]). See `VQPTTokenizer.tokenize` for `learn`."""
         with span("perceiver_io: tokenizer"):
             tokens = self.perceiver_io.tokenizer.tokenize(video, start, learn=learn)
         with span("perceiver_io: context"):
-            context = self.perceiver_io.context(tokens.codes, start)
+            return tokens, self.perceiver_io.context(tokens.codes, start)
+
+    def _infer(self, video: Tensor, context: Tensor, actions: Tensor, start: Tensor, decode: bool = False) -> Inference:
+        """Everything but perception and losses; only the recurrence in `predict_latents` is sequential."""
+        shape, flat = start.shape, video.flatten(0, 1)
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
             latents = sample_latents(posterior.mean, posterior.logvar, self.training)
@@ -246,7 +250,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         with span("encoder_decoder: decoder"):
             decoded = self.decoder(latents, self.with_dropout(maps.attention, shape)) if decode else None
         delta = delta.flatten(0, 1)
-        return tokens, Inference(posterior, latents, delta, prior, context, hidden, lstm, maps, attention_before, predicted, decoded)
+        return Inference(posterior, latents, delta, prior, context, hidden, lstm, maps, attention_before, predicted, decoded)
 
     def with_dropout(self, attention: Tensor, shape: torch.Size) -> Tensor:
         """Attention dropout: in training, uniform maps [B * T, Ha, Wa] for a share of the sequences; shape is (B, T). `step` has none.
@@ -313,25 +317,25 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return self.decoder.likelihood.mean(self.infer(observations, actions, decode=True).decoded).unflatten(0, actions.shape[:2])
 
     @torch.no_grad()
-    def infer(self, observations: Tensor, actions: Tensor, decode: bool = False) -> Inference:
-        """`Inference` about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A]; `decode`: with their pictures."""
+    def infer(self, observations: Tensor, actions: Tensor, decode: bool = False, context: Tensor | None = None) -> Inference:
+        """`Inference` about the frames [B, T, 3, H, W] of whole sequences with their actions [B, T, A].
+
+        Args: decode: with their pictures; context: [B, T, Dc], instead of the one that perception infers.
+        """
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
-        return self._infer(video, actions, starts(None, *video.shape[:2], video.device), decode=decode)[1]
+        start = starts(None, *video.shape[:2], video.device)
+        return self._infer(video, self._perceive(video, start)[1] if context is None else context, actions, start, decode)
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> TensorDict:
         """Posterior of each frame: posterior_mean, posterior_logvar [B, T, Z], context [B, T, Dc], tokens [B, T, Ht, Wt, Q]."""
         video = self._frames(observations)
-        start = starts(None, *video.shape[:2], video.device)
-        tokens = self.perceiver_io.tokenizer.tokenize(video, start).codes
-        context = self.perceiver_io.context(tokens, start)
+        tokens, context = self._perceive(video, starts(None, *video.shape[:2], video.device))
         q = self.encoder(video.flatten(0, 1), context.flatten(0, 1))
-        shape = video.shape[:2]
-        return TensorDict(
-            dict(posterior_mean=q.mean.unflatten(0, shape), posterior_logvar=q.logvar.unflatten(0, shape), context=context, tokens=tokens),
-            batch_size=shape,
-        )
+        mean, logvar = (x.unflatten(0, video.shape[:2]) for x in (q.mean, q.logvar))
+        out = dict(posterior_mean=mean, posterior_logvar=logvar, context=context, tokens=tokens.codes)
+        return TensorDict(out, batch_size=video.shape[:2])
 
     @torch.no_grad()
     def extract_context(self, observations: Tensor) -> Tensor:
@@ -366,7 +370,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         if future_actions.shape[1] == 0:
             raise ValueError("predict_future: future_actions are empty, expected one action for each frame to predict")
         start, perceiver = starts(None, batch, observed, video.device), self.perceiver_io
-        tokens, inferred = self._infer(video, actions, start)
+        tokens, context = self._perceive(video, start)
+        inferred = self._infer(video, context, actions, start)
         _, context_cache = perceiver.extend_context(tokens.codes, perceiver.empty_cache(batch).context)
         state = one_frame.state_after(inferred, lambda x: x[:, -1], PerceptionCache(tokens.cache, context_cache))
         given: Any = future_actions

@@ -95,7 +95,7 @@ def test_attention_dropout_gives_uniform_maps_to_whole_sequences_in_training_onl
     model = make_model(attention_dropout=0.5)
     video, actions = make_batch(model, 16, 2)
     start = starts(None, 16, 2, video.device)
-    maps = model._infer(video, actions, start)[1].maps.attention
+    maps = model.infer(video, actions).maps.attention
     assert torch.equal(model.with_dropout(maps, start.shape), maps)
     maps_used = model.train().with_dropout(maps, start.shape).unflatten(0, (16, 2))
     uniform = (maps_used == model.attention.uniform(1).to(maps.dtype)).flatten(2).all(2)

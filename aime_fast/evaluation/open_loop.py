@@ -26,22 +26,23 @@ WANTED = {"psnr_gain_steps_5_to_16": 3.0, "smallest_psnr_gain": 0.0, "action_shu
 
 
 def predict_tokens(
-    model: DPGMMVariationalRecurrentAutoencoder, tokens: Tensor, actions: Tensor, context: int, film: Tensor
+    model: DPGMMVariationalRecurrentAutoencoder, tokens: Tensor, actions: Tensor, context: int, imagined: Tensor
 ) -> dict[str, Tensor]:
-    """The most probable tokens of each frame after `context`, three ways.
+    """The most probable tokens of each frame after `context`, four ways.
 
-    Args: tokens int64 [N, F, Ht, Wt, Q] of the true frames; actions [N, F, A]; film [N, F - context, 3, H, W] in [-1, 1], predicted.
+    Args: tokens int64 [N, F, Ht, Wt, Q] of the true frames; actions [N, F, A]; imagined [N, F - context, Ht, Wt, Q], of a predicted film.
 
     Returns:
-        teacher_forced: from the true frame before; rolled_out: from its own tokens and the film, after the last observed frame;
-        repeat_last_frame: the tokens of that frame. All int64 [N, F - context, Ht, Wt, Q].
+        teacher_forced: from the true frame before; rolled_out: from its own tokens and the imagined ones, after the last observed frame;
+        imagined; repeat_last_frame: the tokens of that frame. All int64 [N, F - context, Ht, Wt, Q].
     """
     perceiver, future = model.perceiver_io, tokens[:, context:]
     before, start = slice(context - 1, -1), starts(None, *tokens.shape[:2], tokens.device)
     flat = (x[:, before].flatten(0, 1) for x in (tokens, perceiver.context(tokens, start), actions))
     return {
         "teacher_forced": perceiver.predictor.sample(*flat, temperature=0.0).view_as(future),
-        "rolled_out": perceiver.generate_tokens(tokens[:, :context], actions[:, :-1], future.shape[1], temperature=0.0, pictures=film),
+        "rolled_out": perceiver.generate_tokens(tokens[:, :context], actions[:, :-1], future.shape[1], temperature=0.0, drawn=imagined),
+        "imagined": imagined,
         "repeat_last_frame": tokens[:, context - 1 : context].expand_as(future),
     }
 
@@ -93,9 +94,8 @@ def _measure_tokens(model: DPGMMVariationalRecurrentAutoencoder, clips: Clips, l
     video = normalise(clips.pixels)
     tokens, _, _ = tokenizer.encode(video.to(dtype))
     film = predict(model, clips)["reconstructions"].clamp(-1, 1).to(dtype)
-    token_predictions = predict_tokens(model, tokens, clips.actions, c, film)
-    imagined = torch.cat([video[:, :c].to(dtype), film], 1)
-    token_predictions["imagined"] = tokenizer.encode(imagined)[0][:, c:]
+    imagined = tokenizer.encode(torch.cat([video[:, :c].to(dtype), film], 1))[0][:, c:]
+    token_predictions = predict_tokens(model, tokens, clips.actions, c, imagined)
     changed = tokens[:, c:] != token_predictions["repeat_last_frame"]
     for name, guess in token_predictions.items():
         right = guess == tokens[:, c:]

@@ -199,8 +199,8 @@ def _near_points(centres: Tensor, positions: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def probe_films(model: nn.Module, clips: Clips, device: torch.device, batch: int = 16) -> dict[str, Row]:
-    """Rows of predicted films, mean PSNR of steps 5 to 16: the uniform map in every frame; the context of another clip at the start of the
-    roll-out; the actions of another clip. Empty where the horizon is shorter.
+    """Rows of predicted films, mean PSNR of steps 5 to 16: the uniform map in every frame; the context of another clip in all observed
+    frames; the actions of another clip. Empty where the horizon is shorter.
 
     Another clip is half the list away; where all clips are of one episode those rows have no value.
     """
@@ -212,14 +212,15 @@ def probe_films(model: nn.Module, clips: Clips, device: torch.device, batch: int
     errors: dict[str, list[Tensor]] = {}
     for first in range(0, len(clips), batch):
         video, others, acted, others_acted = (x[first : first + batch].to(device) for x in (pixels, other_pixels, actions, other_actions))
-        state, other_state = (_observe(model, *x) for x in ((video[:, :c], acted[:, :c]), (others, others_acted[:, :c])))
-        intact = _roll_out(model, state, acted[:, c:])
+        observed, future = (video[:, :c], acted[:, :c]), acted[:, c:]
+        state = _observe(model, *observed)
+        intact = _roll_out(model, state, future)
         latents, maps = (intact[name].flatten(0, 1) for name in ("latents", "attention"))
         uniform = model.attention.uniform(1).to(maps).expand_as(maps)
         films = {
             "intact": intact["reconstructions"],
             "attention": _decode(model, latents, uniform).unflatten(0, (len(video), last)),
-            "context": _roll_out(model, state._replace(context=other_state.context), acted[:, c:])["reconstructions"],
+            "context": _roll_out(model, _observe(model, *observed, model.extract_context(others)), future)["reconstructions"],
             "actions": _roll_out(model, state, others_acted[:, c:])["reconstructions"],
         }
         for name, film in films.items():
@@ -235,9 +236,9 @@ def probe_films(model: nn.Module, clips: Clips, device: torch.device, batch: int
     }
 
 
-def _observe(model: nn.Module, pixels: Tensor, actions: Tensor) -> State:
+def _observe(model: nn.Module, pixels: Tensor, actions: Tensor, context: Tensor | None = None) -> State:
     """The state after the observed frames, from which films are rolled out; no further frame will be observed."""
-    return state_after(model.infer(pixels, actions), lambda x: x[:, -1])
+    return state_after(model.infer(pixels, actions, context=context), lambda x: x[:, -1])
 
 
 def _roll_out(model: nn.Module, state: State, actions: Tensor) -> Mapping[str, Tensor]:

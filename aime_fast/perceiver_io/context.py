@@ -164,7 +164,7 @@ class CausalPerceiverIO(nn.Module):
 
         Args: video [B, T, 3, H, W] in [-1, 1], actions [B, T, A], start bool [B, T]; tokens of all sequences or of the first few; context
             [B, T, Dc]; few: the sequences that are tokenised back and predicted; means, delta [B, T, Z]: see `recall_loss`; own_tokens,
-            pictures of the few: see `PerceiverTokenPredictor.loss`.
+            see `PerceiverTokenPredictor.loss`; pictures [B or less, T, 3, H, W] of the few, drawn by the decoder.
 
         Returns: scalars: commitment, token_reconstruction, next_token, token_accuracy, context_recall.
         """
@@ -175,8 +175,10 @@ class CausalPerceiverIO(nn.Module):
         if self.training:
             self.learn(tokens, context)
         with span("perceiver_io: predictor"):
+            with torch.no_grad():
+                drawn = None if pictures is None else self.tokenizer.tokenize(pictures.clamp(-1, 1), start[few]).codes
             terms["next_token"], terms["token_accuracy"] = self.predictor.loss(
-                tokens.codes[few], context[few], actions[few], start[few], own_tokens, self.context, pictures
+                tokens.codes[few], context[few], actions[few], start[few], own_tokens, self.context, drawn
             )
         with span("perceiver_io: recall"):
             terms["context_recall"] = self.recall_loss(context, means, delta)
@@ -213,12 +215,12 @@ class CausalPerceiverIO(nn.Module):
 
     @torch.no_grad()
     def generate_tokens(
-        self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0, pictures: Tensor | None = None
+        self, tokens: Tensor, actions: Tensor, num_frames: int, temperature: float = 1.0, top_p: float = 1.0, drawn: Tensor | None = None
     ) -> Tensor:
         """Rolls the predictor out on its own tokens: int64 [B, Tc, Ht, Wt, Q] -> [B, num_frames, Ht, Wt, Q].
 
         `actions` [B, >= Tc + num_frames - 1, A] holds the actions of the given frames and of all generated frames but the last;
-        `pictures` [B, num_frames, 3, H, W], imagined of the generated frames, as `predict_future` gives them.
+        `drawn` int64 [B, num_frames, Ht, Wt, Q] the tokens of pictures imagined of the generated frames, such as `predict_future` gives.
         Raises ValueError when there are fewer of either.
         """
         batch, given = tokens.shape[:2]
@@ -226,12 +228,12 @@ class CausalPerceiverIO(nn.Module):
             raise ValueError(
                 f"generate_autoregressive: {num_frames} frames after {given} need {given + num_frames - 1} actions, got {actions.shape[1]}"
             )
-        if pictures is not None and pictures.shape[1] != num_frames:
-            raise ValueError(f"generate_tokens: {num_frames} frames need as many pictures, got {pictures.shape[1]}")
+        if drawn is not None and drawn.shape[1] != num_frames:
+            raise ValueError(f"generate_tokens: {num_frames} frames need drawn tokens of as many, got {drawn.shape[1]}")
         context, cache = self.extend_context(tokens, self.empty_cache(batch).context)
         state = tokens[:, -1].clone(), context[:, -1].clone(), cache
         used = actions[:, given - 1 : given + num_frames - 1]
-        return self.roll_out(self, used if pictures is None else (used, pictures), state, temperature, top_p)[0]
+        return self.roll_out(self, used if drawn is None else (used, drawn), state, temperature, top_p)[0]
 
     @torch.no_grad()
     def generate_autoregressive(
@@ -252,13 +254,13 @@ def next_tokens(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, ContextCache]]:
     """One frame of generation: the predictor samples tokens, the context reads them.
 
-    Args: given: action [B, A], alone or with an imagined picture [B, 3, H, W]; state of the frame before: its tokens int64
+    Args: given: action [B, A], alone or with the tokens int64 [B, Ht, Wt, Q] of an imagined picture; state of the frame before: its tokens
     [B, Ht, Wt, Q], its context [B, Dc], the cache.
 
     Returns: (tokens int64 [B, Ht, Wt, Q] of the next frame, the next state).
     """
     tokens, context, cache = state
-    action, picture = given if isinstance(given, tuple) else (given, None)
-    tokens = perceiver.predictor.sample(tokens, context, action, temperature, top_p, picture)
+    action, drawn = given if isinstance(given, tuple) else (given, None)
+    tokens = perceiver.predictor.sample(tokens, context, action, temperature, top_p, drawn)
     context, cache = perceiver.extend_context(tokens[:, None], cache)
     return tokens, match_layout((tokens, context[:, 0], cache), state)

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import MLP, Attention, ToPatches, emphasise_last, full_precision, grid_positions
+from aime_fast.layers import MLP, Attention, emphasise_last, full_precision, grid_positions
 
-PICTURED = 0.75  # share of the training sequences whose tokens are predicted given a picture
+PICTURED = 0.75  # share of the training sequences whose tokens are predicted given those of a picture
 
 
 class ConditionedBlock(nn.Module):
@@ -36,7 +36,8 @@ class ConditionedBlock(nn.Module):
 
 
 class PerceiverTokenPredictor(nn.Module):
-    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given a picture of frame t+1 that the world model has drawn.
+    """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given the tokens of a picture of frame t+1 that the world model
+    has drawn.
 
     One network is both: in training a share `PICTURED` of the sequences has pictures, reconstructions; in a roll-out they are imagined.
     Where a thing moves to is what latents are good at predicting.
@@ -68,18 +69,21 @@ class PerceiverTokenPredictor(nn.Module):
         self.corruption, self.hidden_share, self.refinement_steps = corruption, hidden_share, refinement_steps
         self.mask_token = codebook_size
         self.current = nn.Embedding(codebook_heads * codebook_size, dim)
+        self.drawn = nn.Embedding(codebook_heads * codebook_size, dim)
         self.partial = nn.Embedding(codebook_heads * (codebook_size + 1), dim) if refinement_steps else None
-        nn.init.normal_(self.current.weight, std=dim**-0.5)
+        for table in (self.current, self.drawn):
+            nn.init.normal_(table.weight, std=dim**-0.5)
         self.positions = nn.Parameter(grid_positions(grid, grid, dim) * 0.5)
-        self.picture = ToPatches(dim, patch=8)  # the tokens' grid is H/8
         self.condition = MLP(context_dim + action_dim, dim, dim)
         emphasise_last(self.condition[0], action_dim)
         self.blocks = nn.ModuleList(ConditionedBlock(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.logits = nn.Linear(dim, codebook_heads * codebook_size)
         self.stay = nn.Linear(dim, codebook_heads)  # added to the logit of the present code: most of a video does not change
-        nn.init.zeros_(self.stay.weight)
-        nn.init.constant_(self.stay.bias, 3.0)
+        self.follow = nn.Linear(dim, codebook_heads)  # added to that of the drawn code
+        for favour in (self.stay, self.follow):
+            nn.init.zeros_(favour.weight)
+            nn.init.constant_(favour.bias, 3.0)
 
     def forward(
         self,
@@ -87,8 +91,9 @@ class PerceiverTokenPredictor(nn.Module):
         context: Tensor,
         actions: Tensor,
         partial: Tensor | None = None,
-        seen: Tensor | None = None,
+        drawn: Tensor | None = None,
         shown: Tensor | None = None,
+        pictured: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next frame's tokens.
 
@@ -97,32 +102,30 @@ class PerceiverTokenPredictor(nn.Module):
             context: [B, T, Dc], c_t.
             actions: [B, T, A], a_t.
             partial: int64 [B, T, Ht, Wt, Q], known tokens of frame t+1; `mask_token` where unknown.
-            seen: [B, T, Ht * Wt, D], what `see` gives of pictures of frame t+1; 0 where there is none.
-            shown: bool [B], false for a sequence whose tokens are hidden; None shows all.
+            drawn: int64 [B, T, Ht, Wt, Q], tokens of pictures of frame t+1.
+            shown, pictured: bool [B], false for a sequence whose tokens, or drawn tokens, are hidden; None shows all.
 
         Returns:
             [B, T, Ht, Wt, Q, V] for frame t+1.
         """
         batch, frames = tokens.shape[:2]
-        x = self._embed(self.current, tokens, self.codes)
-        if shown is not None:
-            shown = shown.repeat_interleave(frames)[:, None, None]  # [B * T, 1, 1]
-            x = torch.where(shown, x, 0.0)
-        x = x + self.positions
+        given = [(self.current, self.stay, tokens, shown)] + ([] if drawn is None else [(self.drawn, self.follow, drawn, pictured)])
+        x = self.positions
+        for table, _, codes, visible in given:
+            x = x + _where(visible, self._embed(table, codes, self.codes))
         if self.partial is not None:
             known = torch.full_like(tokens, self.mask_token) if partial is None else partial
             x = x + self._embed(self.partial, known, self.codes + 1)
-        if seen is not None:
-            x = x + seen.flatten(0, 1)
         condition = self.condition(torch.cat([context, actions.to(context.dtype)], dim=-1)).flatten(0, 1)
         for block in self.blocks:
             x = block(x, condition)
         x = self.norm(x)
         shape = dict(b=batch, t=frames, h=self.grid, w=self.grid, q=self.heads)
         logits = rearrange(self.logits(x), "(b t) (h w) (q v) -> b t h w q v", **shape)
-        stay = self.stay(x) if shown is None else torch.where(shown, self.stay(x), 0.0)
-        stay = rearrange(stay, "(b t) (h w) q -> b t h w q 1", **shape)
-        return logits.scatter_add(-1, tokens.unsqueeze(-1), stay)
+        for _, favour, codes, visible in given:
+            more = rearrange(_where(visible, favour(x)), "(b t) (h w) q -> b t h w q 1", **shape)
+            logits = logits.scatter_add(-1, codes.unsqueeze(-1), more)
+        return logits
 
     def loss(
         self,
@@ -132,7 +135,7 @@ class PerceiverTokenPredictor(nn.Module):
         start: Tensor,
         own_tokens: Tensor | float = 0.0,
         context_of: Callable[[Tensor, Tensor], Tensor] | None = None,
-        pictures: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced cross-entropy (nats a token) and accuracy of frames 1..T-1; a frame after a cut is not predicted.
 
@@ -142,20 +145,19 @@ class PerceiverTokenPredictor(nn.Module):
         true tokens would tell what was replaced.
 
         Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1]; context_of:
-            (tokens, start) -> context, used in training; None takes the given context; pictures [B, T, 3, H, W], of the same frames as the
-        tokens, of which in training a share is used.
+            (tokens, start) -> context, used in training; None takes the given context; drawn int64 [B, T, Ht, Wt, Q], tokens of pictures of
+            the same frames, of which in training a share is used.
         """
         given, target, context = tokens[:, :-1], tokens[:, 1:], context[:, :-1]
-        partial = shown = None
+        partial = shown = pictured = None
         weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
-        seen = None if pictures is None else self.see(pictures[:, 1:])
+        drawn = None if drawn is None else drawn[:, 1:]
         if self.training:
             shown = torch.rand(len(given), device=given.device) >= self.hidden_share
-            if seen is not None:
+            if drawn is not None:
                 pictured = shown & (torch.rand(len(given), device=given.device) < PICTURED)
-                seen = seen * pictured[:, None, None, None]
             if isinstance(own_tokens, Tensor) or own_tokens > 0:
-                given = self._mix_in_own(given, context, actions, start, own_tokens, seen)
+                given = self._mix_in_own(given, context, actions, start, own_tokens, drawn, pictured)
             noise = torch.rand(given.shape, device=tokens.device)
             given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
             if context_of is not None:
@@ -165,7 +167,7 @@ class PerceiverTokenPredictor(nn.Module):
                 masked = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
                 partial = torch.where(masked, self.mask_token, target)
                 weight = weight * masked
-        logits = full_precision(self(given, context, actions[:, :-1], partial, seen, shown))
+        logits = full_precision(self(given, context, actions[:, :-1], partial, drawn, shown, pictured))
         total = weight.sum().clamp_min(1.0)
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
@@ -173,32 +175,40 @@ class PerceiverTokenPredictor(nn.Module):
 
     @torch.no_grad()
     def _mix_in_own(
-        self, given: Tensor, context: Tensor, actions: Tensor, start: Tensor, share: Tensor | float, seen: Tensor | None
+        self,
+        given: Tensor,
+        context: Tensor,
+        actions: Tensor,
+        start: Tensor,
+        share: Tensor | float,
+        drawn: Tensor | None = None,
+        pictured: Tensor | None = None,
     ) -> Tensor:
         """Frames 1.. of `given` [B, T-1, ...], each with probability `share` replaced by the likeliest tokens after the one before."""
         length = given.shape[1]
         if length < 2:
             return given
-        seen = None if seen is None else seen[:, : length - 1].detach()
-        own = self(given[:, :-1], context[:, : length - 1].detach(), actions[:, : length - 1], None, seen).argmax(-1)
+        drawn = None if drawn is None else drawn[:, : length - 1]
+        context = context[:, : length - 1].detach()
+        own = self(given[:, :-1], context, actions[:, : length - 1], None, drawn, None, pictured).argmax(-1)
         chosen = (torch.rand(own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
         return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
 
     def sample(
-        self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0, pictures: Tensor | None = None
+        self, tokens: Tensor, context: Tensor, actions: Tensor, temperature: float = 1.0, top_p: float = 1.0, drawn: Tensor | None = None
     ) -> Tensor:
-        """Samples the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A] and pictures
-        [B, 3, H, W], imagined of that frame, where there are any.
+        """Samples the next frame: int64 [B, Ht, Wt, Q] from tokens [B, Ht, Wt, Q], context [B, Dc], actions [B, A] and drawn, the tokens
+        [B, Ht, Wt, Q] of pictures imagined of that frame, where there are any.
 
         `temperature=0` takes the likeliest code.
         """
         given = tokens[:, None], context[:, None], actions[:, None]
-        seen = None if pictures is None else self.see(pictures[:, None])
+        drawn = None if drawn is None else drawn[:, None]
         if self.partial is None:
-            return sample_codes(self(*given, None, seen)[:, 0], temperature, top_p)
+            return sample_codes(self(*given, None, drawn)[:, 0], temperature, top_p)
         partial = torch.full_like(given[0], self.mask_token)
         for i in range(self.refinement_steps):
-            logits = self(*given, partial, seen)
+            logits = self(*given, partial, drawn)
             guess = torch.where(partial == self.mask_token, sample_codes(logits, temperature, top_p), partial)
             confidence = full_precision(logits).log_softmax(-1).gather(-1, guess[..., None])[..., 0]
             confidence = torch.where(partial == self.mask_token, confidence, torch.inf).flatten(1)
@@ -207,15 +217,17 @@ class PerceiverTokenPredictor(nn.Module):
             partial = torch.where(rank < masked, self.mask_token, guess)
         return partial[:, 0]
 
-    def see(self, pictures: Tensor) -> Tensor:
-        """What pictures [B, T, 3, H, W], clamped to [-1, 1], show at the place of each token: [B, T, Ht * Wt, D]."""
-        x = self.picture(pictures.flatten(0, 1).clamp(-1, 1).to(self.positions.dtype))
-        return rearrange(x, "(b t) d h w -> b t (h w) d", b=len(pictures))
-
     def _embed(self, table: nn.Embedding, tokens: Tensor, size: int) -> Tensor:
         """Sum over the heads of one embedding a head: int64 [B, T, Ht, Wt, Q] -> [B*T, Ht*Wt, D]."""
         offset = torch.arange(self.heads, device=tokens.device) * size
         return rearrange(table(tokens + offset).sum(-2), "b t h w d -> (b t) (h w) d")
+
+
+def _where(visible: Tensor | None, x: Tensor) -> Tensor:
+    """x [B * T, ...] where its sequence is visible, bool [B]; elsewhere 0."""
+    if visible is None:
+        return x
+    return torch.where(visible.repeat_interleave(len(x) // len(visible)).view(-1, *(1,) * (x.dim() - 1)), x, 0.0)
 
 
 def sample_codes(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:

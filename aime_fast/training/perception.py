@@ -2,7 +2,7 @@
 
 Tokens that change with every update are hard to predict. So tokenizer, context and token predictor begin with the pictures, and are far
 on when encoder, recurrence and priors first read the context (docs/log.md). What the decoder will draw of a frame is not known yet: the
-predictor sees the frames themselves, and the context recalls latents that the encoder infers without one.
+predictor is given no pictures, and the context recalls latents that the encoder infers without one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def score_perception(model: nn.Module, video: Tensor, actions: Tensor, start: Te
     with span("encoder_decoder: encoder"), torch.no_grad():
         means = model.encoder(video.flatten(0, 1), torch.zeros_like(context).flatten(0, 1)).mean.unflatten(0, start.shape)
     delta = delta_from(previous(means, start), means, start)
-    return perceiver.score(video, tokens, context, actions, start, few, means, delta, pictures=video[few])
+    return perceiver.score(video, tokens, context, actions, start, few, means, delta)
 
 
 class PerceptionUpdates:

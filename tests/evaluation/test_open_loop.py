@@ -81,9 +81,9 @@ def test_a_perfect_predictor_reaches_the_cap_and_one_that_uses_actions_a_high_ra
         predicted = normalise(clips.pixels[row, CONTEXT:]) * (1 - error - wrong)[:, None, None, None, None]
         return TensorDict({"reconstructions": predicted}, batch_size=future_actions.shape[:2])
 
-    def know_tokens(model, tokens, actions, context, film):
+    def know_tokens(model, tokens, actions, context, imagined):
         last = tokens[:, context - 1 : context].expand_as(tokens[:, context:])
-        return {"teacher_forced": last, "rolled_out": tokens[:, context:], "repeat_last_frame": last}
+        return {"teacher_forced": last, "rolled_out": tokens[:, context:], "imagined": imagined, "repeat_last_frame": last}
 
     monkeypatch.setattr(model, "predict_future", know)
     monkeypatch.setattr(evaluation, "predict_tokens", know_tokens)
@@ -172,11 +172,11 @@ def test_rolled_out_tokens_depend_on_observed_frames_alone(model):
     changed[:, 4] = (changed[:, 4] + 1) % 32
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.perceiver_io.predictor.picture.conv.weight *= 100  # untrained, it would hardly see the film,
-        model.perceiver_io.predictor.stay.bias.zero_()  # and repeat every token
-        film = torch.rand(2, 4, 3, model.image_size, model.image_size, generator=generator, dtype=torch.float64) * 2 - 1
-        before, after = (predict_tokens(model, x, actions, 2, film) for x in (tokens, changed))
-        other_film = predict_tokens(model, tokens, actions, 2, torch.cat([film[:, :2], -film[:, 2:]], 1))
+        model.perceiver_io.predictor.stay.bias.zero_()  # untrained, it would repeat every token
+        model.perceiver_io.predictor.follow.bias.zero_()
+        imagined = torch.randint(0, 32, (2, 4, *shape[2:]), generator=generator)
+        before, after = (predict_tokens(model, x, actions, 2, imagined) for x in (tokens, changed))
+        other_film = predict_tokens(model, tokens, actions, 2, torch.cat([imagined[:, :2], (imagined[:, 2:] + 1) % 32], 1))
     assert torch.equal(before["rolled_out"], after["rolled_out"])
     assert torch.equal(before["rolled_out"][:, :2], other_film["rolled_out"][:, :2])
     assert not torch.equal(before["rolled_out"][:, 2:], other_film["rolled_out"][:, 2:])

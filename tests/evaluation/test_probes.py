@@ -126,7 +126,7 @@ def test_a_predictor_that_knows_the_next_tokens_from_the_context_loses_nats(mode
     actions = torch.stack([e["action"][:FRAMES] for e in episodes]).double()
     predictor = model.perceiver_io.predictor
 
-    def knows(tokens, context, actions, partial=None, seen=None, shown=None):
+    def knows(tokens, context, actions, *hidden):
         wanted = context[..., 0].round().long()[..., None, None, None].expand_as(tokens)
         return torch.nn.functional.one_hot(wanted, predictor.codes).double() * 20
 

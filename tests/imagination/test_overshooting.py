@@ -14,7 +14,7 @@ from aime_fast.multi_task_learning.losses import mixture_log_prob
 
 def infer(model, video, actions, is_init=None):
     start = starts(is_init, *video.shape[:2], video.device)
-    return model._infer(video, actions, start)[1], start
+    return model._infer(video, model._perceive(video, start)[1], actions, start), start
 
 
 @torch.no_grad()
@@ -82,8 +82,8 @@ def test_own_tokens_are_those_of_the_frame_before(model, frames):
     start = starts(None, 2, frames + 1, video.device)
     context = model.perceiver_io.context(tokens, start)
     given = tokens[:, :-1]
-    assert torch.equal(predictor._mix_in_own(given, context, actions, start, 0.0, None), given)
-    mixed = predictor._mix_in_own(given, context, actions, start, 1.0, None)
+    assert torch.equal(predictor._mix_in_own(given, context, actions, start, 0.0), given)
+    mixed = predictor._mix_in_own(given, context, actions, start, 1.0)
     assert torch.equal(mixed[:, 0], given[:, 0])
     for t in range(1, frames):
         assert torch.equal(mixed[:, t], predictor.sample(tokens[:, t - 1], context[:, t - 1], actions[:, t - 1], temperature=0))
