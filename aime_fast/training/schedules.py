@@ -11,6 +11,8 @@ from aime_fast.config import OptimConfig
 
 Schedule = Callable[[int], float]
 
+PERCEIVES_EVERY = 2  # picture steps: an update of the perceiver costs as much as those of encoder and decoder (docs/log.md)
+
 
 @dataclass(frozen=True)
 class Every:
@@ -95,6 +97,7 @@ class Schedules:
         self._trains_discriminator = Every(optim.n_critic)
         self._learning_rate = learning_rate(optim, joint_steps)
         self._picture_learning_rate = Warmup(optim.learning_rate, optim.lr_warmup_steps)
+        self._perceives = Every(PERCEIVES_EVERY)
 
     def joint(self, step: int) -> dict[str, float | bool]:
         """Of a joint update with `step` joint ones before it."""
@@ -105,4 +108,4 @@ class Schedules:
 
     def picture(self, step: int) -> dict[str, float | bool]:
         """Of a picture step with `step` before it."""
-        return dict(learning_rate=self._picture_learning_rate(step + 1))
+        return dict(learning_rate=self._picture_learning_rate(step + 1), perceives=self._perceives(step + 1))

@@ -154,17 +154,20 @@ class TrainingStep:
         metrics, self._evidence, self._gradients = self.execution(kind, inputs, learning_rate, warmups)
         return TensorDict(metrics, batch_size=[])
 
-    def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor) -> TensorDict:
+    def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor, perceives: bool = True) -> TensorDict:
         """Updates of encoder and decoder alone, on the single frames of the batches, and of the perceiver alone, on their sequences.
 
-        Args: batches with `stills` uint8 [B, T, 3, H, W], and what `__call__` takes; learning_rate: a scalar tensor.
+        Args: batches with `stills` uint8 [B, T, 3, H, W], and what `__call__` takes; learning_rate: a scalar tensor; perceives: whether
+        the perceiver learns too.
 
         Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, those of `PerceptionUpdates`, `learning_rate`, and `finite`:
         whether all were made.
         """
-        scalars = [
-            self._learn_stills(batch, learning_rate, attends=False) | self._learn_perception(batch, learning_rate) for batch in batches
-        ]
+        scalars = []
+        for batch in batches:
+            scalars.append(self._learn_stills(batch, learning_rate, attends=False))
+            if perceives:
+                scalars[-1] |= self._learn_perception(batch, learning_rate)
         metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in scalars[0]}
         finite = self.faults.record(metrics)
         self.ema.update(finite)
