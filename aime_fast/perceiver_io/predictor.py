@@ -81,9 +81,9 @@ class PerceiverTokenPredictor(nn.Module):
         self.logits = nn.Linear(dim, codebook_heads * codebook_size)
         self.stay = nn.Linear(dim, codebook_heads)  # added to the logit of the present code: most of a video does not change
         self.follow = nn.Linear(dim, codebook_heads)  # added to that of the drawn code
-        for favour in (self.stay, self.follow):
+        for favour, bias in ((self.stay, 3.0), (self.follow, 5.0)):  # what is drawn elsewhere has moved there
             nn.init.zeros_(favour.weight)
-            nn.init.constant_(favour.bias, 3.0)
+            nn.init.constant_(favour.bias, bias)
 
     def forward(
         self,
