@@ -225,12 +225,12 @@ class ToPatches(nn.Module):
     Nothing runs at H or H/2, where a small model spends most of its time on few channels; what a patch shows is told apart by the next
     convolution. A frame of another size is completed with zeros.
 
-    Args: outputs: C; patch: pixels along the edge of a patch, where it is not 4.
+    Args: outputs: C.
     """
 
-    def __init__(self, outputs: int, patch: int = PATCH):
+    def __init__(self, outputs: int):
         super().__init__()
-        self.conv = nn.Conv2d(3, outputs, patch, stride=patch)
+        self.conv = nn.Conv2d(3, outputs, PATCH, stride=PATCH)
 
     def forward(self, frames: Tensor) -> Tensor:
         missing = -frames.shape[-1] % self.conv.stride[0]
