@@ -146,7 +146,7 @@ class OptimConfig:
     rgb_alpha_steps: Few = 3  # RGB: gradient steps on the angles
     rgb_lr_inner: Weight = 0.2  # RGB: size of those steps
     aggregation: Literal["norm_weighted", "mean"] = "norm_weighted"  # RGB: sum |g_i| r_i (the texts) or mean r_i (AIME's code)
-    picture_steps: Steps | None = 0  # first steps, of encoder, decoder and perceiver alone; none: two thirds, with --stills
+    picture_steps: Steps | None = 0  # first steps, of encoder, decoder and, every other one, perceiver; none: two thirds, with --stills
     latent_phase_updates: Steps | None = 0  # after the joint ones: of recurrence and priors alone; none: ten for each joint update
     latent_phase_batch_size: Count = 64  # pieces of episodes in such an update
     latent_phase_frames: Count = 30  # frames imagined in it, at first fewer, after some observed ones

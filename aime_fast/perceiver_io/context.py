@@ -172,11 +172,11 @@ class CausalPerceiverIO(nn.Module):
         with span("perceiver_io: tokenizer decoder"):
             from_tokens = self.tokenizer.decode_vectors(tokens.quantized[few], start[few])
             terms["token_reconstruction"] = F.mse_loss(full_precision(from_tokens), video[few])
+        with span("perceiver_io: tokenizer"), torch.no_grad():
+            drawn = None if pictures is None else self.tokenizer.tokenize(pictures.clamp(-1, 1), start[few]).codes
         if self.training:
             self.learn(tokens, context)
         with span("perceiver_io: predictor"):
-            with torch.no_grad():
-                drawn = None if pictures is None else self.tokenizer.tokenize(pictures.clamp(-1, 1), start[few]).codes
             terms["next_token"], terms["token_accuracy"] = self.predictor.loss(
                 tokens.codes[few], context[few], actions[few], start[few], own_tokens, self.context, drawn
             )

@@ -39,7 +39,7 @@ class PerceiverTokenPredictor(nn.Module):
     """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given the tokens of a picture of frame t+1 that the world model
     has drawn.
 
-    One network is both: in training a share `PICTURED` of the sequences has pictures, reconstructions; in a roll-out they are imagined.
+    One network is both: in training a share `PICTURED` of the shown sequences has pictures, reconstructions; in a roll-out they are imagined.
     Where a thing moves to is what latents are good at predicting.
 
     With `refinement_steps > 0` it is also given a part of the target in training, and samples in that many rounds, the most probable
@@ -48,7 +48,7 @@ class PerceiverTokenPredictor(nn.Module):
     Args:
         grid: Ht = Wt.
         corruption: share of input tokens replaced by random codes in training, against exposure bias.
-        hidden_share: of the training sequences, those of which neither tokens of frame t nor a picture are shown, only c_t.
+        hidden_share: of the training sequences, those of which neither tokens of frame t nor drawn ones are shown, only c_t.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class PerceiverTokenPredictor(nn.Module):
 
         In training, a share `own_tokens` of the input frames is what the model itself predicts for them from the frame before
         (scheduled sampling; Bengio et al., arXiv 1506.03099), `corruption` of the input tokens are random codes, and of a share
-        `hidden_share` of the sequences neither tokens nor a picture are shown. The context is computed from these inputs too: that of the
+        `hidden_share` of the sequences neither tokens nor drawn ones are shown. The context is computed from these inputs too: that of the
         true tokens would tell what was replaced.
 
         Args: tokens int64 [B, T, Ht, Wt, Q]; context [B, T, Dc]; actions [B, T, A]; start bool [B, T]; own_tokens in [0, 1]; context_of:

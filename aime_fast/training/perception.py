@@ -1,4 +1,4 @@
-"""Updates of the perceiver alone, on the sequences that come with the single frames of a picture step.
+"""Updates of the perceiver alone, on the sequences that come with the single frames of every other picture step.
 
 Tokens that change with every update are hard to predict. So tokenizer, context and token predictor begin with the pictures, and are far
 on when encoder, recurrence and priors first read the context (docs/log.md). What the decoder will draw of a frame is not known yet: the

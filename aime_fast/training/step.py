@@ -1,7 +1,7 @@
 """One update of AIME, from a batch of frames to new weights, with nothing read back to the host.
 
     single frames -> encoder, decoder -> Adam                      (`--stills` times)
-    sequences -> perceiver -> Adam                                 (in the first `--picture-steps`, which do no more than these two)
+    sequences -> perceiver -> Adam              (in every other one of the first `--picture-steps`, which do no more than these two)
     pixels -> augment -> infer_and_score -> LossAggregator -> four task gradients -> RGB -> clip -> Adam -> EMA
                                        └-> discriminator loss -> Adam      (every n_critic updates)
 

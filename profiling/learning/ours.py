@@ -33,6 +33,7 @@ from aime_fast.config import Config, from_dict
 from aime_fast.errors import Interrupted
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training.checkpoint import list_checkpoints
+from aime_fast.training.schedules import PERCEIVES_EVERY
 from profiling.learning.clock import Clock
 from profiling.machine import write_json
 
@@ -117,11 +118,12 @@ def train(spec: dict, folder: Path) -> None:
             print(f"over budget: {stopped}", flush=True)
     watch.finish()
     frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
-    pictures, of_each = trainer.picture_steps, 2 if config.data.stills else 1
     for point in watch.points:
-        made = max(0, point["updates"] - pictures)
-        point["frames"] = frames * of_each * point["updates"]  # of a picture step too: single frames and sequences
-        point["updates"] = made
+        pictures = min(point["updates"], trainer.picture_steps)
+        joint = point["updates"] - pictures
+        sequences, stills = joint + pictures // PERCEIVES_EVERY, pictures + joint if config.data.stills else 0
+        point["frames"] = frames * (sequences + stills)
+        point["updates"] = joint
     write_json(folder / "points.json", watch.points)
 
 

@@ -71,6 +71,20 @@ def test_in_training_a_share_of_the_sequences_is_hidden(monkeypatch):
     assert calls[-1] is None
 
 
+def test_drawn_tokens_are_of_the_codebook_of_their_targets(monkeypatch):
+    model = make_model().train()
+    perceiver, (video, actions) = model.perceiver_io, make_batch(model, 2, 3)
+    start, given = starts(None, 2, 3, video.device), []
+    tokens = perceiver.tokenizer.tokenize(video, start, learn=True)
+    codebook, predict = perceiver.tokenizer.quantizer.codebook, perceiver.predictor.loss
+    monkeypatch.setattr(perceiver.tokenizer, "learn", lambda tokens: codebook.copy_(codebook.flip(1)))
+    monkeypatch.setattr(perceiver.predictor, "loss", lambda *inputs: given.append(inputs[-1]) or predict(*inputs))
+    means, context = torch.zeros(2, 3, model.latent_dim).double(), perceiver.context(tokens.codes, start)
+    perceiver.score(video, tokens, context, actions, start, slice(2), means, means, pictures=video)
+    assert torch.equal(given[0], tokens.codes)
+    assert not torch.equal(perceiver.tokenizer.tokenize(video, start).codes, tokens.codes)
+
+
 def test_hidden_sequences_train_the_context_and_have_no_picture():
     model = make_model().train()
     perceiver, predictor = model.perceiver_io, model.perceiver_io.predictor
