@@ -39,7 +39,7 @@ class PerceiverTokenPredictor(nn.Module):
     """p(tokens of frame t+1 | tokens of frame t, c_t, a_t), and the same given the tokens of a picture of frame t+1 that the world model
     has drawn.
 
-    One network is both: in training a share `PICTURED` of the shown sequences has pictures, reconstructions; in a roll-out they are imagined.
+    One network is both: in training a share `PICTURED` of the shown sequences has pictures, reconstructions, in a roll-out imagined ones.
     Where a thing moves to is what latents are good at predicting.
 
     With `refinement_steps > 0` it is also given a part of the target in training, and samples in that many rounds, the most probable

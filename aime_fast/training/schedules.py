@@ -11,9 +11,7 @@ from aime_fast.config import OptimConfig
 
 Schedule = Callable[[int], float]
 
-PERCEIVES_EVERY = (
-    2  # picture steps: an update of the perceiver costs as much as those of encoder and decoder (0.34 and 0.32 s, docs/log.md)
-)
+PERCEIVES_EVERY = 2  # picture steps: an update of the perceiver costs as much as those of encoder and decoder (docs/log.md)
 
 
 @dataclass(frozen=True)
