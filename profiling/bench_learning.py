@@ -4,7 +4,7 @@ For each seed the two train in processes of their own that take turns (SIGSTOP a
 seconds. Ours is trained as `aime_fast.train` trains it, with its latent phase within the budget; the peer is a world model that TorchRL
 ships (docs/learning.md says how it was tuned). Both are then measured by the same code on the same clips of test episodes. The folder gets
 learning.json (everything, by seed), learning.md (one table), curves.png (validation, against seconds and against frames) and films.png
-(rows: truth, then each model).
+(rows: truth, then each model). Benches of single seeds, made side by side, are joined by --join.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ COSTED, COSTED_LATENT = 8, (20, 160)  # updates by which the cost of ours is mea
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `profiling.bench learning`."""
-    parser.add_argument("--data", required=True, metavar="FILE", help="HDF5 file or folder, or synthetic")
-    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="processor minutes of training for each model and seed")
+    parser.add_argument("--data", metavar="FILE", help="HDF5 file or folder, or synthetic")
+    parser.add_argument("--minutes", type=float, metavar="M", help="processor minutes of training for each model and seed")
+    parser.add_argument(
+        "--join", nargs="+", metavar="FOLDER", help="instead: one table of the results of these benches, which differ in seeds"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each model a seed; default 0")
     parser.add_argument("--peer", choices=PEERS, default=PEERS[0])
     parser.add_argument("--only", choices=("ours", "peer"), help="train and measure one of the two")
@@ -55,6 +58,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     """Train, measure, print and write; returns the exit status."""
     out, threads = Path(options.out), options.threads or torch.get_num_threads()
+    clips = {"clips": {name: getattr(options, name) for name in ("context", "horizon", "clips", "samples")}}
+    if options.join:
+        head, results = join(options.join, usage_error)
+        write(out, clips | head, results)
+        shutil.copyfile(Path(options.join[0]) / "films.png", out / "films.png")
+        print((out / "learning.md").read_text())
+        return 0
+    if options.data is None or options.minutes is None:
+        usage_error("learning: --data and --minutes are needed, or --join")
     if not Path("/proc/self/stat").exists():
         usage_error("learning: processes take turns by what /proc says of them; run it on Linux")
     for name, value in (("minutes", options.minutes), ("turn", options.turn), ("threads", threads)):
@@ -67,19 +79,38 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     config = parse_config("python -m aime_fast.train", "The flags of --ours.", flags)
     head = describe("cpu")
     head["versions"] |= {name: version(name) for name in ("torchrl", "tensordict")}
-    head |= {"minutes": options.minutes, "threads": threads, "config": to_dict(config)}
+    head |= {"minutes": options.minutes, "threads": threads, "config": to_dict(config)} | clips
     print(f"{title(torch.device('cpu'))}, torch {torch.__version__}, torchrl {version('torchrl')}", flush=True)
     try:
         head["costs"] = None if options.only == "peer" else costs(config, threads, out)
         results = []
         for seed in options.seeds:
             results.append(one_seed(replace(config, run=replace(config.run, seed=seed)), options, threads, head["costs"], out))
-            write(out, head, results, options)
+            write(out, head, results)
     except (UserError, RuntimeError, ValueError) as error:
         print(f"FAILED: {error}", flush=True)
         return 1
     print((out / "learning.md").read_text())
     return 0
+
+
+def join(folders: list[str], usage_error: Callable[[str], Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(head of the first, results by seed) of benches in folders of their own; what must be equal is compared."""
+    found = []
+    for folder in folders:
+        try:
+            found.append(json.loads((Path(folder) / "learning.json").read_text()))
+        except OSError:
+            usage_error(f"--join {folder}: there is no learning.json")
+    for folder, other in zip(folders, found):
+        for name in ("git_commit", "machine", "minutes", "threads", "config"):
+            if other[name] != found[0][name]:
+                usage_error(f"--join {folder}: its {name} is not that of {folders[0]}")
+    results = sorted((result for each in found for result in each["seeds"]), key=lambda result: result["seed"])
+    seeds = [result["seed"] for result in results]
+    if len({*seeds}) < len(seeds):
+        usage_error(f"--join: a seed occurs twice in {', '.join(map(str, seeds))}")
+    return found[0], results
 
 
 def costs(config: Config, threads: int, out: Path) -> dict[str, float]:
@@ -200,17 +231,18 @@ def _load(name: str, checkpoint: str, held: Any = None) -> tuple[torch.nn.Module
     return peer, {"latents": peer.latents, "validation_errors": errors, "config": asdict(peer.config)}
 
 
-def write(out: Path, head: dict[str, Any], results: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def write(out: Path, head: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """Write the files of all seeds so far."""
     from profiling.learning.output import summary, table, write_curves
 
     found = summary(results)
     write_json(out / "learning.json", head | {"table": found, "seeds": results})
-    versions, seeds = head["versions"], " ".join(map(str, options.seeds))
+    versions, machine, clips = head["versions"], head["machine"], head["clips"]
     lines = [
-        f"{options.minutes:g} processor minutes for each model and seed, seeds {seeds}; {title(torch.device('cpu'))}; "
-        f"torch {versions['torch']}, torchrl {versions['torchrl']}; commit {head['git_commit']}.",
-        f"Test episodes of {Path(options.data).name}: {options.context} frames observed, {options.horizon} predicted. "
+        f"{head['minutes']:g} processor minutes for each model and seed, seeds {' '.join(str(result['seed']) for result in results)}; "
+        f"CPU, {head['threads']} threads, {machine['processor']}; torch {versions['torch']}, torchrl {versions['torchrl']}; "
+        f"commit {head['git_commit']}.",
+        f"Test episodes of {Path(head['config']['data']['data']).name}: {clips['context']} frames observed, {clips['horizon']} predicted. "
         "Mean over seeds and, of several, the range.",
     ]
     (out / "learning.md").write_text(table(found, lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 
 import pytest
@@ -193,3 +194,20 @@ def test_bench_trains_measures_and_writes(tmp_path, capsys, monkeypatch):
     table = (out / "learning.md").read_text()
     assert "| measure | ours | dreamer_v3 |" in table
     assert "| gain on the better baseline, steps 5 to 16, dB |" in table
+
+    other, joined = tmp_path / "other", tmp_path / "joined"
+    shutil.copytree(out, other, ignore=shutil.ignore_patterns("seed0"))
+    with pytest.raises(SystemExit):
+        bench.main(["learning", "--join", str(out), str(other), "--out", str(joined)])
+    assert "a seed occurs twice in 0, 0" in capsys.readouterr().err
+    found["seeds"][0]["seed"] = 1
+    (other / "learning.json").write_text(json.dumps(found))
+    assert bench.main(["learning", "--join", str(other), str(out), "--out", str(joined)]) == 0
+    both = json.loads((joined / "learning.json").read_text())
+    assert [result["seed"] for result in both["seeds"]] == [0, 1]
+    assert "seeds 0 1; " in (joined / "learning.md").read_text()
+    assert {path.name for path in joined.iterdir()} == {"learning.json", "learning.md", "curves.png", "films.png"}
+    (other / "learning.json").write_text(json.dumps(found | {"minutes": 7}))
+    with pytest.raises(SystemExit):
+        bench.main(["learning", "--join", str(out), str(other), "--out", str(joined)])
+    assert f"--join {other}: its minutes is not that of {out}" in capsys.readouterr().err
