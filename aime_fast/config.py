@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 from aime_fast.bounds import Bound, Count, Few, HeadedWidth, Layers, Length, OpenShare, Positive, Seed, Share, Steps, Weight, Width, check
 from aime_fast.errors import ConfigError
 
+Compile = Literal["off", "capture", "on", "graph", "whole"]  # ways to run an update, see `aime_fast.runtime.machine.WAYS`
+
 PICTURE_SHARE = 2 / 3  # of the steps, where `picture_steps` is None
 LATENT_UPDATES = 10  # of the latent phase for each joint update, where `latent_phase_updates` is None
 
@@ -163,7 +165,7 @@ class RunConfig:
     epochs: Annotated[float, Bound(0, 1e6, open_low=True)] | None = None  # passes over the training sequences, picture steps included
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
-    compile: Literal["off", "on", "graph", "best"] = "off"  # torch.compile; graph: and one CUDA graph; bare: best for the device
+    compile: Compile | Literal["best"] = "off"  # on: regions compiled; capture: a CUDA graph; graph: both; bare: best for the device
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
     threads: Annotated[int, Bound(1, 1024)] | None = None  # CPU threads; none: all
     run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>[-<hash>]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from tyro.conf import Positional
 
 from aime_fast.cli import parse_arguments, run_command
+from aime_fast.config import Compile
 from aime_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class EvaluateConfig:
     probes: bool = True  # also measure what each pillar is worth
     data: str | None = None  # other data of the same task, split alike, without training episodes of the run; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
-    compile: Literal["off", "on", "graph", "best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
+    compile: Compile | Literal["best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
     ema: bool = True  # the moving average of the weights, or the weights themselves
 
 

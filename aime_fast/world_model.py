@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aime_fast.attention_schema import AttentionSchema
 from aime_fast.attention_schema.schema import LOG_FLOOR, attention_kl, foreground, map_entropy, slot_overlap
 from aime_fast.bounds import check
-from aime_fast.config import Config, ModelConfig
+from aime_fast.config import Compile, Config, ModelConfig
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
@@ -129,8 +129,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         for region in (self.prior, self.recurrence, self.attention.posterior.slot_attention, *self.decoder.modulations):
             region.compile(dynamic=False)
 
-    def compile_imagination(self, mode: str = "on") -> None:
-        """How `predict_future` and token generation run a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
+    def compile_imagination(self, mode: Compile = "on") -> None:
+        """How `predict_future` and token generation run a frame, see `RollOut`."""
         self.roll_out = RollOut(one_frame.imagine, mode)
         self.perceiver_io.compile_generation(mode)
 

@@ -5,10 +5,11 @@ waits for the device, as in training. A sample of the speed is one cycle of upda
 percentile are over the samples. Warm-up, in which the step compiles, is excluded; `compile_seconds` is how much longer it took than as
 many later updates. On a CPU the configurations of one tier and precision take turns, because the machine's speed drifts.
 
-On CUDA the default is a ladder, in which each rung adds one thing: eager fp32 with the reference kernels, bf16, compile, Triton kernels,
-graph. Operations are those of matrix products and convolutions (and, on CUDA, attention), counted by PyTorch over eager updates with the
-reference kernels and compared with the measured rate of a matrix product of the same precision. `gpu_busy` is the profiled time in which
-a kernel ran, as a share of the time of an update without the profiler. A value that the device cannot provide is null.
+On CUDA the default is a ladder, in which each rung adds one thing: eager fp32 with the reference kernels, captured as a CUDA graph, Triton
+kernels, bf16, compiled regions. Operations are those of matrix products and convolutions (and, on CUDA, attention), counted by PyTorch over
+eager updates with the reference kernels and compared with the measured rate of a matrix product of the same precision. `gpu_busy` is the
+profiled time in which a kernel ran, as a share of the time of an update without the profiler. A value that the device cannot provide is
+null.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aime_fast.config import PRESETS, preset
 from aime_fast.errors import ConfigError
+from aime_fast.runtime.machine import WAYS
 from kernels.backend import CHOICES
 from profiling.machine import describe, title
 from profiling.rows import write_rows
 from profiling.steps import Updates
 from profiling.throughput import PRECISIONS, Measured, Setting, clear, matmul_rates, sample
 
-MODES = ("off", "on", "graph")
 LADDER = (
     ("off", "fp32", "reference"),
-    ("off", "bf16", "reference"),
-    ("on", "bf16", "reference"),
-    ("on", "bf16", "triton"),
+    ("capture", "fp32", "reference"),
+    ("capture", "fp32", "triton"),
+    ("capture", "bf16", "triton"),
     ("graph", "bf16", "triton"),
 )
 
@@ -75,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--tier", choices=tuple(PRESETS), nargs="+", help="default: 1 2 3 on CUDA, debug 1 on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--compile", choices=MODES, nargs="+", help="default: off on graph on CUDA, off on on a CPU")
+    parser.add_argument("--compile", choices=tuple(WAYS), nargs="+", help="default: off capture graph on CUDA, off on on a CPU")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="default: both in the ladder, else that of the tier")
     parser.add_argument("--kernels", choices=CHOICES, default="auto", help="kernels to use without the ladder; default auto")
     parser.add_argument(
@@ -98,7 +99,7 @@ def _set_defaults(options: argparse.Namespace, usage_error: Callable[[str], Any]
         usage_error("--ladder: its rungs need CUDA; leave it out, or use --device cuda")
     options.ladder = cuda if options.ladder is None else options.ladder
     options.tier = ["debug"] if options.quick else options.tier or (["1", "2", "3"] if cuda else ["debug", "1"])
-    options.compile = options.compile or list(MODES if cuda else MODES[:2])
+    options.compile = options.compile or (["off", "capture", "graph"] if cuda else ["off", "on"])
     options.sample = options.sample or (1.0 if options.quick else 10.0 if cuda else 20.0)
 
 
@@ -158,7 +159,7 @@ def measure_together(
 
 def _possible(setting: Setting, device: torch.device) -> bool:
     """Whether this device has the compile mode; prints a line if not."""
-    if setting.compile == "graph" and device.type != "cuda":
+    if WAYS[setting.compile].captured and device.type != "cuda":
         print(f"left out: {setting.title}: CUDA graphs need a CUDA device")
         return False
     return True

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aime_fast.config import Config
 from aime_fast.data import make_batches
 from aime_fast.runtime.cuda_graph import WARM_UP
-from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
+from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, keep_freed_memory
 from aime_fast.runtime.spans import span
 from aime_fast.training.schedules import Every
 from aime_fast.training.step import TrainingStep
@@ -60,7 +60,7 @@ class Updates:
         self.step = TrainingStep(model, config, compile)
         self.frames = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
         self.cycle = config.optim.n_critic
-        self.warm_up = self.cycle * (WARM_UP + 2 if compile == "graph" else 2)
+        self.warm_up = self.cycle * (WARM_UP + 2 if WAYS[compile].captured else 2)
         self.made, self.waited = 0, 0.0
         self._one = torch.ones((), device=self.device)
         self._learning_rate = self._one * config.optim.learning_rate

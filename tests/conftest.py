@@ -23,8 +23,12 @@ from kernels.backend import select_kernels, selected_kernels
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin first, so that no process is left alone with them at the end."""
+    """The longest tests begin first, so that no process is left alone with them at the end; those marked `cuda` need a GPU."""
     items.sort(key=lambda item: "test_compile" not in item.nodeid)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ ALLOWED = {
     "errors": set(),
     "layers": set(),
     "cli": {"bounds", "config", "errors"},
-    "runtime": {"kernels", "errors"},
+    "runtime": {"kernels", "config", "errors"},
     "pillar": {"kernels", "layers", "config", "runtime"},
     "imagination": {"pillar", "layers", "runtime"},
     "world_model": {"bounds", *MODEL},

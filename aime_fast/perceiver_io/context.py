@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from aime_fast.config import ModelConfig
+from aime_fast.config import Compile, ModelConfig
 from aime_fast.layers import DELTA_SCALE, TransformerBlock, episode_mask, full_precision, grid_positions, starts
 from aime_fast.perceiver_io.predictor import PerceiverTokenPredictor
 from aime_fast.perceiver_io.tokenizer import Tokens, VQPTTokenizer
@@ -209,8 +209,8 @@ class CausalPerceiverIO(nn.Module):
         context, context_cache = self.extend_context(tokens.codes, cache.context, is_init)
         return tokens.codes, context, PerceptionCache(tokens.cache, context_cache)
 
-    def compile_generation(self, mode: str = "on") -> None:
-        """How `generate_tokens` runs a frame: "off", "on" (compiled), "graph" (also captured; CUDA). See `RollOut`."""
+    def compile_generation(self, mode: Compile = "on") -> None:
+        """How `generate_tokens` runs a frame, see `RollOut`."""
         self.roll_out = RollOut(next_tokens, mode)
 
     @torch.no_grad()

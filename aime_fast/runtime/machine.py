@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Literal, NamedTuple
 
 import torch
 
+from aime_fast.config import Compile
 from aime_fast.errors import ConfigError
 from kernels.backend import KernelError, select_kernels
+
+
+class Way(NamedTuple):
+    """How an update, or an imagined frame, runs."""
+
+    regions: bool = False  # the regions of the model that gain are compiled
+    whole: bool = False  # all of it is compiled as one graph; takes very long
+    captured: bool = False  # it is one CUDA graph, replayed
+
+
+WAYS: dict[Compile, Way] = {
+    "off": Way(),
+    "capture": Way(captured=True),
+    "on": Way(regions=True),
+    "graph": Way(regions=True, captured=True),
+    "whole": Way(whole=True, captured=True),
+}
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,10 +49,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_compile(name: str, device: torch.device) -> str:
-    """`--compile`: off, on or graph; `best` is graph on CUDA and on elsewhere. Raises ConfigError for what the device lacks."""
-    if name == "graph" and device.type != "cuda":
-        raise ConfigError(f"--compile graph: CUDA graphs need a CUDA device, this run is on {device}; use --compile on")
+def choose_compile(name: Compile | Literal["best"], device: torch.device) -> Compile:
+    """`--compile`, a key of `WAYS`; `best` is graph on CUDA and on elsewhere. Raises ConfigError for what the device lacks."""
+    if name != "best" and WAYS[name].captured and device.type != "cuda":
+        raise ConfigError(f"--compile {name}: CUDA graphs need a CUDA device, this run is on {device}; use --compile on")
     return ("graph" if device.type == "cuda" else "on") if name == "best" else name
 
 

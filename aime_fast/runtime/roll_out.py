@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from aime_fast.config import Compile
 from aime_fast.runtime.cuda_graph import Captured
-
-MODES = ("off", "on", "graph")
+from aime_fast.runtime.machine import WAYS
 
 
 def match_layout(new: Any, like: Any) -> Any:
@@ -36,23 +36,24 @@ class RollOut:
     Args:
         frame: a function of nested tensors of fixed shapes that reads all weights through `module`; the state that it returns has the
             layout of the one that it is given (`match_layout`).
-        mode: "off"; "on": `torch.compile`, once for each batch size and options; "graph": compiled, then captured as a CUDA graph.
+        mode: a key of `WAYS`. A frame is compiled whole, once for each batch size and options.
 
     A copy or a pickle contains nothing compiled, and compiles by itself.
 
     Raises:
-        ValueError: another mode, or "graph" with tensors that are not on a CUDA device.
+        ValueError: another mode, or one that captures with tensors that are not on a CUDA device.
 
     Example:
         >>> outputs, state = RollOut(imagine, "on")(model, actions, state, False)
     """
 
-    def __init__(self, frame: Callable, mode: str = "off"):
-        if mode not in MODES:
-            raise ValueError(f"roll-out mode is {mode!r}, expected one of {', '.join(MODES)}")
-        self.frame, self.mode = frame, mode
-        self._advance = frame if mode == "off" else torch.compile(frame, fullgraph=True, dynamic=False)
-        if mode != "off":
+    def __init__(self, frame: Callable, mode: Compile = "off"):
+        if mode not in WAYS:
+            raise ValueError(f"roll-out mode is {mode!r}, expected one of {', '.join(WAYS)}")
+        self.frame, self.mode, self._captures = frame, mode, WAYS[mode].captured
+        compiles = WAYS[mode].regions or WAYS[mode].whole
+        self._advance = torch.compile(frame, fullgraph=True, dynamic=False) if compiles else frame
+        if compiles:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # each batch size and option is one
         self._captured: dict[Any, Captured] = {}
 
@@ -64,13 +65,13 @@ class RollOut:
 
         Args: actions [B, F, A], or nested tensors [B, F, ...]; state before the first frame, [B, ...]; options of the frame, hashable.
 
-        Returns: (outputs of all frames, stacked on axis 1: [B, F, ...]; the last state). With "graph" no gradient passes.
+        Returns: (outputs of all frames, stacked on axis 1: [B, F, ...]; the last state). No gradient passes where frames are captured.
         """
         count = pytree.tree_leaves(actions)[0].shape[1]
         if count == 0:
             raise ValueError("roll-out: there are no actions, expected one for each frame")
         by_frame = pytree.tree_map(lambda x: x.transpose(0, 1).contiguous(), actions)  # strides that do not depend on F
-        captured = self._graph_for(module, by_frame, state, options) if self.mode == "graph" else None
+        captured = self._graph_for(module, by_frame, state, options) if self._captures else None
         frames = []
         for action in (pytree.tree_map(lambda x, i=i: x[i], by_frame) for i in range(count)):
             outputs, state = captured(action, state) if captured else self._advance(module, action, state, *options)
@@ -81,7 +82,7 @@ class RollOut:
         """The graph for these shapes and for the present addresses of the weights; captured at the first calls."""
         device = pytree.tree_leaves(by_frame)[0].device
         if device.type != "cuda":
-            raise ValueError(f"roll-out mode 'graph' needs a CUDA device, the actions are on {device}; use 'on'")
+            raise ValueError(f"roll-out mode {self.mode!r} needs a CUDA device, the actions are on {device}; use 'on'")
         inputs = pytree.tree_leaves((pytree.tree_map(lambda x: x[0], by_frame), state))
         weights = tuple(tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers()))
         amp = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None

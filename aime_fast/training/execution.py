@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from aime_fast.runtime.cuda_graph import Captured
+from aime_fast.runtime.machine import Way
 
 if TYPE_CHECKING:
     from aime_fast.training.step import TrainingStep
 
 RECOMPILE_LIMIT = 64  # Dynamo's 8 is for all steps of a process together; each has several kinds of update
-
-Compile = Literal["off", "on", "graph"]
 
 
 class Kind(NamedTuple):
@@ -27,13 +25,11 @@ class Kind(NamedTuple):
 
 
 class Execution:
-    """Calls `TrainingStep.update`, whose two halves are `compute_gradients` and `apply_gradients` of this object.
+    """Calls `TrainingStep.update` and `update_pictures`; the two halves of the former are `compute_gradients` and `apply_gradients` here.
 
     Args:
-        step: whose update is run.
-        compile: "off", eagerly. "on": on a CPU the regions of the model that gain are compiled (`compile_regions`), with CUDA each half
-            as one graph without breaks. "graph", CUDA only: "on", and each kind of update is captured as one CUDA graph.
-        whole: compile the halves instead of regions; None: with CUDA.
+        step: whose updates are run.
+        way: what of them is compiled, and whether they are captured.
         backend: of `torch.compile` of the halves.
 
     Attributes:
@@ -43,26 +39,34 @@ class Execution:
         ValueError: a gradient penalty with compiled halves.
     """
 
-    def __init__(self, step: TrainingStep, compile: Compile, whole: bool | None = None, backend: str | Callable = "inductor"):
-        self.step = step
-        self.whole = compile != "off" and (step.device.type == "cuda" if whole is None else whole)
+    def __init__(self, step: TrainingStep, way: Way, backend: str | Callable = "inductor"):
+        self.step, self.whole, self.captures = step, way.whole, way.captured
         self.compute_gradients, self.apply_gradients = step.compute_gradients, step.apply_gradients
-        self._captured: dict[Kind, Captured] = {}
-        if compile != "off" and not self.whole:
+        self._captured: dict[Hashable, Captured] = {}
+        if way.regions:
             step.model.compile_regions()
         if self.whole:
             if step.config.optim.gradient_penalty > 0:
-                raise ValueError("--gradient-penalty differentiates twice, which cannot be traced; use it with --compile off")
+                raise ValueError("--gradient-penalty differentiates twice, which cannot be traced; use another --compile than whole")
             torch._dynamo.config.trace_autograd_ops = True  # the four task gradients are taken inside the compiled function
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
             one_graph = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
             self.compute_gradients, self.apply_gradients = one_graph(step.compute_gradients), one_graph(step.apply_gradients)
-        if compile == "graph":
-            first = None
-            for flags in itertools.product((False, True), repeat=len(Kind._fields)):
-                captured = Captured(partial(step.update, Kind(*flags)), step.device, memory_of=first)
-                self._captured[Kind(*flags)], first = captured, first or captured
 
     def __call__(self, kind: Kind, *inputs: Any) -> Any:
         """One update of that kind: arguments and results are those of `TrainingStep.update`."""
-        return self._captured[kind](*inputs) if self._captured else self.step.update(kind, *inputs)
+        return self._run(self.step.update, kind, *inputs)
+
+    def pictures(self, perceives: bool, *inputs: Any) -> Any:
+        """One update on pictures: arguments and results are those of `TrainingStep.update_pictures`."""
+        return self._run(self.step.update_pictures, perceives, *inputs)
+
+    def _run(self, function: Callable, kind: Hashable, *inputs: Any) -> Any:
+        """`function(kind, *inputs)`: each kind is a graph of its own, and all share one pool of memory."""
+        if not self.captures:
+            return function(kind, *inputs)
+        key = function.__name__, kind
+        if key not in self._captured:
+            first = next(iter(self._captured.values()), None)
+            self._captured[key] = Captured(partial(function, kind), self.step.device, memory_of=first)
+        return self._captured[key](*inputs)

@@ -17,7 +17,7 @@ they run eagerly.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,12 @@ from aime_fast.data import augment, normalise
 from aime_fast.errors import NonFiniteError
 from aime_fast.multi_task_learning import RGB, LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
+from aime_fast.runtime.machine import WAYS, Compile
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.ema import EMA
-from aime_fast.training.execution import Compile, Execution, Kind
+from aime_fast.training.execution import Execution, Kind
 from aime_fast.training.faults import Faults, first_error
 from aime_fast.training.perception import GRADIENT_NORM, PerceptionUpdates
 from aime_fast.training.stills import STILLS, StillUpdates
@@ -78,9 +79,7 @@ class TrainingStep:
     Args:
         model: `DPGMMVariationalRecurrentAutoencoder` on its device. Its parameters move into flat arenas: do not move the model again.
         config: the run's settings.
-        compile: "off" runs eagerly. "on" compiles: with CUDA the whole update, on a CPU the regions that gain. "graph", CUDA only,
-            also captures each kind of update as one CUDA graph. The first update of each kind compiles, which takes minutes; the first
-            updates of a captured step are ordinary ones.
+        compile: a key of `WAYS`. The first update of each kind compiles; the first updates of a captured step are ordinary ones.
     """
 
     def __init__(self, model: nn.Module, config: Config, compile: Compile = "off"):
@@ -113,7 +112,7 @@ class TrainingStep:
         self._learnt = [model.get_buffer(name) for name in model.state_dict() if name not in parameters]
         self._evidence: list[dict[str, dict[str, Tensor]]] = []  # of the last update, for `diagnose`
         self._gradients = Gradients()
-        self.execution = Execution(self, compile)
+        self.execution = Execution(self, WAYS[compile])
 
     def __call__(
         self,
@@ -163,6 +162,15 @@ class TrainingStep:
         Returns: TensorDict of scalar tensors on the device: `stills.STILLS`, those of `PerceptionUpdates`, `learning_rate`, and `finite`:
         whether all were made.
         """
+        inputs = [{key: batch[key] for key in (*BATCH_KEYS, "stills")} for batch in batches]
+        metrics, self._evidence = self.execution.pictures(perceives, inputs, learning_rate)
+        self._gradients = Gradients()
+        return TensorDict(metrics, batch_size=[])
+
+    def update_pictures(
+        self, perceives: bool, batches: list[dict[str, Tensor]], learning_rate: Tensor
+    ) -> tuple[dict[str, Tensor], list[dict[str, dict[str, Tensor]]]]:
+        """What `learn_pictures` does. Returns: (metrics, scalars by name; batch and losses of each batch)."""
         scalars = []
         for batch in batches:
             scalars.append(self._learn_stills(batch, learning_rate, attends=False))
@@ -171,8 +179,8 @@ class TrainingStep:
         metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in scalars[0]}
         finite = self.faults.record(metrics)
         self.ema.update(finite)
-        self._evidence, self._gradients = [{"batch": dict(batch), "output": {}, "loss": metrics} for batch in batches], Gradients()
-        return TensorDict({**metrics, "learning_rate": learning_rate, "finite": finite}, batch_size=[])
+        evidence = [{"batch": batch, "output": {}, "loss": metrics} for batch in batches]
+        return metrics | {"learning_rate": learning_rate, "finite": finite}, evidence
 
     def update(
         self, kind: Kind, batches: list[dict[str, Tensor]], learning_rate: Tensor, warmups: Warmups
@@ -228,14 +236,14 @@ class TrainingStep:
         data = self.config.data
         return augment(pixels, data.max_shift, data.max_zoom) if data.augment else normalise(pixels)
 
-    def _learn_stills(self, batch: Mapping[str, Tensor] | TensorDict, learning_rate: Tensor, attends: bool = True) -> dict[str, Tensor]:
+    def _learn_stills(self, batch: dict[str, Tensor], learning_rate: Tensor, attends: bool = True) -> dict[str, Tensor]:
         """Updates of encoder and decoder alone; returns their scalars by name, none where the batch has no single frames."""
         if "stills" not in batch:
             return {}
         frames = self._observe(batch["stills"].flatten(0, 1).unsqueeze(1)).squeeze(1)  # each is a sequence of one
         return self.stills(frames, learning_rate, self.autocast(), attends)
 
-    def _learn_perception(self, batch: TensorDict, learning_rate: Tensor) -> dict[str, Tensor]:
+    def _learn_perception(self, batch: dict[str, Tensor], learning_rate: Tensor) -> dict[str, Tensor]:
         """An update of the perceiver alone; returns its scalars by name."""
         return self.perception(self._observe(batch["pixels"]), batch["action"], batch["is_init"], learning_rate, self.autocast())
 

@@ -12,8 +12,6 @@ from aime_fast.data.batches import SequenceBatches
 from aime_fast.data.replay import DEVICE_SHARE, KEYS, Replay, replay_bytes, replay_on_device
 from aime_fast.errors import DataError
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
 
 @pytest.fixture
 def batches():
@@ -75,7 +73,7 @@ def test_a_run_resumes_with_the_frames_stored_elsewhere(batches):
     assert equal(next(mapped), next(resident))
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_gpu_gets_the_bits_of_the_cpu(batches, resident, prefetch):
@@ -89,7 +87,7 @@ def test_a_gpu_gets_the_bits_of_the_cpu(batches, resident, prefetch):
     assert torch.equal(cpu.mean_frame(), gpu.mean_frame().cpu())
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_are_read_after_their_copy_and_overwritten_after_their_use_and_the_host_never_waits(batches, resident):
     source = SyntheticEpisodes(4, 64, seed=0)
@@ -112,7 +110,7 @@ def test_batches_are_read_after_their_copy_and_overwritten_after_their_use_and_t
     assert all(equal(next(cpu), batch) for batch in taken)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_batches_are_made_while_a_graph_is_captured(batches):
     cpu, gpu = batches(), batches(device="cuda", resident=False, prefetch=2)
     assert equal(next(cpu), next(gpu))
@@ -125,7 +123,7 @@ def test_batches_are_made_while_a_graph_is_captured(batches):
     assert all(equal(next(cpu), gpu._replay.deliver(each)) for each in sent)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_the_choice_of_replay_is_followed_on_a_gpu():
     for choice, expected in {"auto": True, "device": True, "host": False}.items():
         pair = make_batches(dataclasses.replace(SMALL, replay=choice), 0, "cuda")

@@ -16,7 +16,6 @@ from aime_fast.perceiver_io.context import next_tokens
 from aime_fast.runtime.roll_out import RollOut
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 FRAMES = 14  # more than the window of 5 frames and than two layers of attention can reach back
 
 
@@ -125,13 +124,14 @@ def test_generation_compiles_once_into_one_graph(refinement_steps):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["capture", "graph"])
 @torch.no_grad()
-def test_captured_imagination_equals_the_plain_one():
+def test_captured_imagination_equals_the_plain_one(mode):
     """For two batch sizes, again after the weights have changed in place, and with other noise in every frame."""
     model = DPGMMVariationalRecurrentAutoencoder.from_config(debug_config(), ACTIONS).cuda().eval()
     captured = copy.deepcopy(model)
-    captured.compile_imagination("graph")
+    captured.compile_imagination(mode)
     for batch in (2, 1, 2):
         video, actions = (x.float().cuda() for x in make_batch(model, batch, 3))
         future = make_batch(model, batch, FRAMES, seed=1)[1].float().cuda()

@@ -22,7 +22,6 @@ FIELDS = {
     "peak_memory_bytes", "launches_per_step", "host_syncs_per_step", "gpu_busy", "model_flops_per_step", "model_flops_utilisation",
     "matmul_flops", "data_wait_seconds", "steps", "frames_per_step", "machine", "versions", "git_commit", "command",
 }  # fmt: skip
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def in_order(speed: dict[str, float]) -> bool:
@@ -31,9 +30,9 @@ def in_order(speed: dict[str, float]) -> bool:
 
 def test_train_writes_complete_rows_and_leaves_out_modes_that_a_cpu_lacks(tmp_path, capsys):
     file = tmp_path / "train.json"
-    arguments = ["train", "--device", "cpu", "--tier", "debug", "--compile", "off", "graph", "--sample", "0.1", "--json", str(file)]
+    arguments = ["train", "--device", "cpu", "--tier", "debug", "--compile", "off", "capture", "--sample", "0.1", "--json", str(file)]
     assert bench.main(arguments) == 0
-    assert "left out: tier debug, compile graph" in capsys.readouterr().out
+    assert "left out: tier debug, compile capture" in capsys.readouterr().out
     (row,) = json.loads(file.read_text())
     assert row.keys() >= FIELDS
     assert (row["tier"], row["device"], row["compile"], row["precision"]) == ("debug", "cpu", "off", "fp32")
@@ -174,7 +173,7 @@ def test_launches_waits_and_busy_time_are_counted_inside_the_step():
     assert summary == {"launches_per_step": 2, "kernels_per_step": 3, "host_syncs_per_step": 1, "gpu_busy": pytest.approx(0.4)}
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_train_on_cuda_measures_the_gpu(tmp_path):
     file = tmp_path / "train.json"
     assert bench.main(["train", "--device", "cuda", "--quick", "--compile", "off", "--json", str(file)]) == 0
@@ -185,7 +184,7 @@ def test_train_on_cuda_measures_the_gpu(tmp_path):
         assert row["peak_memory_bytes"] > 0
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_time_by_pillar_on_cuda_adds_up():
     config = debug_config()
     updates = Updates(dataclasses.replace(config, run=dataclasses.replace(config.run, device="cuda")))

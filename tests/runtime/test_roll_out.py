@@ -32,7 +32,7 @@ def test_compiled_roll_out_equals_the_plain_one_and_a_copy_is_its_own():
 
 
 def test_wrong_modes_are_named():
-    with pytest.raises(ValueError, match="roll-out mode is 'fast', expected one of off, on, graph"):
+    with pytest.raises(ValueError, match="roll-out mode is 'fast', expected one of off, capture, on, graph, whole"):
         RollOut(decay, "fast")
     with pytest.raises(ValueError, match="'graph' needs a CUDA device, the actions are on cpu; use 'on'"):
         RollOut(decay, "graph")(torch.nn.Linear(3, 3), torch.rand(2, 5, 3), torch.rand(2, 3), 0.5)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
+from aime_fast.runtime.machine import WAYS, Way
 from aime_fast.training import TrainingStep, execution
 from aime_fast.training.execution import Execution, Kind
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
@@ -76,7 +77,7 @@ def test_the_whole_step_compiles_to_one_graph_each_and_trains_alike(batches):
     torch._dynamo.reset()
     counters.clear()
     step = make_step(accumulate=2)
-    step.execution = Execution(step, "on", whole=True, backend="eager")  # Dynamo alone; AOTAutograd too in the next test
+    step.execution = Execution(step, Way(whole=True), backend="eager")  # Dynamo alone; AOTAutograd too in the next test
     assert_same_training(step, batches, 3, eager=make_step(accumulate=2))
     assert not counters["graph_break"]
     # The gradients, without and with the adversarial task, and the update: three graphs, whatever the schedules, for all batches.
@@ -87,7 +88,7 @@ def test_one_batch_without_discriminators_compiles_to_one_graph_each(batches):
     torch._dynamo.reset()
     counters.clear()
     compiled, eager = make_step(), make_step()
-    compiled.execution = Execution(compiled, "on", whole=True, backend="aot_eager")
+    compiled.execution = Execution(compiled, Way(whole=True), backend="aot_eager")
     one, few = torch.ones((), device=DEVICE), batches[:1]
     losses = []
     for step in (compiled, eager):
@@ -99,7 +100,6 @@ def test_one_batch_without_discriminators_compiles_to_one_graph_each(batches):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a CUDA device compiles the whole step instead")
 def test_compiled_regions_train_alike(batches):
     torch._dynamo.reset()
     with torch._inductor.config.patch(fallback_random=True):  # Inductor has random numbers of its own otherwise
@@ -149,20 +149,22 @@ def test_every_kind_of_update_goes_through_its_capture(batches, monkeypatch):
 
     monkeypatch.setattr(execution, "Captured", Called)
     step = make_step()
-    monkeypatch.setattr(step.model, "compile_regions", lambda: None)
-    step.execution = Execution(step, "graph", whole=False)
+    step.execution = Execution(step, WAYS["capture"])
     for i, kind in enumerate(kinds := [Kind(*flags) for flags in ((False, False), (False, True), (True, False), (True, True))]):
         one = torch.ones((), device=DEVICE)
         assert bool(step(batches[i : i + 1], one, 1e-4 * one, *kind)["finite"])
     assert calls == kinds
+    calls.clear()
+    for perceives in (True, False):
+        assert bool(step.learn_pictures(batches[:1], 1e-4 * one, perceives)["finite"])
+    assert calls == [True, False]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_captured_training_is_compiled_training(batches):
-    # The same generated code with the same seeds: also the random numbers agree. It replays from the fourth update of a kind on.
-    torch._dynamo.reset()
-    step = make_step("graph")
-    assert_same_training(step, batches, STEPS + 3, eager=make_step("on"))
+@pytest.mark.cuda
+def test_captured_training_is_eager_training(batches):
+    # The same kernels with the same seeds: also the random numbers agree. It replays from the fourth update of a kind on.
+    step = make_step("capture")
+    assert_same_training(step, batches, STEPS + 3)
     for i in range(8):  # another kind, captured into the same memory
         assert bool(update(step, batches[:1], i, train_discriminator=i % 2 == 0)["finite"])
     state = copy.deepcopy(step.state_dict())
@@ -176,24 +178,22 @@ def test_captured_training_is_compiled_training(batches):
     assert not torch.equal(state["optimizer"]["updates"], step.state_dict()["optimizer"]["updates"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_compiled_training_is_eager_training_on_a_gpu(batches, monkeypatch):
-    # Inductor draws, and orders draws, in its own way: in eval mode only the KL's sample is drawn, which no other term depends on.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch._dynamo.reset()
-    steps = []
-    for mode in ("on", "off"):
-        step = make_step(mode)
-        step.config = dataclasses.replace(step.config, data=dataclasses.replace(step.config.data, augment=False))
-        step.model.eval()
-        steps.append(step)
-    with torch._inductor.config.patch(fallback_random=True):
-        assert_same_training(steps[0], batches, eager=steps[1])
+@pytest.mark.cuda
+def test_captured_picture_updates_are_eager_ones(batches):
+    captured, eager = make_step("capture"), make_step()
+    rate = torch.tensor(1e-3, device=DEVICE)
+    for i in range(STEPS + 2):
+        losses = []
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            losses.append(step.learn_pictures(batches[i % STEPS : i % STEPS + 1], rate, perceives=i % 2 == 0).clone())
+        for name, value in losses[1].items():
+            torch.testing.assert_close(losses[0][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name, s=i: f"step {s}, {n}: {m}")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_captured_update_skips_what_is_not_finite(batches):
-    step = make_step("graph")
+    step = make_step("capture")
     for i in range(6):
         update(step, batches[:1], i)
     before = step.generator.flat.clone()
