@@ -164,6 +164,7 @@ class RunConfig:
     steps: Count | None = None  # updates, picture steps included; give this or --epochs
     epochs: Annotated[float, Bound(0, 1e6, open_low=True)] | None = None  # passes over the training sequences, picture steps included
     device: str = "auto"  # cpu, cuda, cuda:N or auto
+    tf32: Literal["auto", "on", "off"] = "auto"  # TF32 in fp32 matrix products and convolutions on a GPU; auto: with bf16
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
     compile: Compile | Literal["best"] = "off"  # on: regions compiled; capture: a CUDA graph; graph: both; bare: best for the device
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto

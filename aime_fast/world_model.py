@@ -37,6 +37,7 @@ from aime_fast.multi_task_learning import losses
 from aime_fast.perceiver_io import CausalPerceiverIO
 from aime_fast.perceiver_io.context import PerceptionCache
 from aime_fast.perceiver_io.tokenizer import Tokens
+from aime_fast.runtime import streams
 from aime_fast.runtime.roll_out import RollOut, match_layout
 from aime_fast.runtime.spans import span
 from aime_fast.temporal_dynamics import LSTMLayer
@@ -167,7 +168,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations, check=False)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, context = self._perceive(video, start, learn=self.training)
+        tokens, context = streams.beside("perceiver", self._perceive, video, start, self.training)()
         inferred = self._infer(video, context, actions, start)
         q, p = inferred.posterior, inferred.prior
         few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
@@ -180,8 +181,14 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             parameters = decoded.detach().unflatten(0, start[drawn].shape)[few]
             pictures = self.decoder.likelihood.mean(parameters.flatten(0, 1)).unflatten(0, start[few].shape)
         means, delta = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
+        seen_video, seen_start = video[few], start[few]
+        perceived = streams.beside(
+            "perceiver", self.perceiver_io.score,
+            video, tokens, inferred.context, actions, start, few, means, delta, own_tokens, pictures,
+        )  # fmt: skip
+        imagined = streams.beside("imagination", self._imagine, seen, seen_video, actions[few], seen_start)
+        judged = streams.beside("adversary", self._judge, seen, seen_video, seen_start, decoded)
         terms = dict(perplexity=tokens.perplexity, code_usage=tokens.usage)
-        terms |= self.perceiver_io.score(video, tokens, inferred.context, actions, start, few, means, delta, own_tokens, pictures)
         with span("encoder_decoder: likelihood"):
             terms["recon"] = self.decoder.likelihood.nll(decoded, video[drawn].flatten(0, 1)).mean()
         with span("generative_prior: KL"):
@@ -199,17 +206,22 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["attention_foreground"] = attention_kl(seen_there, (maps[0] + LOG_FLOOR).log()).mean()
             terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
             terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
-        with span("temporal_dynamics: overshooting"):
-            terms |= pixel_overshooting(self, seen, video[few], actions[few], start[few], self.overshoot_frames)
         out = inferred._replace(decoded=decoded).describe(tokens.codes, self.decoder.likelihood, start.shape)
+        out["drawn"], adversarial = judged()
+        return out | terms | perceived() | imagined() | adversarial
+
+    def _imagine(self, seen: Inference, video: Tensor, actions: Tensor, start: Tensor) -> dict[str, Tensor]:
+        with span("temporal_dynamics: overshooting"):
+            return pixel_overshooting(self, seen, video, actions, start, self.overshoot_frames)
+
+    def _judge(self, seen: Inference, video: Tensor, start: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(frames for the discriminators [B, T, 3, H, W], the terms of the adversarial task)."""
         with span("encoder_decoder: adversarial"):
             z, fake = seen.latents.detach(), decoded
             if self.training:  # decoded anew: with gradient to the decoder alone, and always with the map
                 fake = self.decoder(z, seen.maps.attention.detach())
-            fake, z = (x.unflatten(0, start[few].shape) for x in (self.decoder.likelihood.mean(fake), z))
-            out["drawn"] = fake
-            terms |= gan.generator_learns(self.image_discriminator, self.temporal_discriminator, fake, video[few], z)
-        return out | terms
+            fake, z = (x.unflatten(0, start.shape) for x in (self.decoder.likelihood.mean(fake), z))
+            return fake, gan.generator_learns(self.image_discriminator, self.temporal_discriminator, fake, video, z)
 
     def few(self, batch: int) -> slice:
         """The sequences of a batch that the tasks of `auxiliary_share` see."""

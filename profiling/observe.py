@@ -19,7 +19,7 @@ FIELDS = ("launches_per_step", "kernels_per_step", "host_syncs_per_step", "gpu_b
 
 def observe(updates: Updates, update_seconds: float) -> dict[str, float]:
     """The values of `FIELDS` (see `summarise`), from further updates; `update_seconds` is the time of one without the profiler."""
-    count = 2 * updates.cycle
+    count = updates.cycle
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -21,7 +21,7 @@ from profiling.rows import spread
 from profiling.steps import Updates, synchronize
 
 PRECISIONS = ("fp32", "bf16")
-TURN = {"cpu": 2, "cuda": 5}  # cycles of updates in a turn
+TURN = 2  # cycles of updates in a turn
 TURNS = 3  # of each configuration, at least
 
 
@@ -69,7 +69,7 @@ class Measured:
         """Add the samples of a turn. On CUDA the device records the times, and the host waits only at the end."""
         before, made = self.updates.waited, self.updates.made
         stamps = [_stamp(self.device)]
-        for _ in range(TURN[self.device.type]):
+        for _ in range(TURN):
             for _ in range(self.updates.cycle):
                 self.updates()
             stamps.append(_stamp(self.device))

@@ -200,7 +200,7 @@ class SequenceBatches:
     def mean_frame(self) -> Tensor:
         """Mean of all frames, float32 [3, H, W] in [-1, 1], on the device."""
         pixels = self._open_replay().frames["pixels"]
-        total = sum(chunk.sum(0, dtype=torch.int64) for chunk in pixels.split(512))
+        total = sum(chunk.sum(0, dtype=torch.int64) for chunk in pixels.split(512)).cpu()  # rounded alike on every device
         return normalise(total.double() / len(pixels)).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:

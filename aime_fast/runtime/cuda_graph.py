@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from aime_fast.runtime.streams import side_streams
+
 WARM_UP = 3  # ordinary calls before the capture: they compile, choose algorithms and allocate, which a capture must not
 
 
@@ -49,7 +51,7 @@ class Captured:
             return outputs
         if self.calls == WARM_UP:
             torch.cuda.synchronize(self.device)
-            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"), side_streams():
                 self._outputs = self.function(*pytree.tree_unflatten(self._inputs, self._structure))
         self.calls += 1
         self._graph.replay()
@@ -75,7 +77,7 @@ class Captured:
     def _run_on_side_stream(self) -> Any:
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), side_streams():
             outputs = self.function(*pytree.tree_unflatten(self._inputs, self._structure))
         current.wait_stream(self._stream)
         return outputs

@@ -56,6 +56,12 @@ def choose_compile(name: Compile | Literal["best"], device: torch.device) -> Com
     return ("graph" if device.type == "cuda" else "on") if name == "best" else name
 
 
+def choose_tf32(choice: str, precision: str) -> None:
+    """`--tf32`: TF32 (10 bits of mantissa) for the matrix products and convolutions that stay in fp32; auto: with `--precision bf16`."""
+    allowed = choice == "on" or (choice == "auto" and precision == "bf16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def choose_kernels(name: str | None) -> None:
     """`--kernels`, or the environment variable AIME_KERNELS. Raises ConfigError for a choice that this machine cannot run."""
     try:

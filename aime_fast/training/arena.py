@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from aime_fast.runtime import streams
 from aime_fast.runtime.spans import span
 
 ALIGNMENT = 32  # elements: each parameter begins on a boundary of 128 bytes, for vector loads
@@ -93,31 +95,39 @@ class GradientRows:
         """New rows [n, P] to add to."""
         return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
-    def gather(self, losses: dict[str, Tensor], before: Tensor | None = None) -> Tensor:
+    def gather(self, losses: dict[str, Tensor], before: Tensor | None = None, beside: Mapping[str, str] = MappingProxyType({})) -> Tensor:
         """Gradients of scalar losses of one graph, which is freed -> [n, P], zero where a loss does not depend on a parameter.
 
         Args:
             losses: by name, in the order of the rows.
             before: rows to add to, as an earlier `gather` returned them; they are overwritten.
+            beside: the side stream that most of a loss was computed on. Such gradients are begun first, and joined at the end.
         """
-        rows, last = [], next((name for name in reversed(losses) if losses[name].requires_grad), None)
-        for i, (name, loss) in enumerate(losses.items()):
-            gradients: Sequence[Tensor | None] = [None] * len(self.arena.parameters)
-            with span(f"step: backward {name}"):
-                if loss.requires_grad:
-                    gradients = torch.autograd.grad(loss, self.arena.parameters, retain_graph=name != last, allow_unused=True)
-                if torch.compiler.is_compiling():
-                    rows.append(self.arena.flatten(gradients))
-                else:
-                    self._add(i, gradients, before is None)
-        if not rows:
-            return self._flat
-        return torch.stack(rows) if before is None else before + torch.stack(rows)
-
-    def _add(self, row: int, gradients: Sequence[Tensor | None], overwrite: bool) -> None:
+        order = sorted(losses, key=lambda name: name not in beside)
+        last = next((name for name in reversed(order) if losses[name].requires_grad), None)
+        if torch.compiler.is_compiling():
+            found = {name: self.arena.flatten(self._differentiate(losses[name], name != last)) for name in order}
+            rows = torch.stack([found[name] for name in losses])
+            return rows if before is None else before + rows
         if self._flat is None:
             self._flat = self.zeros()
             self._views = [self.arena.split(row) for row in self._flat]
+        streams.fork(*beside.values())
+        for name in order:
+            with span(f"step: backward {name}"), streams.on(beside.get(name)):
+                gradients = self._differentiate(losses[name], name != last or streams.has_side_streams())
+                streams.record([gradient for gradient in gradients if gradient is not None])
+                self._add([*losses].index(name), gradients, before is None)
+        streams.join(*beside.values())
+        return self._flat
+
+    def _differentiate(self, loss: Tensor, keep: bool) -> Sequence[Tensor | None]:
+        """Gradients of a loss for the parameters, None where there is none; the graph is freed unless `keep`."""
+        if not loss.requires_grad:
+            return [None] * len(self.arena.parameters)
+        return torch.autograd.grad(loss, self.arena.parameters, retain_graph=keep, allow_unused=True)
+
+    def _add(self, row: int, gradients: Sequence[Tensor | None], overwrite: bool) -> None:
         if overwrite:
             self._flat[row].zero_()
         reached = [(view, gradient) for view, gradient in zip(self._views[row], gradients) if gradient is not None]

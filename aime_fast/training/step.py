@@ -29,6 +29,7 @@ from aime_fast.data import augment, normalise
 from aime_fast.errors import NonFiniteError
 from aime_fast.multi_task_learning import RGB, LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
+from aime_fast.runtime import streams
 from aime_fast.runtime.machine import WAYS, Compile
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
@@ -40,6 +41,7 @@ from aime_fast.training.perception import GRADIENT_NORM, PerceptionUpdates
 from aime_fast.training.stills import STILLS, StillUpdates
 
 BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
+BESIDE = {"perceiver": "perceiver", "adversarial": "adversary"}  # side streams on which `infer_and_score` computes these tasks
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
 
 # Outputs in the order in which the model computes them: the first that is not finite is where a fault began.
@@ -218,19 +220,29 @@ class TrainingStep:
         with span("step: forward"), self.autocast():
             outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], ema, warmups.own_tokens)
         losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, kind.adversarial, warmups.overshoot)
-        tasks = self._task_rows.gather({task: loss * share for task, loss in zip(TASKS, task_losses)}, before.tasks)
-
+        task_losses = {task: loss * share for task, loss in zip(TASKS, task_losses)}
         outputs = {name: output.detach() for name, output in outputs.items()}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
-        discriminator = None
+        judged = None
         if kind.train_discriminator:
-            with span("step: forward discriminator"), self.autocast():
-                loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-            discriminator = self._discriminator_row.gather({"discriminator": loss * share}, before.discriminator)
-            metrics |= {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
+            judged = streams.beside("discriminators", self._judge, outputs, observations, share, before.discriminator)
+        tasks = self._task_rows.gather(task_losses, before.tasks, BESIDE)
+        discriminator = None
+        if judged is not None:
+            discriminator, scalars = judged()
+            metrics |= scalars
         metrics = {name: value * share for name, value in metrics.items()}
         return Gradients(tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
+
+    def _judge(
+        self, outputs: dict[str, Tensor], observations: Tensor, share: float, before: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminators' part of `compute_gradients`: (gradient [1, Pd], scalars by name)."""
+        with span("step: forward discriminator"), self.autocast():
+            loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
+        gradient = self._discriminator_row.gather({"discriminator": loss * share}, before)
+        return gradient, {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
 
     def _observe(self, pixels: Tensor) -> Tensor:
         data = self.config.data

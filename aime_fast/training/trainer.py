@@ -18,7 +18,7 @@ from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.lock import FolderLock
-from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
+from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
@@ -65,6 +65,7 @@ class DMCVBTrainer:
         length = training_length(config)
         self.device = choose_device(run.device)
         choose_kernels(run.kernels)
+        choose_tf32(run.tf32, run.precision)
         self.compile = choose_compile(run.compile, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()

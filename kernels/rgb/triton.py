@@ -162,7 +162,8 @@ def rotation_kernel(
     c = share * (cos - p * turn) + along_d * e_tasks
     c = tl.where(index == N, along_d * e_old, tl.where(task, c, 0.0))
     e = tl.where(index == N, e_old, tl.where(task, e_tasks, 0.0))
-    result_norm = tl.sqrt(tl.maximum(tl.sum(tl.sum(gram * c[None, :], 1) * c), 0.0))
+    square = tl.sum(tl.sum(gram * c[None, :], 1) * c)
+    result_norm = tl.sqrt(tl.where(square < 0, 0.0, square))  # a GPU's maximum of nan and 0 is 0
     if MAX_NORM > 0:
         c = c * tl.minimum(MAX_NORM / (result_norm + _CLIP_EPS), 1.0)
 

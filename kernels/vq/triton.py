@@ -15,7 +15,8 @@ x1 + x2 + x3 is exactly x in fp32 (8 + 8 + 8 = 24 bits). Hence, accumulated in f
 * Scores are x.c = x1.c1 + (x1.c2 + x2.c1) + (x1.c3 + x2.c2 + x3.c1), without the terms below 2^-26 |x| |c|. Six products in bf16 cost the
   tensor cores as much as three in tf32 ("tf32x3"), are more precise, and need fewer registers. Rows of bf16 need three products only.
   Codes are split once, by `prepare_kernel`, so their tiles go straight from memory to the tensor cores.
-* Sums of rows take three products, or one for rows of 16 bits. They are exact, because one-hot factors are exact in bf16.
+* Sums of rows take three products, or one for rows of 16 bits, which are exact, because one-hot factors are exact in bf16. Tensor cores
+  cut off what they add to a sum instead of rounding it, so tiles of rows are added to each other outside them.
 
 G is the number of codebooks: R = N * Q rows and G = 1 when the heads share one, else R = N and G = Q. Row r of group g starts at
 (r * G + g) * d in x, and its code is at r * G + g.
@@ -219,11 +220,11 @@ def sums_kernel(
         if value.dtype == tl.float32:
             one = tl.where(hit, 1.0, 0.0).to(tl.bfloat16)
             value1, value2, value3 = _split(value, 3)
-            total = _dot(one, value3, total)
-            total = _dot(one, value2, total)
-            total = _dot(one, value1, total)
+            tile = _dot(one, value3, tl.zeros([BLOCK_V, BLOCK_D], tl.float32))
+            tile = _dot(one, value2, tile)
+            total += _dot(one, value1, tile)
         else:
-            total = _dot(tl.where(hit, 1.0, 0.0).to(value.dtype), value, total)
+            total += _dot(tl.where(hit, 1.0, 0.0).to(value.dtype), value, tl.zeros([BLOCK_V, BLOCK_D], tl.float32))
     slab = (split * G + group) * V + label
     tl.store(sums + slab[:, None] * d + column[None, :], total, mask=(label < V)[:, None] & (column < d)[None, :])
 

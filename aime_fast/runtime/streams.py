@@ -1,0 +1,95 @@
+"""Side streams: parts of an update that do not wait for each other run side by side on the GPU.
+
+Kernels of a small model leave most of a GPU idle, and a captured update is a chain of thousands of them. Work that is given to a side
+stream becomes a branch of the graph, and so does its backward pass, since autograd runs a node on the stream of its forward pass. Eager
+updates have one stream: there the host is what they wait for.
+
+The allocator gives freed memory of a stream to that stream again, whatever others still read. So what passes from one stream to another is
+recorded on the reader, and nothing that a graph of autograd has saved may be freed before all streams have joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+
+_streams: dict[str, torch.cuda.Stream] = {}  # all that were ever made, by name: their number is small, and libraries keep memory for each
+_forked: set[str] | None = None  # names of those in use; None where there is one stream
+
+
+@contextlib.contextmanager
+def side_streams() -> Iterator[None]:
+    """Within it, `beside` uses streams of its own."""
+    global _forked
+    _forked = set()
+    try:
+        yield
+        join(*_forked)
+    finally:
+        _forked = None
+
+
+def has_side_streams() -> bool:
+    """Whether `beside` uses streams of its own."""
+    return _forked is not None
+
+
+def fork(*names: str) -> None:
+    """These side streams wait for what the present stream was given so far."""
+    for name in names if _forked is not None else ():
+        _forked.add(name)
+        _streams.setdefault(name, torch.cuda.Stream()).wait_stream(torch.cuda.current_stream())
+
+
+@contextlib.contextmanager
+def on(name: str | None) -> Iterator[None]:
+    """Within it, work goes to the side stream of that name, which was forked before; None: to the present stream."""
+    if _forked is None or name is None:
+        yield
+        return
+    with torch.cuda.stream(_streams[name]):
+        yield
+
+
+def join(*names: str) -> None:
+    """The present stream waits for what these side streams were given so far."""
+    for name in names if _forked is not None else ():
+        torch.cuda.current_stream().wait_stream(_streams[name])
+
+
+def record(nested: Any, stream: torch.cuda.Stream | None = None) -> None:
+    """The memory of these tensors is free again only when `stream`, by default the present one, has done what it was given so far."""
+    if _forked is None:
+        return
+    stream = stream or torch.cuda.current_stream()
+    for leaf in tree_leaves(nested):
+        if isinstance(leaf, Tensor):
+            leaf.record_stream(stream)
+
+
+def beside(name: str, function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
+    """Starts `function(*arguments)` on the side stream of that name; every tensor that others change or free is an argument.
+
+    Returns: a function that gives the results, for which the stream that calls it waits.
+    """
+    if _forked is None:
+        results = function(*arguments)
+        return lambda: results
+    fork(name)
+    record(arguments, _streams[name])
+    with on(name):
+        results = function(*arguments)
+
+    def joined() -> T:
+        join(name)
+        record(results)
+        return results
+
+    return joined
