@@ -254,11 +254,11 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         delta, hidden, lstm, hidden_before, latents_before, prior = predict_latents(self, means, context, actions, start, self.training)
 
         with span("attention_schema: posterior"):
-            maps = self.attention.posterior(flat, hidden.flatten(0, 1), context.flatten(0, 1))
+            maps = streams.beside("attention", self.attention.posterior, flat, hidden.flatten(0, 1), context.flatten(0, 1))()
         with span("attention_schema: prior"):
             attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)
             # Without gradient, as h and z: else maps learn to be where the next one is easy to predict.
-            predicted = self.attention.prior(attention_before.detach(), hidden_before, latents_before)
+            predicted = streams.beside("attention", self.attention.prior, attention_before.detach(), hidden_before, latents_before)()
         with span("encoder_decoder: decoder"):
             decoded = self.decoder(latents, self.with_dropout(maps.attention, shape)) if decode else None
         delta = delta.flatten(0, 1)

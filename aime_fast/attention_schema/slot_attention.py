@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,7 +44,9 @@ class SlotAttention(nn.Module):
 
 
 def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
-    """`cell`, written out: PyTorch's fused CUDA cell cannot be traced into a compiled step. x, h [..., D] -> [..., D]."""
+    """`cell` for x, h [..., D] -> [..., D]; written out where it is traced, since PyTorch's fused CUDA cell cannot be."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return cell(x.flatten(0, -2), h.flatten(0, -2)).view_as(h)
     x_reset, x_update, x_new = F.linear(x, cell.weight_ih, cell.bias_ih).chunk(3, dim=-1)
     h_reset, h_update, h_new = F.linear(h, cell.weight_hh, cell.bias_hh).chunk(3, dim=-1)
     new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()

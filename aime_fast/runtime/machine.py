@@ -57,9 +57,12 @@ def choose_compile(name: Compile | Literal["best"], device: torch.device) -> Com
 
 
 def choose_tf32(choice: str, precision: str) -> None:
-    """`--tf32`: TF32 (10 bits of mantissa) for the matrix products and convolutions that stay in fp32; auto: with `--precision bf16`."""
+    """`--tf32`: TF32 (10 bits of mantissa) for matrix products and convolutions in fp32 on a GPU; auto: with `--precision bf16`.
+
+    Where it is on, cuDNN also measures which of its algorithms is the fastest, so two runs may round otherwise.
+    """
     allowed = choice == "on" or (choice == "auto" and precision == "bf16")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = allowed
 
 
 def choose_kernels(name: str | None) -> None:

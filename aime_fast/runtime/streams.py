@@ -29,6 +29,8 @@ def side_streams() -> Iterator[None]:
     """Within it, `beside` uses streams of its own."""
     global _forked
     _forked = set()
+    # Weights that several streams read have one node each that gathers their gradients; the engine synchronises it.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         yield
         join(*_forked)

@@ -60,12 +60,21 @@ class LSTMLayer(nn.Module):
             # unbind: the backward of indexing [:, t] would fill a gradient of all frames for each t
             for gates_from_input, carried in zip(from_input.unbind(1), carry.unbind(1)):
                 hidden, cell = hidden * carried, cell * carried
-                gates = gates_from_input + full_precision(hidden @ weight.T)
-                input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
-                cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
-                hidden = output_gate.sigmoid() * cell.tanh()
+                hidden, cell = lstm_cell(gates_from_input, full_precision(hidden @ weight.T), cell)
                 outputs.append(hidden)
                 cells.append(cell)
             x = torch.stack(outputs, dim=1)
             states.append(torch.stack([x, torch.stack(cells, dim=1)], dim=2))  # [B, T, 2, Dh]
         return self.norm(x), torch.stack(states, dim=2)
+
+
+def lstm_cell(from_input: Tensor, from_hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The gates' two halves [B, 4 Dh] (input, forget, candidate, output) and the old cell [B, Dh] -> (hidden, cell), both [B, Dh].
+
+    On a GPU eager code calls PyTorch's fused cell, one kernel forward and one backward instead of some 40; it cannot be traced.
+    """
+    if from_input.is_cuda and not torch.compiler.is_compiling():
+        return torch.ops.aten._thnn_fused_lstm_cell(from_input, from_hidden, cell)[:2]
+    input_gate, forget_gate, candidate, output_gate = (from_input + from_hidden).chunk(4, dim=-1)
+    cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+    return output_gate.sigmoid() * cell.tanh(), cell

@@ -131,8 +131,11 @@ class GradientRows:
         if overwrite:
             self._flat[row].zero_()
         reached = [(view, gradient) for view, gradient in zip(self._views[row], gradients) if gradient is not None]
-        if reached:
-            torch._foreach_add_([view for view, _ in reached], [gradient for _, gradient in reached])
+        # Apart: one gradient of another layout would make a kernel of each.
+        for alike in (True, False):
+            pairs = [(view, gradient) for view, gradient in reached if (view.stride() == gradient.stride()) == alike]
+            if pairs:
+                torch._foreach_add_([view for view, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

@@ -41,7 +41,8 @@ from aime_fast.training.perception import GRADIENT_NORM, PerceptionUpdates
 from aime_fast.training.stills import STILLS, StillUpdates
 
 BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
-BESIDE = {"perceiver": "perceiver", "adversarial": "adversary"}  # side streams on which `infer_and_score` computes these tasks
+# Side streams on which `infer_and_score` computes these tasks.
+BESIDE = {"perceiver": "perceiver", "adversarial": "adversary", "predictive": "attention"}
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
 
 # Outputs in the order in which the model computes them: the first that is not finite is where a fault began.

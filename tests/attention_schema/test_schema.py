@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from aime_fast.attention_schema.schema import attention_kl, foreground, map_entropy, slot_overlap
+from aime_fast.attention_schema.slot_attention import gru
 
 
 def test_attention_kl_and_diversity_have_the_right_ends():
@@ -50,3 +54,16 @@ def test_the_foreground_is_where_the_frame_differs_from_the_background():
 def test_without_foreground_it_is_everywhere():
     background = torch.rand(3, 32, 32)
     torch.testing.assert_close(foreground(background[None], background, 4), torch.full((1, 4, 4), 1 / 16))
+
+
+@pytest.mark.cuda
+def test_the_fused_gru_of_a_gpu_is_the_written_out_one():
+    torch.manual_seed(0)
+    written = nn.GRUCell(6, 6).double()
+    fused, x, h = copy.deepcopy(written).cuda(), *torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    expected, found = gru(written, x, h), gru(fused, x.cuda(), h.cuda())
+    torch.testing.assert_close(found.cpu(), expected)
+    for output in (expected, found):
+        output.cos().sum().backward()
+    for ours, theirs in zip(fused.parameters(), written.parameters()):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad)

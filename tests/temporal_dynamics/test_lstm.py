@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,3 +42,17 @@ def test_recurrent_weights_are_orthogonal_and_the_forget_bias_is_one():
     for gate in lstm.recurrent[0].chunk(4):
         torch.testing.assert_close(gate @ gate.T, torch.eye(16), atol=1e-5, rtol=0)
     assert lstm.input_gates[0].bias.view(4, 16).mean(1).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.cuda
+def test_the_fused_cell_of_a_gpu_is_the_written_out_one():
+    written = LSTMLayer(3, 8, num_layers=2).double()
+    fused, x = copy.deepcopy(written).cuda(), torch.randn(2, 5, 3, dtype=torch.float64)
+    start = torch.tensor([[True, False, False, True, False], [True, False, False, False, False]])
+    expected, found = written(x, start), fused(x.cuda(), start.cuda())
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours.cpu(), theirs)
+    for outputs in (expected, found):
+        sum(output.cos().sum() for output in outputs).backward()
+    for ours, theirs in zip(fused.parameters(), written.parameters()):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
