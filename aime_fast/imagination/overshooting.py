@@ -98,7 +98,7 @@ def pixel_overshooting(
 def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool, sample: bool = False) -> dict[str, Tensor]:
     """Scores `frames` imagined frames after a random one, the same for the whole batch, and observed frames predicted from the one before.
 
-    The latter are those up to the one after that from which it imagines; where it attends, all.
+    The latter are as many as may come before the last roll-out that fits, and one more; where it attends, all.
 
     The slots' seeds, which read h, are trained towards those that were inferred: attention moves little as the recurrence changes.
 
@@ -110,9 +110,8 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     """
     batch, length = inferred.mean.shape[:2]
     latents = sample_latents(inferred.mean, inferred.logvar, True)
-    first = _first_frame(length, frames, torch.device("cpu"))  # on the host: it says how many frames are observed
-    observed = Latents(*(x[:, : length if attends else int(first) + 2] for x in inferred))
-    first = first.to(latents.device)
+    first = _first_frame(length, frames, latents.device)
+    observed = Latents(*(x[:, : length if attends else length - frames + 1] for x in inferred))
     start = starts(None, *observed.mean.shape[:2], latents.device)
     predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
     prior = predicted.prior

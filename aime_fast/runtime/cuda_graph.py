@@ -11,16 +11,16 @@ from torch.utils import _pytree as pytree
 
 from aime_fast.runtime.streams import side_streams
 
-WARM_UP = 3  # ordinary calls before the capture: they compile, choose algorithms and allocate, which a capture must not
+WARM_UP = 3  # ordinary calls before the first capture: they compile, choose algorithms and allocate, which a capture must not
 
 
 class Captured:
     """Calls `function`, whose inputs never change shape, by replaying a CUDA graph of it.
 
-    The first `WARM_UP` calls run the function itself, on a side stream; the next one captures it; from then on a call copies its
-    inputs to where the graph reads them and launches the graph. Every call does the function's work exactly once. Outputs are the same
-    tensors in every replay: read or copy them before the next call. Random numbers of the default generator advance as without a
-    graph.
+    The first calls (`WARM_UP`, or one where memory is shared) run the function itself, on a side stream; the next one captures it; from
+    then on a call copies its inputs to where the graph reads them and launches the graph. Every call does the function's work exactly once.
+    Outputs are the same tensors in every replay: read or copy them before the next call. Random numbers of the default generator advance as
+    without a graph.
 
     Args:
         function: takes nested tuples, lists and dictionaries of tensors, returns such; waits for nothing; changes tensors in place only.
@@ -34,7 +34,7 @@ class Captured:
 
     def __init__(self, function: Callable, device: torch.device, memory_of: Captured | None = None):
         self.function, self.device = function, device
-        self.calls = 0
+        self.calls, self._warm_up = 0, 1 if memory_of else WARM_UP
         # Memory is shared by those who share pool and stream: the allocator keeps the blocks of each stream apart.
         self._pool = memory_of._pool if memory_of else torch.cuda.graph_pool_handle()
         self._stream = memory_of._stream if memory_of else torch.cuda.Stream(device)
@@ -45,11 +45,11 @@ class Captured:
 
     def __call__(self, *arguments: Any) -> Any:
         self._fill(arguments)
-        if self.calls < WARM_UP:
+        if self.calls < self._warm_up:
             outputs = self._run_on_side_stream()
             self.calls += 1
             return outputs
-        if self.calls == WARM_UP:
+        if self.calls == self._warm_up:
             torch.cuda.synchronize(self.device)
             with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"), side_streams():
                 self._outputs = self.function(*pytree.tree_unflatten(self._inputs, self._structure))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from aime_fast.data import SequenceBatches
 from aime_fast.errors import ConfigError, NonFiniteError
 from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import Latents, infer_latents
+from aime_fast.runtime.cuda_graph import Captured
+from aime_fast.training.adam import Adam, clip_factor
+from aime_fast.training.arena import Arena, GradientRows
+from aime_fast.training.faults import Faults
 from aime_fast.training.schedules import Every
 
 CONTEXT = 8  # observed frames before the first imagined one, at most: as many as in the evaluation
@@ -35,6 +40,8 @@ REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
 AT_ONCE = 1000  # frames of an episode inferred at once, at most
 BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
+TERMS = ("one_step", "sticks", "attention", "seeds", "rolled_out", "attention_rolled_out")  # of a loss, as they are computed
+GRADIENT = "gradient"
 
 
 class _Stopped(Exception):
@@ -71,12 +78,12 @@ class LatentReplay:
         inferred.clear()  # what is joined is freed field by field: all of it lies on the device
         self.frames = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
         self.lengths = torch.tensor([batches.lengths[i] for i in episodes])
+        self._lengths = self.lengths.to(self.device)
 
     def draw(self, batch: int, length: int) -> Latents:
         """`batch` random pieces of `length` frames of an episode, [B, length, ...]; every place of every episode is as likely."""
-        places = self.lengths - length + 1
-        place = torch.randint(int(places.sum()), (batch,), device=self.device)
-        episode = torch.searchsorted(places.cumsum(0).to(self.device), place, right=True)
+        place = torch.randint(int((self.lengths - length + 1).sum()), (batch,), device=self.device)
+        episode = torch.searchsorted((self._lengths - length + 1).cumsum(0), place, right=True)
         first = place + episode * (length - 1)  # so many frames of each episode before begin no piece
         rows = first[:, None] + torch.arange(length, device=self.device)
         return Latents(*(part[rows] for part in self.frames))
@@ -105,42 +112,79 @@ def trained_modules(model: nn.Module) -> nn.ModuleDict:
     )
 
 
+class Kind(NamedTuple):
+    """What an update of the phase does. Each kind is captured by itself."""
+
+    frames: int  # imagined
+    attends: bool  # attention is scored too
+    sample: bool  # samples are imagined
+
+
 class LatentPhase:
-    """Trains `model` in place, with Adam at a cosine rate.
+    """Trains `model` in place, with Adam at a cosine rate. An update whose loss or gradient is not finite changes nothing.
 
     Args:
         model: in eval mode, without gradients; `close` leaves it so.
         training, held_out: frames as the model infers them, of which pieces of CONTEXT and all imagined frames can be drawn.
         optim: its fields `latent_phase_*` are read.
         seed: of all random numbers.
+        captures: each kind of update is a CUDA graph, and the host learns of what is not finite in `check` alone.
 
     Attributes: made: updates made; updates: to be made.
     """
 
-    def __init__(self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig, seed: int = 0):
+    def __init__(
+        self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig, seed: int = 0, captures: bool = False
+    ):
         self.model, self.training, self.held_out, self.seed = model, training, held_out, seed
         self.made, self.updates = 0, optim.latent_phase_updates
         self.batch, self.frames = optim.latent_phase_batch_size, optim.latent_phase_frames
         self.learning_rate = optim.latent_phase_learning_rate
         self.modules = trained_modules(model).requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.modules.parameters(), betas=BETAS)
+        arena = Arena(self.modules.parameters())
+        self._row = GradientRows(arena, 1)
+        self.optimizer = Adam(arena.flat, *BETAS)
+        self.faults = Faults((*TERMS, GRADIENT), training.device)
+        self.captures, self._first = captures, None  # graph: the others share its memory
+        self._captured: dict[Kind, Captured] = {}
         model.prior.inferred_variance.copy_(training.frames.logvar.mean(0).exp())
 
     def update(self) -> None:
-        """One update of the weights. Raises NonFiniteError, before the weights change, where a gradient is not finite."""
+        """One update of the weights. Raises NonFiniteError as `check`, unless updates are captured."""
         falling = 0.5 * (1 + math.cos(math.pi * self.made / self.updates))
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling
-        attends = self.made % ATTENDS_EVERY == 0
+        rate = torch.full((), self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling, device=self.training.device)
+        kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
         with self._random_numbers(self.made + 1):
-            frames = self._imagined()
-            pieces = self.training.draw(max(1, self.batch // 4) if attends else self.batch, CONTEXT + frames)
-            terms = latent_overshooting(self.model, pieces, frames, attends, sample=self.made % 2 == 1)
-        self.optimizer.zero_grad()
-        sum(terms.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.modules.parameters(), CLIP)
-        self._check_finite(norm, terms)
-        self.optimizer.step()
+            pieces = self.training.draw(max(1, self.batch // 4) if kind.attends else self.batch, CONTEXT + kind.frames)
+            (self._graph_of(kind) if self.captures else partial(self._learn, kind))(pieces, rate)
         self.made += 1
+        if not self.captures:
+            self.check()
+
+    def _learn(self, kind: Kind, pieces: Latents, rate: Tensor) -> None:
+        """An update from pieces [B, CONTEXT + frames, ...] at a learning rate, a scalar; reads nothing back to the host."""
+        terms = latent_overshooting(self.model, pieces, *kind)
+        gradient = self._row.gather({"latent phase": sum(terms.values())})[0]
+        norm = torch.linalg.vector_norm(gradient)
+        finite = self.faults.record({name: term.detach() for name, term in terms.items()} | {GRADIENT: norm})
+        self.optimizer.update(gradient * clip_factor(norm, CLIP), rate, finite)
+
+    def _graph_of(self, kind: Kind) -> Captured:
+        """The graph of a kind of update. Those of fewer imagined frames do not come back, and are dropped."""
+        if kind not in self._captured:
+            self._captured = {other: graph for other, graph in self._captured.items() if other.frames == kind.frames}
+            self._captured[kind] = Captured(partial(self._learn, kind), self.training.device, memory_of=self._first)
+            self._first = self._first or self._captured[kind]
+        return self._captured[kind]
+
+    def check(self) -> None:
+        """Raises NonFiniteError where a loss or gradient was not finite since the last check. Waits for the device."""
+        report = self.faults.read()
+        if report.terms:
+            raise NonFiniteError(
+                f"latent phase, update {self.made - report.ago}: {', '.join(report.terms)} not finite; the checkpoint has the weights from "
+                "before the phase too: --resume with a lower --latent-phase-learning-rate begins the phase again"
+            )
 
     def _imagined(self) -> int:
         """Frames that this update imagines: few at first, which shows what an action does, all of them from `ALL_FROM` on."""
@@ -173,16 +217,7 @@ class LatentPhase:
 
     def close(self) -> None:
         """Leaves the model without gradients."""
-        self.optimizer.zero_grad()
         self.modules.requires_grad_(False)
-
-    def _check_finite(self, norm: Tensor, terms: dict[str, Tensor]) -> None:
-        if not torch.isfinite(norm):
-            bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "gradient"
-            raise NonFiniteError(
-                f"latent phase, update {self.made + 1}: {bad} not finite; the checkpoint has the weights from before the phase too: "
-                "--resume with a lower --latent-phase-learning-rate begins the phase again"
-            )
 
 
 def train_latent_phase(
@@ -196,6 +231,7 @@ def train_latent_phase(
     due: Callable[[int], bool],
     save: Callable[[], None],
     stopped: Callable[[], bool],
+    captures: bool = False,
 ) -> None:
     """A latent phase on `model`, in place.
 
@@ -210,6 +246,7 @@ def train_latent_phase(
         due: whether to save after so many updates.
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
+        captures: see `LatentPhase`.
     """
     modules, length = trained_modules(model), CONTEXT + optim.latent_phase_frames
     now = {name: value.clone() for name, value in modules.state_dict().items()}
@@ -221,7 +258,7 @@ def train_latent_phase(
         return
     finally:
         modules.load_state_dict(now)
-    phase = LatentPhase(model, *replays, optim, seed)
+    phase = LatentPhase(model, *replays, optim, seed, captures)
     if state["progress"]:
         phase.load_state_dict(state["progress"])
     should_report = Every(max(1, phase.updates // REPORTS))
@@ -229,10 +266,13 @@ def train_latent_phase(
         while phase.made < phase.updates and not stopped():
             phase.update()
             if should_report(phase.made) or phase.made == phase.updates:
+                phase.check()
                 report(phase.made, phase.measure())
             state["progress"] = phase.state_dict()
             if phase.made < phase.updates and due(phase.made):
+                phase.check()
                 save()
+        phase.check()
     finally:
         phase.close()
     if phase.made == phase.updates:

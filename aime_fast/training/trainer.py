@@ -18,7 +18,7 @@ from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.lock import FolderLock
-from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
+from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
@@ -302,7 +302,7 @@ class DMCVBTrainer:
 
         train_latent_phase(
             self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self.checkpoint_due, save,
-            lambda: stop.signum is not None,
+            lambda: stop.signum is not None, WAYS[self.compile].captured,
         )  # fmt: skip
 
     def _place(self) -> str:

@@ -165,6 +165,30 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(monkeypatch)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.cuda
+def test_a_captured_phase_is_the_eager_one():
+    """Twelve updates of all kinds; the frames that are imagined grow, so graphs are made and dropped."""
+    config = config_of(Path(), latent_phase_updates=40)
+    weights = []
+    for captures in (False, True):
+        training, validation = make_batches(config.data, 0, torch.device("cuda"))
+        model = make_model().float().cuda().requires_grad_(False)
+        phase = LatentPhase(
+            model, *(LatentReplay(model, batches, 11) for batches in (training, validation)), config.optim, captures=captures
+        )
+        weights.append([phase.optimizer.parameters.clone()])
+        for _ in range(40):
+            phase.update()
+        phase.check()
+        assert bool(phase._captured) == captures
+        weights[-1].append(phase.optimizer.parameters)
+        training.close()
+        validation.close()
+    (start, eager), (same, captured) = weights
+    assert torch.equal(start, same)
+    assert (captured - eager).norm() < 0.05 * (eager - start).norm()
+
+
 @pytest.mark.parametrize("ends", ["signal", "fault"])
 def test_a_phase_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, ends):
     """A signal saves where the phase is; a fault leaves the last checkpoint that was due, here two updates earlier."""
