@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.group_norm import group_norm_silu
+
 PATCH = 4  # pixels along the edge of a patch
 DELTA_SCALE = 5.0  # of the movement of latents where a network reads it: near a standard deviation of 1 for cartpole at tier 1
 
@@ -187,10 +189,17 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x)), past
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with groups of at least 4 channels, 8 groups at most; statistics are of one frame, so time stays causal."""
-    groups = next(g for g in (8, 4, 2, 1) if (channels % g == 0 and channels // g >= 4) or g == 1)
-    return nn.GroupNorm(groups, channels)
+class GroupNormSiLU(nn.GroupNorm):
+    """GroupNorm with groups of at least 4 channels, 8 groups at most, then SiLU; statistics are of one frame, so time stays causal.
+
+    The dtype of x stays, also under autocast, where convolutions give bf16 and `nn.GroupNorm` would return fp32.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(next(g for g in (8, 4, 2, 1) if (channels % g == 0 and channels // g >= 4) or g == 1), channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> the same
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class ResidualCell(nn.Module):
@@ -202,8 +211,8 @@ class ResidualCell(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.branch = nn.Sequential(
-            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
-            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            GroupNormSiLU(channels), nn.Conv2d(channels, channels, 3, padding=1),
+            GroupNormSiLU(channels), nn.Conv2d(channels, channels, 3, padding=1),
         )  # fmt: skip
         squeezed = max(channels // 8, 4)
         self.excite = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())

@@ -142,6 +142,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         is_init: Tensor | None = None,
         ema: DPGMMVariationalRecurrentAutoencoder | None = None,
         own_tokens: Tensor | float = 0.0,
+        ahead: bool = False,
     ) -> dict[str, Tensor]:
         """Infers, reconstructs and scores a batch of sequences, in parallel over time.
 
@@ -153,6 +154,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             is_init: bool [B, T] or [B, T, 1]; the state is empty before these frames and before frame 0.
             ema: the EMA copy of this model, whose encoder anchors the Gram term; without it the term is 0.
             own_tokens: in training, share of frames whose tokens are replaced, as the predictor's input, by its own prediction of them.
+            ahead: perception begins where the side stream "perceiver" was forked, see `runtime.streams.beside`.
 
         Returns:
             reconstructions [B or less, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z], mixture_weights [B, T, K],
@@ -168,7 +170,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations, check=False)
         self._check_actions(actions, *video.shape[:2])
         start = starts(is_init, *video.shape[:2], video.device)
-        tokens, context = streams.beside("perceiver", self._perceive, video, start, self.training)()
+        tokens, context = streams.beside("perceiver", self._perceive, video, is_init, self.training, ahead=ahead)()
         inferred = self._infer(video, context, actions, start)
         q, p = inferred.posterior, inferred.prior
         few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
@@ -237,8 +239,9 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     forward = forward_sequence
 
-    def _perceive(self, video: Tensor, start: Tensor, learn: bool = False) -> tuple[Tokens, Tensor]:
+    def _perceive(self, video: Tensor, is_init: Tensor | None, learn: bool = False) -> tuple[Tokens, Tensor]:
         """(tokens, context [B, T, Dc]). See `VQPTTokenizer.tokenize` for `learn`."""
+        start = starts(is_init, *video.shape[:2], video.device)
         with span("perceiver_io: tokenizer"):
             tokens = self.perceiver_io.tokenizer.tokenize(video, start, learn=learn)
         with span("perceiver_io: context"):
@@ -337,13 +340,13 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         video = self._frames(observations)
         self._check_actions(actions, *video.shape[:2])
         start = starts(None, *video.shape[:2], video.device)
-        return self._infer(video, self._perceive(video, start)[1] if context is None else context, actions, start, decode)
+        return self._infer(video, self._perceive(video, None)[1] if context is None else context, actions, start, decode)
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> TensorDict:
         """Posterior of each frame: posterior_mean, posterior_logvar [B, T, Z], context [B, T, Dc], tokens [B, T, Ht, Wt, Q]."""
         video = self._frames(observations)
-        tokens, context = self._perceive(video, starts(None, *video.shape[:2], video.device))
+        tokens, context = self._perceive(video, None)
         q = self.encoder(video.flatten(0, 1), context.flatten(0, 1))
         mean, logvar = (x.unflatten(0, video.shape[:2]) for x in (q.mean, q.logvar))
         out = dict(posterior_mean=mean, posterior_logvar=logvar, context=context, tokens=tokens.codes)
@@ -382,7 +385,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         if future_actions.shape[1] == 0:
             raise ValueError("predict_future: future_actions are empty, expected one action for each frame to predict")
         start, perceiver = starts(None, batch, observed, video.device), self.perceiver_io
-        tokens, context = self._perceive(video, start)
+        tokens, context = self._perceive(video, None)
         inferred = self._infer(video, context, actions, start)
         _, context_cache = perceiver.extend_context(tokens.codes, perceiver.empty_cache(batch).context)
         state = one_frame.state_after(inferred, lambda x: x[:, -1], PerceptionCache(tokens.cache, context_cache))

@@ -26,7 +26,7 @@ from typing import Any
 from kernels.backend import ARCHITECTURES, Specialisation
 from profiling.machine import describe, write_json
 
-MODULES = ("kernels.vq.launch", "kernels.kumaraswamy.launch", "kernels.rgb.launch")
+MODULES = ("kernels.vq.launch", "kernels.kumaraswamy.launch", "kernels.rgb.launch", "kernels.group_norm.launch")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may have
 
 

@@ -28,10 +28,11 @@ from aime_fast.config import PRESETS, preset
 from aime_fast.errors import ConfigError
 from aime_fast.runtime.machine import WAYS
 from kernels.backend import CHOICES
+from profiling.ceilings import matmul_rates
 from profiling.machine import describe, title
 from profiling.rows import write_rows
 from profiling.steps import Updates
-from profiling.throughput import PRECISIONS, Measured, Setting, clear, matmul_rates, sample
+from profiling.throughput import PRECISIONS, Measured, Setting, clear, sample
 
 LADDER = (
     ("off", "fp32", "reference"),

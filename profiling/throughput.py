@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 
 from aime_fast.config import Config, preset
 from kernels.backend import kernels_on
-from profiling.bench_kernels import measure
 from profiling.observe import FIELDS, observe
 from profiling.rows import spread
 from profiling.steps import Updates, synchronize
@@ -151,12 +150,3 @@ def clear(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def matmul_rates(device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large matrix product, by precision."""
-    size, rates = 8192 if device.type == "cuda" else 1024, {}
-    for name, dtype in zip(PRECISIONS, (torch.float32, torch.bfloat16)):
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates[name] = 2 * size**3 / (1e-3 * measure(lambda left=left, right=right: left @ right, device)[0])
-    return rates

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import backend, kumaraswamy, rgb, vq
+from kernels import backend, group_norm, kumaraswamy, rgb, vq
 from kernels.rgb.direct import rgb_direct
 from profiling.cases.rgb import DEFAULTS
 
@@ -200,6 +201,33 @@ def _sticks_workloads(device: torch.device, rows: int, sticks: int, with_kl: boo
         )  # fmt: skip
 
 
+def _norm_workloads(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, target: Target) -> Iterator[Workload]:
+    """Forward and backward of GroupNorm + SiLU in 8 groups, channels last."""
+
+    @functools.lru_cache(maxsize=1)
+    def data() -> list[Tensor]:
+        g = _generator(device)
+        x, grad = (torch.randn(shape, generator=g, device=device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+        weight, bias = (torch.randn(shape[1], generator=g, device=device) for _ in range(2))
+        return [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), grad]
+
+    def forward(function: Callable) -> Call:
+        inputs = [t.detach() for t in data()[:3]]
+        return lambda: function(*inputs, 8)
+
+    def backward(function: Callable) -> Call:
+        *leaves, grad = data()
+        y = function(*leaves, 8)
+        return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+    functions = (group_norm.group_norm_silu, group_norm.group_norm_silu_reference)
+    size, name = " x ".join(map(str, shape)), str(dtype).removeprefix("torch.")
+    numbers = math.prod(shape) * dtype.itemsize  # bytes of x
+    for direction, make, passes in (("forward", forward, 2), ("backward", backward, 3)):
+        providers = _against_reference(make, *functions)
+        yield Workload(f"GroupNorm + SiLU {direction}", ("group_norm",), size, name, passes * numbers, 0, "copy", providers, target)
+
+
 def _rgb_workloads(device: torch.device, tasks: int, size: int, dtype: torch.dtype, target: Target) -> Iterator[Workload]:
     """One step of RGB with state in place. "eager" is the algorithm on whole vectors, as published."""
 
@@ -274,4 +302,10 @@ def workloads(kernels: list[str], device: torch.device, quick: bool) -> list[Wor
         for tasks, size, dtype in sizes[:1] if quick else sizes:
             target = Target(share=0.8, over_eager=20) if (size, dtype) == (25_000_000, f32) else Target()
             made += _rgb_workloads(device, tasks, size, dtype, target)
+    if "group_norm" in kernels:
+        large = (640, 128, 21, 21)
+        shapes = [((160, 32, 8, 8), bf16), ((160, 48, 16, 16), bf16), (large, bf16), ((640, 256, 11, 11), bf16), ((640, 128, 42, 42), bf16)]
+        shapes = shapes if cuda else [((160, 32, 8, 8), f32), ((40, 48, 16, 16), f32)]
+        for shape, dtype in shapes[:1] if quick else shapes:
+            made += _norm_workloads(device, shape, dtype, Target(share=0.6) if shape == large else Target())
     return sorted(made, key=lambda work: work.target == Target())

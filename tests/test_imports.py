@@ -57,7 +57,7 @@ ALLOWED = {
     "bounds": {"errors"},
     "config": {"bounds", "errors"},
     "errors": set(),
-    "layers": set(),
+    "layers": {"kernels"},
     "cli": {"bounds", "config", "errors"},
     "runtime": {"kernels", "config", "errors"},
     "pillar": {"kernels", "layers", "config", "runtime"},

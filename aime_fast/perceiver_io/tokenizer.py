@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
-from aime_fast.layers import FromPatches, ToPatches, Upsample, group_norm, halvings, starts, to_frames
+from aime_fast.layers import FromPatches, GroupNormSiLU, ToPatches, Upsample, halvings, starts, to_frames
 from aime_fast.perceiver_io.quantizer import VectorQuantizer
 
 
@@ -49,9 +49,9 @@ class CausalCell(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.before = nn.Sequential(group_norm(channels), nn.SiLU())
+        self.before = GroupNormSiLU(channels)
         self.causal = CausalConv3d(channels, channels)
-        self.after = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.after = nn.Sequential(GroupNormSiLU(channels), nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, start: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `CausalConv3d.forward`, with C' = C."""
@@ -101,12 +101,12 @@ class VQPTTokenizer(nn.Module):
 
         self.stem = nn.Sequential(ToPatches(middle), nn.SiLU())
         self.encoder = nn.ModuleList([CausalConv3d(middle, high, stride=2), CausalCell(high)])
-        self.to_codes = nn.Sequential(group_norm(high), nn.SiLU(), nn.Conv2d(high, self.width, 1))
+        self.to_codes = nn.Sequential(GroupNormSiLU(high), nn.Conv2d(high, self.width, 1))
 
         self.from_codes = nn.Conv2d(self.width, high, 1)
         self.decoder = nn.ModuleList([CausalCell(high)])
         self.head = nn.Sequential(
-            group_norm(high), nn.SiLU(), Upsample(high, middle, quarter), nn.SiLU(), FromPatches(middle, 3, image_size)
+            GroupNormSiLU(high), Upsample(high, middle, quarter), nn.SiLU(), FromPatches(middle, 3, image_size)
         )  # fmt: skip
 
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:

@@ -50,10 +50,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_compile(name: Compile | Literal["best"], device: torch.device) -> Compile:
-    """`--compile`, a key of `WAYS`; `best` is graph on CUDA and on elsewhere. Raises ConfigError for what the device lacks."""
+    """`--compile`, a key of `WAYS`; `best` is capture on CUDA and on elsewhere. Raises ConfigError for what the device lacks."""
     if name != "best" and WAYS[name].captured and device.type != "cuda":
         raise ConfigError(f"--compile {name}: CUDA graphs need a CUDA device, this run is on {device}; use --compile on")
-    return ("graph" if device.type == "cuda" else "on") if name == "best" else name
+    return ("capture" if device.type == "cuda" else "on") if name == "best" else name
 
 
 def choose_tf32(choice: str, precision: str) -> None:

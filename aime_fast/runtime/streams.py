@@ -39,13 +39,13 @@ def side_streams() -> Iterator[None]:
 
 
 def has_side_streams() -> bool:
-    """Whether `beside` uses streams of its own."""
-    return _forked is not None
+    """Whether `beside` uses streams of its own; not inside compiled code."""
+    return _forked is not None and not torch.compiler.is_compiling()
 
 
 def fork(*names: str) -> None:
     """These side streams wait for what the present stream was given so far."""
-    for name in names if _forked is not None else ():
+    for name in names if has_side_streams() else ():
         _forked.add(name)
         _streams.setdefault(name, torch.cuda.Stream()).wait_stream(torch.cuda.current_stream())
 
@@ -53,7 +53,7 @@ def fork(*names: str) -> None:
 @contextlib.contextmanager
 def on(name: str | None) -> Iterator[None]:
     """Within it, work goes to the side stream of that name, which was forked before; None: to the present stream."""
-    if _forked is None or name is None:
+    if name is None or not has_side_streams():
         yield
         return
     with torch.cuda.stream(_streams[name]):
@@ -62,13 +62,13 @@ def on(name: str | None) -> Iterator[None]:
 
 def join(*names: str) -> None:
     """The present stream waits for what these side streams were given so far."""
-    for name in names if _forked is not None else ():
+    for name in names if has_side_streams() else ():
         torch.cuda.current_stream().wait_stream(_streams[name])
 
 
 def record(nested: Any, stream: torch.cuda.Stream | None = None) -> None:
     """The memory of these tensors is free again only when `stream`, by default the present one, has done what it was given so far."""
-    if _forked is None:
+    if not has_side_streams():
         return
     stream = stream or torch.cuda.current_stream()
     for leaf in tree_leaves(nested):
@@ -76,15 +76,18 @@ def record(nested: Any, stream: torch.cuda.Stream | None = None) -> None:
             leaf.record_stream(stream)
 
 
-def beside(name: str, function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
+def beside(name: str, function: Callable[..., T], *arguments: Any, ahead: bool = False) -> Callable[[], T]:
     """Starts `function(*arguments)` on the side stream of that name; every tensor that others change or free is an argument.
+
+    Args: ahead: not after all that the present stream was given, but after what it was given before the last `fork` of that name.
 
     Returns: a function that gives the results, for which the stream that calls it waits.
     """
-    if _forked is None:
+    if not has_side_streams():
         results = function(*arguments)
         return lambda: results
-    fork(name)
+    if not ahead:
+        fork(name)
     record(arguments, _streams[name])
     with on(name):
         results = function(*arguments)

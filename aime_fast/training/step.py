@@ -197,12 +197,14 @@ class TrainingStep:
         if self.execution.whole and len(batches) > 1:  # the first batch adds to zeros: without them it would be compiled by itself
             zeros = self._discriminator_row.zeros() if kind.train_discriminator else None
             gradients = Gradients(self._task_rows.zeros(), zeros)
-        # First: all gradients are of the same weights.
+        with span("step: augment"):
+            observed = [{key: batch[key] for key in BATCH_KEYS} | {"pixels": self._observe(batch["pixels"])} for batch in batches]
+        streams.fork("perceiver")
+        # First: all gradients are of the same weights. Perception, whose weights stay, need not wait for it.
         stills = [self._learn_stills(batch, learning_rate) for batch in batches]
-        for batch, of_stills in zip(batches, stills):
-            inputs = {key: batch[key] for key in BATCH_KEYS}
+        for batch, inputs, of_stills in zip(batches, observed, stills):
             gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients)
-            scalars |= {name: value / len(batches) for name, value in of_stills.items()}
+            scalars |= {name: value if len(batches) == 1 else value / len(batches) for name, value in of_stills.items()}
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
@@ -211,15 +213,16 @@ class TrainingStep:
     def compute_gradients(
         self, kind: Kind, batch: dict[str, Tensor], warmups: Warmups, share: float, before: Gradients
     ) -> tuple[Gradients, dict[str, Tensor], dict[str, Tensor]]:
-        """A batch -> (gradients added to those `before`, scalars by name, outputs of the model by name).
+        """A batch, its pixels in [-1, 1] -> (gradients added to those `before`, scalars by name, outputs of the model by name).
 
         Losses and scalars are multiplied by `share`.
         """
-        with span("step: augment"):
-            observations = self._observe(batch["pixels"])  # [B, T, 3, H, W]
+        observations = batch["pixels"]  # [B, T, 3, H, W]
         ema = self.ema.model if self.config.loss.lambda_gram else None
         with span("step: forward"), self.autocast():
-            outputs = self.model.infer_and_score(observations, batch["action"], batch["is_init"], ema, warmups.own_tokens)
+            outputs = self.model.infer_and_score(
+                observations, batch["action"], batch["is_init"], ema, warmups.own_tokens, ahead=before.tasks is None
+            )
         losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, kind.adversarial, warmups.overshoot)
         task_losses = {task: loss * share for task, loss in zip(TASKS, task_losses)}
         outputs = {name: output.detach() for name, output in outputs.items()}
@@ -233,7 +236,7 @@ class TrainingStep:
         if judged is not None:
             discriminator, scalars = judged()
             metrics |= scalars
-        metrics = {name: value * share for name, value in metrics.items()}
+        metrics = metrics if share == 1 else {name: value * share for name, value in metrics.items()}
         return Gradients(tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
 
     def _judge(

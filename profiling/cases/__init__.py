@@ -9,17 +9,30 @@ run is a failure; outputs that `exact` does not name are not judged. `exact` als
 decide which code is nearest, so codes are judged by their distance, and what follows from the codes by the codes that the run chose.
 """
 
-from profiling.cases import kumaraswamy, rgb, vq
+from profiling.cases import group_norm, kumaraswamy, rgb, vq
 from profiling.cases.case import Case, Inputs, Outputs, to_device, to_double
 
 __all__ = ["MODULES", "OPERATORS", "REGISTRY", "Case", "Inputs", "Outputs", "to_device", "to_double"]
 
 # Kernel -> its cases, (name, operator, arguments) of its operators for `torch.library.opcheck`, and the module of its configurations.
-REGISTRY = {"vq_assign": vq.assign_cases, "vq_update": vq.update_cases, "kumaraswamy": kumaraswamy.cases, "rgb": rgb.cases}
-OPERATORS = {"vq_assign": vq.assign_operators, "vq_update": vq.update_operators, "kumaraswamy": kumaraswamy.operators, "rgb": rgb.operators}
+REGISTRY = {
+    "vq_assign": vq.assign_cases,
+    "vq_update": vq.update_cases,
+    "kumaraswamy": kumaraswamy.cases,
+    "rgb": rgb.cases,
+    "group_norm": group_norm.cases,
+}
+OPERATORS = {
+    "vq_assign": vq.assign_operators,
+    "vq_update": vq.update_operators,
+    "kumaraswamy": kumaraswamy.operators,
+    "rgb": rgb.operators,
+    "group_norm": group_norm.operators,
+}
 MODULES = {
     "vq_assign": "kernels.vq.launch",
     "vq_update": "kernels.vq.launch",
     "kumaraswamy": "kernels.kumaraswamy.launch",
     "rgb": "kernels.rgb.launch",
+    "group_norm": "kernels.group_norm.launch",
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from kernels import backend, rgb
-from profiling import aot, bench, bench_kernels, cases, check, suite
+from profiling import aot, bench, bench_kernels, bench_train, cases, ceilings, check, suite
 from profiling.workloads import Target, Unavailable, Workload
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,7 @@ SIGNS = {  # kernel -> (file, what it says, the same with one sign turned)
     "vq_update": ("vq/triton.py", "+ (1.0 - DECAY) * batch", "- (1.0 - DECAY) * batch"),
     "kumaraswamy": ("kumaraswamy/triton.py", "by_lb -= at * inverse_a", "by_lb += at * inverse_a"),
     "rgb": ("rgb/triton.py", "total += tl.load(c + i)", "total -= tl.load(c + i)"),
+    "group_norm": ("group_norm/triton.py", "(s + u * s * (1.0 - s))", "(s - u * s * (1.0 - s))"),
 }
 
 
@@ -272,6 +275,11 @@ def test_resource_report_is_read():
         (bench.main, ["kernels", "--kernel", "softmax"], "invalid choice: 'softmax'"),
         (bench.main, ["softmax"], "invalid choice: 'softmax'"),
         (suite.main, [], "--out"),
+        (
+            suite.main,
+            ["--out", "out", "--device", "cpu", "--parts", "tiers"],
+            "--parts tiers: on cpu there are environment check kernels train",
+        ),
     ],
 )
 def test_bad_options_are_named(command, arguments, message, capsys):
@@ -303,26 +311,106 @@ def test_cases_have_names_of_their_own_and_repeatable_inputs(capsys):
     assert torch.equal(case.inputs()["x"], case.inputs()["x"])
 
 
-def test_suite_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):
-    parts = (
-        suite.Part("wrong", ("-c", "print('it broke'); raise SystemExit(3)"), 30),
-        suite.Part("slow", ("-c", "import time; time.sleep(60)"), 0.5),
-        suite.Part("absent", ("-c", ""), 30, needs=("no_such_module.part",)),
-        suite.Part("right", ("-c", "open(r'{out}/made', 'w').write('{device}')"), 30),
-    )
+def part(name: str, program: str, limit: float = 30, **settings) -> suite.Part:
+    """A part of the suite that runs this Python program."""
+    return suite.Part(name, shlex.join(["-c", program]), limit, **settings)
+
+
+def run_suite(monkeypatch, out: Path, parts: list[suite.Part], *arguments: str) -> tuple[int, dict[str, dict]]:
+    """Exit status, and what `summary.json` says of each part."""
     monkeypatch.setattr(suite, "PARTS", parts)
-    assert suite.main(["--out", str(tmp_path / "out"), "--device", DEVICE]) == 1
-    written = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [part["failed"] for part in written["parts"]] == [True, True, False, False]
-    assert "status 3" in written["parts"][0]["outcome"]
-    assert "not done after" in written["parts"][1]["outcome"]
-    assert "no_such_module.part not installed" in written["parts"][2]["outcome"]
+    status = suite.main(["--out", str(out), "--device", DEVICE, *arguments])
+    written = json.loads((out / "summary.json").read_text())
+    assert {"machine", "versions", "git_commit"} <= written.keys()
+    return status, {entry["part"]: entry for entry in written["parts"]}
+
+
+def test_suite_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):
+    parts = [
+        part("wrong", "print('it broke'); raise SystemExit(3)"),
+        part("slow", "import time; time.sleep(60)", 0.5),
+        part("absent", "", needs=("no_such_module.part",)),
+        part("elsewhere", "", devices=()),
+        part("right", "open(r'{out}/made', 'w').write('{device}')"),
+    ]
+    status, entries = run_suite(monkeypatch, tmp_path / "out", parts)
+    assert status == 1
+    assert {name: entry["failed"] for name, entry in entries.items()} == {"wrong": True, "slow": True, "absent": False, "right": False}
+    assert "status 3" in entries["wrong"]["outcome"]
+    assert "not done after" in entries["slow"]["outcome"]
+    assert "no_such_module.part not installed" in entries["absent"]["outcome"]
+    assert {"seconds", "command", "git_commit"} <= entries["right"].keys()
     assert (tmp_path / "out" / "made").read_text() == DEVICE
     assert "it broke" in capsys.readouterr().out
 
 
-def test_suite_keeps_within_nine_minutes():
-    assert sum(part.limit for part in suite.PARTS) < 9 * 60
+def test_suite_resumes_with_what_is_missing(monkeypatch, tmp_path):
+    count = "open(r'{out}/ran', 'a').write('%s ')"
+    parts = [part("first", count % "first"), part("second", count % "second" + "; raise SystemExit(1)"), part("third", count % "third")]
+    assert run_suite(monkeypatch, tmp_path, parts, "--parts", "second", "first")[0] == 1
+    assert (tmp_path / "ran").read_text() == "first second "
+    mended = [parts[0], part("second", count % "mended"), parts[2]]
+    status, entries = run_suite(monkeypatch, tmp_path, mended, "--resume")
+    assert status == 0
+    assert (tmp_path / "ran").read_text() == "first second mended third "
+    assert [(name, entry["outcome"]) for name, entry in entries.items()] == [(each.name, "passed") for each in parts]
+    status, entries = run_suite(monkeypatch, tmp_path, mended, "--parts", "first")  # without --resume it begins anew
+    assert (status, list(entries)) == (0, ["first"])
+
+
+def test_suite_does_not_resume_another_device(monkeypatch, tmp_path, capsys):
+    run_suite(monkeypatch, tmp_path, [part("first", "")])
+    written = json.loads((tmp_path / "summary.json").read_text())
+    written["machine"]["device"] = "tpu"
+    (tmp_path / "summary.json").write_text(json.dumps(written))
+    with pytest.raises(SystemExit):
+        run_suite(monkeypatch, tmp_path, [part("first", "")], "--resume")
+    assert f"is of tpu, this run of {DEVICE}" in capsys.readouterr().err
+
+
+def test_suite_keeps_within_its_minutes(monkeypatch, tmp_path):
+    parts = [part("long", "import time; time.sleep(60)"), part("late", "open(r'{out}/late', 'w')")]
+    status, entries = run_suite(monkeypatch, tmp_path, parts, "--minutes", "0.05")
+    assert status == 1
+    assert entries["long"]["outcome"].startswith("FAILED: not done after ")
+    assert entries["late"]["outcome"] == "left out: no time left; use --resume"
+    assert not (tmp_path / "late").exists()
+    status, entries = run_suite(monkeypatch, tmp_path, parts, "--resume", "--minutes", "0")
+    assert status == 0
+    assert entries["long"]["failed"]  # the earlier entry is kept
+    assert run_suite(monkeypatch, tmp_path, parts, "--resume", "--parts", "late")[1]["late"]["outcome"] == "passed"
+
+
+def test_suite_gives_its_cache_to_every_part(monkeypatch, tmp_path):
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    shown = f"import os; print(*(os.environ[name] for name in {names}))"
+    assert run_suite(monkeypatch, tmp_path, [part("a", shown), part("b", shown)], "--cache", str(tmp_path / "cache"))[0] == 0
+    for log in ("a.log", "b.log"):
+        assert (tmp_path / log).read_text().split() == [str(tmp_path / "cache" / name) for name in ("inductor", "triton")]
+
+
+def test_parts_of_the_suite():
+    names = {device: [each.name for each in suite.PARTS if device in each.devices] for device in suite.DEVICES}
+    assert names["cuda"] == ["environment", "check", "tests", "tier1", "kernels", "tiers", "ladder"]
+    assert names["cpu"] == ["environment", "check", "kernels", "train"]
+    benches = {"train": bench_train, "kernels": bench_kernels}
+    for each in suite.PARTS:
+        words = each.words(Path("out"), each.devices[0], quick=True)
+        if words[1] == "profiling.bench":  # its options exist
+            parser = argparse.ArgumentParser()
+            benches[words[2]].add_options(parser)
+            assert parser.parse_args(words[3:]).quick
+
+
+def test_ceilings_are_measured_and_tf32_is_as_before(monkeypatch, tmp_path, capsys):
+    before = torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(ceilings, "measure", lambda call, device: (call(), 2.0, 2.0)[1:] * 2)
+    assert ceilings.main(["--device", DEVICE, "--json", str(tmp_path / "environment.json")]) == 0
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert written["copy_gbps"] == pytest.approx(2 * (2**30 if DEVICE == "cuda" else 2**28) / 2e6)
+    assert {"fp32", "bf16"} <= written["matmul_tflops"].keys()
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert "TFLOP/s" in capsys.readouterr().out
 
 
 def test_harness_needs_little_but_pytorch():
@@ -334,7 +422,7 @@ class Absent:
         if name.split('.')[0] in {missing!r}:
             raise ModuleNotFoundError(f'{{name}} is not installed here', name=name)
 sys.meta_path.insert(0, Absent())
-import profiling.suite, profiling.check, profiling.bench, profiling.aot
+import profiling.suite, profiling.ceilings, profiling.check, profiling.bench, profiling.aot
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
