@@ -35,6 +35,7 @@ ATTENDS_EVERY = 7  # one update in this many, odd, so with and without samples, 
 WARMUP = 20  # updates in which the learning rate rises
 FIRST_SHARE = 0.15  # of the frames, imagined in the first update
 ALL_FROM = 0.6  # share of the updates after which all frames are imagined
+STAGES = 6  # numbers of imagined frames in between
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
@@ -187,9 +188,13 @@ class LatentPhase:
             )
 
     def _imagined(self) -> int:
-        """Frames that this update imagines: few at first, which shows what an action does, all of them from `ALL_FROM` on."""
+        """Frames that this update imagines: few at first, which shows what an action does, all of them from `ALL_FROM` on.
+
+        Their number grows in steps, since each has graphs of its own.
+        """
         share = min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * self.made / (ALL_FROM * self.updates))
-        return max(1, round(share * self.frames))
+        step = max(1, self.frames // STAGES)
+        return min(self.frames, max(1, round(share * self.frames / step)) * step) if share < 1 else self.frames
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

@@ -21,22 +21,24 @@ from aime_fast.training.arena import Arena, GradientRows
 STILLS = ("loss/recon_stills", "loss/kl_stills", "gradient_norm/stills")
 
 
-def score_stills(model: nn.Module, frames: Tensor, attends: bool = True) -> tuple[Tensor, Tensor]:
-    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL to N(0, I)), scalars in nats a frame.
+@torch.no_grad()
+def still_maps(model: nn.Module, frames: Tensor, attends: bool = True) -> Tensor:
+    """Frames [N, 3, H, W] in [-1, 1] -> the maps [N, Ha, Wa] that their decoder gets, some uniform in training.
 
-    Attention gets no gradient; not `attends`: maps are uniform, as long as attention has learnt nothing.
+    Not `attends`: all are, as long as attention has learnt nothing.
     """
     count, like = len(frames), model.decoder.background
+    if not attends:
+        return model.attention.uniform(count).to(like.dtype)
     hidden = like.new_zeros(count, model.recurrence.hidden_dim)
     context = like.new_zeros(count, model.perceiver_io.context_dim)
-    q = model.encoder(frames, context)
-    z = sample_latents(q.mean, q.logvar, True)
-    if attends:
-        with torch.no_grad():
-            maps = model.with_dropout(model.attention.posterior(frames, hidden, context).attention, (count, 1))
-    else:
-        maps = model.attention.uniform(count).to(like.dtype)
-    decoded = model.decoder(z, maps)
+    return model.with_dropout(model.attention.posterior(frames, hidden, context).attention, (count, 1))
+
+
+def score_stills(model: nn.Module, frames: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames [N, 3, H, W] in [-1, 1] and maps [N, Ha, Wa] -> (reconstruction, KL to N(0, I)), scalars in nats a frame."""
+    q = model.encoder(frames, model.decoder.background.new_zeros(len(frames), model.perceiver_io.context_dim))
+    decoded = model.decoder(sample_latents(q.mean, q.logvar, True), maps)
     kl = 0.5 * (q.mean.square() + q.logvar.exp() - 1 - q.logvar).sum(1)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
 
@@ -62,14 +64,16 @@ class StillUpdates:
     def __call__(self, frames: Tensor, learning_rate: Tensor, autocast: torch.autocast, attends: bool = True) -> dict[str, Tensor]:
         """Updates from frames [N, 3, H, W] in [-1, 1]; one whose gradient is not finite is not made.
 
-        Args: learning_rate: scalar tensor; attends: see `score_stills`.
+        Args: learning_rate: scalar tensor; attends: see `still_maps`.
 
         Returns: `STILLS`, means over the updates.
         """
+        with span("encoder_decoder: stills"), autocast:
+            maps = still_maps(self.model, frames, attends)
         scalars = []
-        for part in frames.tensor_split(self.batches):
+        for part, of_part in zip(frames.tensor_split(self.batches), maps.tensor_split(self.batches)):
             with span("encoder_decoder: stills"), autocast:
-                recon, kl = score_stills(self.model, part, attends)
+                recon, kl = score_stills(self.model, part, of_part)
             loss = (self.losses.lambda_recon * recon + self.losses.beta * kl) / part[0].numel()
             gradient = self._row.gather({"stills": loss})[0]
             norm = torch.linalg.vector_norm(gradient)
