@@ -16,9 +16,8 @@ _COLUMNS = 64  # most channels of a program with several groups
 _SECTOR = 32  # bytes: a program's piece of a row is at least this long where it can be, for that is what memory hands out
 _CACHED = 65536  # bytes of x that a program may read twice: those of all programs that run at a time fit the L2 cache
 
-# ELEMENTS of a tile of either kernel, padding included. Smaller tiles take fewer warps. Twice as many in the forward would take 180
-# registers, and a multiprocessor would hold one program, which cannot load while another computes.
-TILES = {arch: Launch({"ELEMENTS": 8192}, 8, 1) for arch in ARCHITECTURES}
+# ELEMENTS of a tile of either kernel, padding included. Smaller tiles take fewer warps.
+TILES = {arch: Launch({"ELEMENTS": 2048}, 4, 1) for arch in ARCHITECTURES}
 
 
 def _groups_together(groups: int, width: int, places: int, item: int) -> int:

@@ -4,9 +4,10 @@ Channels are last in memory, so a frame is a matrix [HW, C]. A program has one f
 rows of 32 bytes or more, few enough to read the columns a second time from the cache. Both kernels sweep twice over tiles [BLOCK_HW,
 BLOCK_C] of places and channels: once for the sums, then in reverse, from what was read last, for the result.
 
-Sums are kept for each column, and columns of a group are added once, after the sweep. Nothing cancels for values far from 0: tiles
-are combined by their means and squared deviations (Chan et al., 1979), and a mean is corrected by the mean of the deviations from it. All
-add in a fixed order, so the same inputs give the same bits.
+Each place of the tile keeps sums of its own over the sweep; places of a column, and then columns of a group, are added once, after it: a
+sum over a tile waits for all warps. Nothing cancels for values far from 0: means move by deviations (Welford, 1962), are combined by
+their squared deviations (Chan et al., 1979), and are corrected by the mean of the deviations from them. All add in a fixed order, so the
+same inputs give the same bits.
 
 For 16-bit x the forward reads 2 bytes an element and writes 2; the backward reads 4 and writes 2.
 """
@@ -56,20 +57,20 @@ def norm_kernel(
     at = frame * HW * C + row[:, None] * C + channel[None, :]
 
     group = frame * (C // CG) + channel // CG
-    middle = tl.zeros([BLOCK_C], tl.float32)  # mean of the column so far
-    spread = tl.zeros([BLOCK_C], tl.float32)  # sum of squared deviations from it
+    means = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)  # of the tiles so far, at each place
+    spreads = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)  # sums of squared deviations from them
     for start in range(0, HW, BLOCK_HW):
         there = (start + row < HW)[:, None] & real[None, :]
         tile = tl.load(x + at + start * C, mask=there, other=0.0).to(tl.float32)
-        count = tl.minimum(BLOCK_HW, HW - start).to(tl.float32)
-        tile_mean = tl.sum(tile, axis=0) / count
-        deviation = tl.where(there, tile - tile_mean[None, :], 0.0)
-        rest = tl.sum(deviation, axis=0) / count  # what rounding left out of the mean
-        tile_mean += rest
-        share = count / (start + count)
-        shift = tile_mean - middle
-        middle += shift * share
-        spread += tl.sum(deviation * deviation, axis=0) - rest * rest * count + shift * shift * (start * share)
+        shift = tl.where(there, tile - means, 0.0)
+        share = 1.0 / (start // BLOCK_HW + 1)
+        means += shift * share
+        spreads += shift * shift * (1.0 - share)
+    count = ((HW - row + BLOCK_HW - 1) // BLOCK_HW).to(tl.float32)[:, None]  # tiles that have this place
+    middle = tl.sum(means * count, axis=0) / HW
+    middle += tl.sum((means - middle[None, :]) * count, axis=0) / HW  # what rounding left out
+    shifts = means - middle[None, :]
+    spread = tl.sum(spreads + shifts * shifts * count, axis=0)
 
     group_mean = _group_sum(middle, column, CG, W) / CG
     group_mean += _group_sum(tl.where(real, middle - group_mean, 0.0), column, CG, W) / CG
@@ -131,14 +132,15 @@ def norm_backward_kernel(
     b = tl.load(bias + channel, mask=real, other=0.0)
     centre = tl.load(mean + group, mask=real, other=0.0)
     scale = tl.load(rstd + group, mask=real, other=0.0)
-    to_w = tl.zeros([BLOCK_C], tl.float32)
-    to_b = tl.zeros([BLOCK_C], tl.float32)
+    to_ws = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
+    to_bs = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     for start in range(0, HW, BLOCK_HW):
         there = (start + row < HW)[:, None] & real[None, :]
         tile = at + start * C
         normal, slope = _normal_and_slope(x + tile, grad + tile, centre[None, :], scale[None, :], w[None, :], b[None, :], there)
-        to_w += tl.sum(slope * normal, axis=0)
-        to_b += tl.sum(slope, axis=0)
+        to_ws += slope * normal
+        to_bs += slope
+    to_w, to_b = tl.sum(to_ws, axis=0), tl.sum(to_bs, axis=0)
     tl.store(to_affine + frame * C + channel, to_w, mask=real)
     tl.store(to_affine + (frames + frame) * C + channel, to_b, mask=real)
 
