@@ -38,6 +38,7 @@ LADDER = (
     ("off", "fp32", "reference"),
     ("capture", "fp32", "reference"),
     ("capture", "fp32", "triton"),
+    ("capture", "tf32", "triton"),
     ("capture", "bf16", "triton"),
     ("graph", "bf16", "triton"),
 )
@@ -78,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tier", choices=tuple(PRESETS), nargs="+", help="default: 1 2 3 on CUDA, debug 1 on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", choices=tuple(WAYS), nargs="+", help="default: off capture graph on CUDA, off on on a CPU")
-    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="default: both in the ladder, else that of the tier")
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="default: all in the ladder, else that of the tier")
     parser.add_argument("--kernels", choices=CHOICES, default="auto", help="kernels to use without the ladder; default auto")
     parser.add_argument(
         "--ladder",
@@ -96,6 +97,8 @@ def _set_defaults(options: argparse.Namespace, usage_error: Callable[[str], Any]
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
         usage_error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    if "tf32" in (options.precision or ()) and not cuda:
+        usage_error("--precision tf32: only a GPU has TF32; use fp32 or bf16")
     if options.ladder and not cuda:
         usage_error("--ladder: its rungs need CUDA; leave it out, or use --device cuda")
     options.ladder = cuda if options.ladder is None else options.ladder

@@ -19,7 +19,7 @@ from profiling.observe import FIELDS, observe
 from profiling.rows import spread
 from profiling.steps import Updates, synchronize
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")  # tf32: fp32 with `--tf32 on`
 TURN = 2  # cycles of updates in a turn
 TURNS = 3  # of each configuration, at least
 
@@ -39,7 +39,8 @@ class Setting:
 
     def config(self, device: str) -> Config:
         base = preset(self.tier)
-        run = dataclasses.replace(base.run, device=device, compile=self.compile, precision=self.precision, kernels=self.kernels)
+        precision, tf32 = ("fp32", "on") if self.precision == "tf32" else (self.precision, "auto")
+        run = dataclasses.replace(base.run, device=device, compile=self.compile, precision=precision, tf32=tf32, kernels=self.kernels)
         return dataclasses.replace(base, run=run)
 
 
