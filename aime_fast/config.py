@@ -166,7 +166,7 @@ class RunConfig:
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     tf32: Literal["auto", "on", "off"] = "auto"  # TF32 in fp32 matrix products and convolutions on a GPU; auto: with bf16
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
-    compile: Compile | Literal["best"] = "off"  # on: regions compiled; capture: a CUDA graph; graph: both; bare: best for the device
+    compile: Compile | Literal["best"] = "off"  # on: regions; whole: all; capture: a CUDA graph; graph: regions, captured; bare: best
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
     threads: Annotated[int, Bound(1, 1024)] | None = None  # CPU threads; none: all
     run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>[-<hash>]

@@ -97,7 +97,7 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
     from aime_fast.evaluation.tables import print_tables
     from aime_fast.evaluation.validation import evaluate_sequences
     from aime_fast.runtime.files import write_text
-    from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, keep_freed_memory
+    from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
     from aime_fast.runtime.provenance import git_commit, version
     from aime_fast.training.checkpoint import load_model
 
@@ -107,6 +107,7 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
     if device.type == "cpu":
         keep_freed_memory()
     model, config, info = load_model(run, device, ema=options.ema)
+    choose_tf32(config.run.tf32, config.run.precision)
     model.compile_imagination(choose_compile(options.compile, device))
     data = replace(config.data, data=options.data or config.data.data, replay="auto")  # this may be a smaller GPU
     split = None if options.data else info["split"]

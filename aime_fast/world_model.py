@@ -119,7 +119,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
                 tower.background.copy_(mean_frame)
 
     def compile_regions(self) -> None:
-        """`torch.compile`, in place, of the regions that gain from it on a CPU: those of many small operators.
+        """`torch.compile`, in place, of the regions that gained from it on a CPU: those of many small operators.
 
         These are mixture prior, recurrence, slot attention and attention modulation. Inductor does not beat oneDNN and MKL on
         convolutions and transformers (docs/performance.md). Several backward passes go through one compiled forward, so donated
@@ -184,6 +184,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             pictures = self.decoder.likelihood.mean(parameters.flatten(0, 1)).unflatten(0, start[few].shape)
         means, delta = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
         seen_video, seen_start = video[few], start[few]
+        if self.training:
+            self.perceiver_io.learn_context(inferred.context)
         perceived = streams.beside(
             "perceiver", self.perceiver_io.score,
             video, tokens, inferred.context, actions, start, few, means, delta, own_tokens, pictures,
@@ -257,6 +259,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         delta, hidden, lstm, hidden_before, latents_before, prior = predict_latents(self, means, context, actions, start, self.training)
 
         with span("attention_schema: posterior"):
+            # Awaited at once; it is the backward pass that runs beside others.
             maps = streams.beside("attention", self.attention.posterior, flat, hidden.flatten(0, 1), context.flatten(0, 1))()
         with span("attention_schema: prior"):
             attention_before = previous(maps.attention.unflatten(0, shape), start, self.attention.uniform(1)).flatten(0, 1)

@@ -5,11 +5,11 @@ waits for the device, as in training. A sample of the speed is one cycle of upda
 percentile are over the samples. Warm-up, in which the step compiles, is excluded; `compile_seconds` is how much longer it took than as
 many later updates. On a CPU the configurations of one tier and precision take turns, because the machine's speed drifts.
 
-On CUDA the default is a ladder, in which each rung adds one thing: eager fp32 with the reference kernels, captured as a CUDA graph, Triton
-kernels, bf16, compiled regions. Operations are those of matrix products and convolutions (and, on CUDA, attention), counted by PyTorch over
-eager updates with the reference kernels and compared with the measured rate of a matrix product of the same precision. `gpu_busy` is the
-profiled time in which a kernel ran, as a share of the time of an update without the profiler. A value that the device cannot provide is
-null.
+On CUDA the default is a ladder, in which each rung adds one thing: eager fp32 with the reference kernels, captured as a CUDA graph,
+Triton kernels, TF32, bf16, compiled regions. Operations are those of matrix products and convolutions (and, on CUDA, attention), counted
+by PyTorch over eager updates with the reference kernels and compared with the measured rate of a matrix product of the same precision.
+`gpu_busy` is the profiled time in which a kernel ran, as a share of the time of an update without the profiler. A value that the device
+cannot provide is null.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from profiling.machine import ROOT, describe, title, write_json
+from profiling.machine import ROOT, describe, machine, title, write_json
 
 DEVICES = {"cpu": 2.0, "cuda": 1.0}  # by how much the limits of the parts are longer there
 
@@ -120,8 +120,9 @@ def _earlier(summary: Path, device: str) -> dict[str, dict[str, Any]]:
     if not summary.exists():
         return {}
     written = json.loads(summary.read_text(encoding="utf-8"))
-    if written["machine"]["device"] != device:
-        raise ValueError(f"--resume: {summary} is of {written['machine']['device']}, this run of {device}; use another --out")
+    before, now = ((facts["device"], facts.get("gpu")) for facts in (written["machine"], machine(torch.device(device))))
+    if before != now:
+        raise ValueError(f"--resume: {summary} is of {before[1] or before[0]}, this run of {now[1] or now[0]}; use another --out")
     return {entry["part"]: entry for entry in written["parts"]}
 
 
@@ -181,6 +182,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is ended, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running part ends too
     sys.exit(main())

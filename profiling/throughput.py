@@ -68,6 +68,8 @@ class Measured:
     def take(self) -> None:
         """Add the samples of a turn. On CUDA the device records the times, and the host waits only at the end."""
         before, made = self.updates.waited, self.updates.made
+        if self.device.type == "cuda":  # so that the queue is not empty at the first stamp
+            self.updates()
         stamps = [_stamp(self.device)]
         for _ in range(TURN):
             for _ in range(self.updates.cycle):

@@ -147,7 +147,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     ),
     "discriminator_winning": (
         discriminator_winning,
-        "lower --discriminator-lr, raise --n-critic, or set --gradient-penalty 1, which needs --compile off",
+        "lower --discriminator-lr, raise --n-critic, or set --gradient-penalty 1, which --compile whole lacks",
     ),
     "attention_unused": (
         attention_unused,

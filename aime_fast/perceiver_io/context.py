@@ -160,7 +160,7 @@ class CausalPerceiverIO(nn.Module):
         own_tokens: Tensor | float = 0.0,
         pictures: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The terms of the perceiver task; in training codebook and means then learn: context and decoder have read the old ones.
+        """The terms of the perceiver task; in training codebook and mean code then learn: context and decoder have read the old ones.
 
         Args: video [B, T, 3, H, W] in [-1, 1], actions [B, T, A], start bool [B, T]; tokens of all sequences or of the first few; context
             [B, T, Dc]; few: the sequences that are tokenised back and predicted; means, delta [B, T, Z]: see `recall_loss`; own_tokens,
@@ -175,7 +175,7 @@ class CausalPerceiverIO(nn.Module):
         with span("perceiver_io: tokenizer"), torch.no_grad():
             drawn = None if pictures is None else self.tokenizer.tokenize(pictures.clamp(-1, 1), start[few]).codes
         if self.training:
-            self.learn(tokens, context)
+            self.learn(tokens)
         with span("perceiver_io: predictor"):
             terms["next_token"], terms["token_accuracy"] = self.predictor.loss(
                 tokens.codes[few], context[few], actions[few], start[few], own_tokens, self.context, drawn
@@ -184,11 +184,14 @@ class CausalPerceiverIO(nn.Module):
             terms["context_recall"] = self.recall_loss(context, means, delta)
         return terms
 
-    def learn(self, tokens: Tokens, context: Tensor) -> None:
-        """Update codebook and means by the tokens and contexts of a batch, when nothing reads the old ones any more."""
+    def learn_context(self, context: Tensor) -> None:
+        """Update the mean context by those of a batch, [B, T, Dc]. Imagined frames read it, perhaps on another stream than `score`."""
+        self.mean_context.lerp_(context.detach().mean((0, 1)).to(self.mean_context.dtype), 1 - MEAN_DECAY)
+
+    def learn(self, tokens: Tokens) -> None:
+        """Update codebook and mean code by the tokens of a batch, when nothing reads the old ones any more."""
         vectors = self.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1)
         self.mean_code.lerp_(vectors.mean(0).to(self.mean_code.dtype), 1 - MEAN_DECAY)
-        self.mean_context.lerp_(context.detach().mean((0, 1)).to(self.mean_context.dtype), 1 - MEAN_DECAY)
         self.tokenizer.learn(tokens)
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:

@@ -70,7 +70,7 @@ class Captured:
             if tensor.shape != buffer.shape or tensor.dtype != buffer.dtype:
                 raise ValueError(
                     f"captured step: an input is {tensor.dtype} {tuple(tensor.shape)}, the graph was made for {buffer.dtype} "
-                    f"{tuple(buffer.shape)}; use --compile on where shapes change"
+                    f"{tuple(buffer.shape)}; use --compile off where shapes change"
                 )
             buffer.copy_(tensor, non_blocking=True)
 

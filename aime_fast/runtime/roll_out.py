@@ -36,7 +36,7 @@ class RollOut:
     Args:
         frame: a function of nested tensors of fixed shapes that reads all weights through `module`; the state that it returns has the
             layout of the one that it is given (`match_layout`).
-        mode: a key of `WAYS`. A frame is compiled whole, once for each batch size and options.
+        mode: a key of `WAYS`. Where a frame is compiled it is so whole, once for each batch size and options; "graph" and "whole" are one.
 
     A copy or a pickle contains nothing compiled, and compiles by itself.
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
-_streams: dict[str, torch.cuda.Stream] = {}  # all that were ever made, by name: their number is small, and libraries keep memory for each
+_streams: dict[tuple[int, str], torch.cuda.Stream] = {}  # all that were ever made, by device and name: libraries keep memory for each
 _forked: set[str] | None = None  # names of those in use; None where there is one stream
 
 
@@ -29,7 +29,7 @@ def side_streams() -> Iterator[None]:
     """Within it, `beside` uses streams of its own."""
     global _forked
     _forked = set()
-    # Weights that several streams read have one node each that gathers their gradients; the engine synchronises it.
+    # Weights that several streams read have one node each that gathers their gradients; the engine synchronises it. Stays off.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         yield
@@ -47,7 +47,15 @@ def fork(*names: str) -> None:
     """These side streams wait for what the present stream was given so far."""
     for name in names if has_side_streams() else ():
         _forked.add(name)
-        _streams.setdefault(name, torch.cuda.Stream()).wait_stream(torch.cuda.current_stream())
+        _stream(name).wait_stream(torch.cuda.current_stream())
+
+
+def _stream(name: str) -> torch.cuda.Stream:
+    """The side stream of that name on the present device. Made once: PyTorch hands out a small number of streams in turn."""
+    key = torch.cuda.current_device(), name
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream()
+    return _streams[key]
 
 
 @contextlib.contextmanager
@@ -56,14 +64,14 @@ def on(name: str | None) -> Iterator[None]:
     if name is None or not has_side_streams():
         yield
         return
-    with torch.cuda.stream(_streams[name]):
+    with torch.cuda.stream(_stream(name)):
         yield
 
 
 def join(*names: str) -> None:
     """The present stream waits for what these side streams were given so far."""
     for name in names if has_side_streams() else ():
-        torch.cuda.current_stream().wait_stream(_streams[name])
+        torch.cuda.current_stream().wait_stream(_stream(name))
 
 
 def record(nested: Any, stream: torch.cuda.Stream | None = None) -> None:
@@ -88,7 +96,7 @@ def beside(name: str, function: Callable[..., T], *arguments: Any, ahead: bool =
         return lambda: results
     if not ahead:
         fork(name)
-    record(arguments, _streams[name])
+    record(arguments, _stream(name))
     with on(name):
         results = function(*arguments)
 

@@ -96,7 +96,9 @@ class GradientRows:
         return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
     def gather(self, losses: dict[str, Tensor], before: Tensor | None = None, beside: Mapping[str, str] = MappingProxyType({})) -> Tensor:
-        """Gradients of scalar losses of one graph, which is freed -> [n, P], zero where a loss does not depend on a parameter.
+        """Gradients of scalar losses of one graph -> [n, P], zero where a loss does not depend on a parameter.
+
+        Frees the graph, unless there are side streams: then its owner does, after they have joined.
 
         Args:
             losses: by name, in the order of the rows.
@@ -112,12 +114,13 @@ class GradientRows:
         if self._flat is None:
             self._flat = self.zeros()
             self._views = [self.arena.split(row) for row in self._flat]
+        rows = {name: i for i, name in enumerate(losses)}
         streams.fork(*beside.values())
         for name in order:
             with span(f"step: backward {name}"), streams.on(beside.get(name)):
                 gradients = self._differentiate(losses[name], name != last or streams.has_side_streams())
                 streams.record([gradient for gradient in gradients if gradient is not None])
-                self._add([*losses].index(name), gradients, before is None)
+                self._add(rows[name], gradients, before is None)
         streams.join(*beside.values())
         return self._flat
 

@@ -124,6 +124,8 @@ class Kind(NamedTuple):
 class LatentPhase:
     """Trains `model` in place, with Adam at a cosine rate. An update whose loss or gradient is not finite changes nothing.
 
+    The weights that it trains move into memory of its own: if they are averages, no `EMA.update` may follow.
+
     Args:
         model: in eval mode, without gradients; `close` leaves it so.
         training, held_out: frames as the model infers them, of which pieces of CONTEXT and all imagined frames can be drawn.
@@ -157,7 +159,8 @@ class LatentPhase:
         kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
         with self._random_numbers(self.made + 1):
             pieces = self.training.draw(max(1, self.batch // 4) if kind.attends else self.batch, CONTEXT + kind.frames)
-            (self._graph_of(kind) if self.captures else partial(self._learn, kind))(pieces, rate)
+            learn = self._graph_of(kind) if self.captures else partial(self._learn, kind)
+            learn(pieces, rate)
         self.made += 1
         if not self.captures:
             self.check()
@@ -193,7 +196,7 @@ class LatentPhase:
         Their number grows in steps, since each has graphs of its own.
         """
         share = min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * self.made / (ALL_FROM * self.updates))
-        step = max(1, self.frames // STAGES)
+        step = math.ceil(self.frames / STAGES)
         return min(self.frames, max(1, round(share * self.frames / step)) * step) if share < 1 else self.frames
 
     @torch.no_grad()

@@ -38,6 +38,7 @@ def score_perception(model: nn.Module, video: Tensor, actions: Tensor, start: Te
     with span("encoder_decoder: encoder"), torch.no_grad():
         means = model.encoder(video.flatten(0, 1), torch.zeros_like(context).flatten(0, 1)).mean.unflatten(0, start.shape)
     delta = delta_from(previous(means, start), means, start)
+    perceiver.learn_context(context)
     return perceiver.score(video, tokens, context, actions, start, few, means, delta)
 
 

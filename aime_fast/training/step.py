@@ -10,8 +10,8 @@ new weights). `execution.py` runs it eagerly, compiled or captured as one CUDA g
 two bools, and metrics go out as tensors on the device. An update whose losses or gradients are not finite changes nothing: weights and
 averages move by zero, buffers that the forward pass learns (codebooks) are restored, and RGB guards its own state. `faults` counts such
 updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames (`stills.py`) and of
-the perceiver alone (`perception.py`) stand for themselves: each is made or not, those before an update that is not made remain, and
-they run eagerly.
+the perceiver alone (`perception.py`) stand for themselves: each is made or not, and those before an update that is not made
+remain. They are captured, but never compiled.
 """
 
 from __future__ import annotations
@@ -228,18 +228,19 @@ class TrainingStep:
         outputs = {name: output.detach() for name, output in outputs.items()}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
-        judged = None
-        if kind.train_discriminator:
-            judged = streams.beside("discriminators", self._judge, outputs, observations, share, before.discriminator)
+        judging, judged = (outputs, observations, share, before.discriminator), None
+        if kind.train_discriminator and streams.has_side_streams():
+            judged = streams.beside("discriminators", self._train_discriminators, *judging)
         tasks = self._task_rows.gather(task_losses, before.tasks, BESIDE)
         discriminator = None
-        if judged is not None:
-            discriminator, scalars = judged()
+        if kind.train_discriminator:  # with one stream after the tasks, whose graph is freed by then
+            discriminator, scalars = judged() if judged else self._train_discriminators(*judging)
             metrics |= scalars
+        # A product with 1 would be a kernel each.
         metrics = metrics if share == 1 else {name: value * share for name, value in metrics.items()}
         return Gradients(tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
 
-    def _judge(
+    def _train_discriminators(
         self, outputs: dict[str, Tensor], observations: Tensor, share: float, before: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminators' part of `compute_gradients`: (gradient [1, Pd], scalars by name)."""

@@ -39,7 +39,7 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
 def group_norm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = EPS) -> Tensor:
     """`kernels.group_norm.group_norm_silu` in plain PyTorch."""
     if x.dtype == weight.dtype or x.device.type == "cpu":  # PyTorch normalises bf16 and fp16 with fp32 weights on a CPU alone
-        return F.silu(torch.group_norm(x, groups, weight, bias, eps))
+        return F.silu(torch.group_norm(x, groups, weight, bias, eps)).to(x.dtype)
     return F.silu(torch.group_norm(x.to(weight.dtype), groups, weight, bias, eps)).to(x.dtype)
 
 
