@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome, seconds = run_part(part, words, log, environment, limit)
         entry = {"part": name, "outcome": outcome, "failed": outcome.startswith("FAILED"), "seconds": seconds}
         entry |= {"command": shlex.join(["python", *words]), "git_commit": head["git_commit"]}
-        if seconds or name not in entries:  # of a part that could not run, an earlier entry says more
+        if not outcome.startswith("left out") or name not in entries:  # of a part that could not run, an earlier entry says more
             entries[name] = entry
         write_json(out / "summary.json", head | {"parts": [entries[each] for each in chosen if each in entries]})
         print(f"{name:<12} {seconds:6.1f} s  {outcome}", flush=True)
