@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -81,3 +81,23 @@ class Captured:
             outputs = self.function(*pytree.tree_unflatten(self._inputs, self._structure))
         current.wait_stream(self._stream)
         return outputs
+
+
+class Graphs:
+    """Captured functions by key, which share the memory of the first: outputs are valid until the next call of any."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.by_key: dict[Hashable, Captured] = {}
+        self._first: Captured | None = None  # stays, whichever are dropped
+
+    def of(self, key: Hashable, function: Callable) -> Captured:
+        """The graph of that key, which is one of `function`."""
+        if key not in self.by_key:
+            self.by_key[key] = Captured(function, self.device, memory_of=self._first)
+            self._first = self._first or self.by_key[key]
+        return self.by_key[key]
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Drop the graphs of all other keys."""
+        self.by_key = {key: graph for key, graph in self.by_key.items() if wanted(key)}

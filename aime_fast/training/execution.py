@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from aime_fast.runtime.cuda_graph import Captured
+from aime_fast.runtime.cuda_graph import Graphs
 from aime_fast.runtime.machine import Way
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class Execution:
     """
 
     def __init__(self, step: TrainingStep, way: Way, backend: str | Callable = "inductor"):
-        self.step, self.whole, self.captures = step, way.whole, way.captured
+        self.step, self.whole = step, way.whole
         self.compute_gradients, self.apply_gradients = step.compute_gradients, step.apply_gradients
-        self._captured: dict[Hashable, Captured] = {}
+        self._graphs = Graphs(step.device) if way.captured else None
         if way.regions:
             step.model.compile_regions()
         if self.whole:
@@ -62,11 +62,8 @@ class Execution:
         return self._run(self.step.update_pictures, perceives, *inputs)
 
     def _run(self, function: Callable, kind: Hashable, *inputs: Any) -> Any:
-        """`function(kind, *inputs)`: each kind is a graph of its own, and all share one pool of memory."""
-        if not self.captures:
-            return function(kind, *inputs)
-        key = function.__name__, kind
-        if key not in self._captured:
-            first = next(iter(self._captured.values()), None)
-            self._captured[key] = Captured(partial(function, kind), self.step.device, memory_of=first)
-        return self._captured[key](*inputs)
+        """`function(kind, *inputs)`, captured or not: each kind is a graph of its own."""
+        run = partial(function, kind)
+        if self._graphs is not None:
+            run = self._graphs.of((function.__name__, kind), run)
+        return run(*inputs)

@@ -24,7 +24,7 @@ from aime_fast.data import SequenceBatches
 from aime_fast.errors import ConfigError, NonFiniteError
 from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import Latents, infer_latents
-from aime_fast.runtime.cuda_graph import Captured
+from aime_fast.runtime.cuda_graph import Graphs
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.faults import Faults
@@ -148,8 +148,7 @@ class LatentPhase:
         self._row = GradientRows(arena, 1)
         self.optimizer = Adam(arena.flat, *BETAS)
         self.faults = Faults((*TERMS, GRADIENT), training.device)
-        self.captures, self._first = captures, None  # graph: the others share its memory
-        self._captured: dict[Kind, Captured] = {}
+        self.graphs = Graphs(training.device) if captures else None
         model.prior.inferred_variance.copy_(training.frames.logvar.mean(0).exp())
 
     def update(self) -> None:
@@ -159,10 +158,13 @@ class LatentPhase:
         kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
         with self._random_numbers(self.made + 1):
             pieces = self.training.draw(max(1, self.batch // 4) if kind.attends else self.batch, CONTEXT + kind.frames)
-            learn = self._graph_of(kind) if self.captures else partial(self._learn, kind)
+            learn = partial(self._learn, kind)
+            if self.graphs is not None:
+                self.graphs.keep(lambda other: other.frames == kind.frames)  # those of fewer imagined frames do not come back
+                learn = self.graphs.of(kind, learn)
             learn(pieces, rate)
         self.made += 1
-        if not self.captures:
+        if self.graphs is None:
             self.check()
 
     def _learn(self, kind: Kind, pieces: Latents, rate: Tensor) -> None:
@@ -172,14 +174,6 @@ class LatentPhase:
         norm = torch.linalg.vector_norm(gradient)
         finite = self.faults.record({name: term.detach() for name, term in terms.items()} | {GRADIENT: norm})
         self.optimizer.update(gradient * clip_factor(norm, CLIP), rate, finite)
-
-    def _graph_of(self, kind: Kind) -> Captured:
-        """The graph of a kind of update. Those of fewer imagined frames do not come back, and are dropped."""
-        if kind not in self._captured:
-            self._captured = {other: graph for other, graph in self._captured.items() if other.frames == kind.frames}
-            self._captured[kind] = Captured(partial(self._learn, kind), self.training.device, memory_of=self._first)
-            self._first = self._first or self._captured[kind]
-        return self._captured[kind]
 
     def check(self) -> None:
         """Raises NonFiniteError where a loss or gradient was not finite since the last check. Waits for the device."""

@@ -19,6 +19,16 @@ import triton.language as tl
 
 
 @triton.jit
+def _place(C: tl.constexpr, CG: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr):
+    """What a program works on: its frame, the columns and rows of a tile, and the channel and group (of all frames) of each column."""
+    PARTS: tl.constexpr = C // W  # programs of a frame
+    frame = (tl.program_id(0) // PARTS).to(tl.int64)
+    column = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) % PARTS * W + column
+    return frame, column, tl.arange(0, BLOCK_HW), channel, frame * (C // CG) + channel // CG
+
+
+@triton.jit
 def _group_sum(v, column, CG: tl.constexpr, W: tl.constexpr):
     """v [BLOCK_C] -> for each column the sum over its group. Columns from W on hold 0."""
     if W == CG:
@@ -48,15 +58,9 @@ def norm_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_HW: tl.constexpr,
 ):
-    PARTS: tl.constexpr = C // W  # programs of a frame
-    frame = (tl.program_id(0) // PARTS).to(tl.int64)
-    column = tl.arange(0, BLOCK_C)
-    row = tl.arange(0, BLOCK_HW)
+    frame, column, row, channel, group = _place(C, CG, W, BLOCK_C, BLOCK_HW)
     real = column < W
-    channel = tl.program_id(0) % PARTS * W + column
     at = frame * HW * C + row[:, None] * C + channel[None, :]
-
-    group = frame * (C // CG) + channel // CG
     means = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)  # of the tiles so far, at each place
     spreads = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)  # sums of squared deviations from them
     for start in range(0, HW, BLOCK_HW):
@@ -119,15 +123,9 @@ def norm_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_HW: tl.constexpr,
 ):
-    PARTS: tl.constexpr = C // W
-    frame = (tl.program_id(0) // PARTS).to(tl.int64)
-    column = tl.arange(0, BLOCK_C)
-    row = tl.arange(0, BLOCK_HW)
+    frame, column, row, channel, group = _place(C, CG, W, BLOCK_C, BLOCK_HW)
     real = column < W
-    channel = tl.program_id(0) % PARTS * W + column
     at = frame * HW * C + row[:, None] * C + channel[None, :]
-
-    group = frame * (C // CG) + channel // CG
     w = tl.load(weight + channel, mask=real, other=0.0)
     b = tl.load(bias + channel, mask=real, other=0.0)
     centre = tl.load(mean + group, mask=real, other=0.0)

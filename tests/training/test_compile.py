@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
+from aime_fast.runtime import cuda_graph
 from aime_fast.runtime.machine import WAYS, Way
-from aime_fast.training import TrainingStep, execution
+from aime_fast.training import TrainingStep
 from aime_fast.training.execution import Execution, Kind
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
@@ -154,7 +155,7 @@ def test_every_kind_of_update_goes_through_its_capture(batches, monkeypatch):
             calls.append(self.function.args[0])
             return self.function(*inputs)
 
-    monkeypatch.setattr(execution, "Captured", Called)
+    monkeypatch.setattr(cuda_graph, "Captured", Called)
     step = make_step()
     step.execution = Execution(step, WAYS["capture"])
     for i, kind in enumerate(kinds := [Kind(*flags) for flags in ((False, False), (False, True), (True, False), (True, True))]):
