@@ -174,7 +174,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         inferred = self._infer(video, context, actions, start)
         q, p = inferred.posterior, inferred.prior
         few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
-        seen = inferred.rows(few, start.shape)
+        seen, seen_video, seen_start = inferred.rows(few, start.shape), video[few], start[few]
+        imagined = streams.beside("imagination", self._imagine, seen, seen_video, actions[few], seen_start)
         with span("encoder_decoder: decoder"):
             z, maps = (x.unflatten(0, start.shape)[drawn].flatten(0, 1) for x in (inferred.latents, inferred.maps.attention))
             decoded = self.decoder(z, self.with_dropout(maps, start[drawn].shape))
@@ -183,14 +184,12 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             parameters = decoded.detach().unflatten(0, start[drawn].shape)[few]
             pictures = self.decoder.likelihood.mean(parameters.flatten(0, 1)).unflatten(0, start[few].shape)
         means, delta = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
-        seen_video, seen_start = video[few], start[few]
         if self.training:
             self.perceiver_io.learn_context(inferred.context)
         perceived = streams.beside(
             "perceiver", self.perceiver_io.score,
             video, tokens, inferred.context, actions, start, few, means, delta, own_tokens, pictures,
         )  # fmt: skip
-        imagined = streams.beside("imagination", self._imagine, seen, seen_video, actions[few], seen_start)
         judged = streams.beside("adversary", self._judge, seen, seen_video, seen_start, decoded)
         terms = dict(perplexity=tokens.perplexity, code_usage=tokens.usage)
         with span("encoder_decoder: likelihood"):

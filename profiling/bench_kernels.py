@@ -56,7 +56,7 @@ def measure_graph(make: Callable[[], Call], runs: int = 20, replays: int = 50) -
             call()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # autograd has threads of its own
             for _ in range(runs):
                 call()
         graph.replay()

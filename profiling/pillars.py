@@ -53,7 +53,7 @@ def one_component(trainer: DMCVBTrainer) -> None:
     def alone(sticks: Any) -> Any:
         log_pi = torch.full_like(sticks.log_pi, IMPOSSIBLE)
         log_pi[..., 0] = 0.0
-        return sticks._replace(log_pi=log_pi, pi=log_pi.exp(), kl=None if sticks.kl is None else torch.zeros_like(sticks.kl))
+        return sticks._replace(log_pi=log_pi, kl=None if sticks.kl is None else torch.zeros_like(sticks.kl))
 
     _hook(trainer, "prior.sticks", alone)
 

@@ -118,8 +118,8 @@ def test_attention_maps_and_weights_sum_to_one(fusion):
 
 
 def test_losses_are_complete_finite_and_reach_every_parameter():
-    model = make_model().train()
-    video, actions = make_batch(model, 2, 5)
+    model = make_model(auxiliary_share=1.0).train()
+    video, actions = make_batch(model, 6, 5)  # enough that some tokens are hidden and some are not
     ema = make_model(seed=1)
     outputs = model.forward_sequence(video, actions, ema=ema)
     assert outputs["gram"] > 0

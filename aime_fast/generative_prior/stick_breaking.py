@@ -18,11 +18,20 @@ class StickBreakingOutput(NamedTuple):
     """Mixture weights and the sticks they come from; float32 or float64."""
 
     log_pi: Tensor  # [..., K]
-    pi: Tensor  # [..., K], sums to 1
     log_a: Tensor  # [..., K-1]
     log_b: Tensor  # [..., K-1]
-    v: Tensor  # [..., K-1], the sticks
+    sampled: Tensor | None  # [..., K-1], the sticks; None: their means
     kl: Tensor | None  # [..., K-1], nats: KL of each stick to Beta(1, alpha); None without an alpha
+
+    @property
+    def pi(self) -> Tensor:
+        """[..., K], sums to 1."""
+        return self.log_pi.exp()
+
+    @property
+    def v(self) -> Tensor:
+        """The sticks [..., K-1]."""
+        return kumaraswamy_log_mean(self.log_a, self.log_b).exp() if self.sampled is None else self.sampled
 
 
 class AdaptiveStickBreaking(nn.Module):
@@ -70,11 +79,11 @@ class AdaptiveStickBreaking(nn.Module):
         if not sample:
             log_pi = kumaraswamy_mean_sticks(log_a, log_b)
             divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
-            return StickBreakingOutput(log_pi, log_pi.exp(), log_a, log_b, kumaraswamy_log_mean(log_a, log_b).exp(), divergence)
+            return StickBreakingOutput(log_pi, log_a, log_b, None, divergence)
         if u is None:
             u = torch.rand(log_a.shape, dtype=log_a.dtype, device=log_a.device)
         sticks = kumaraswamy_sticks(log_a, log_b, u, alpha, log_alpha, kl)
-        return StickBreakingOutput(sticks.log_pi, sticks.pi, log_a, log_b, sticks.v, sticks.kl)
+        return StickBreakingOutput(sticks.log_pi, log_a, log_b, sticks.v, sticks.kl)
 
 
 def get_effective_components(pi: Tensor, threshold: float = 0.01) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,9 @@ def imagine(
     Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
     """
     action, noise = given if isinstance(given, tuple) else (given, None)
-    prior, _, after = imagine_latents(model, action, state, sample, noise=noise)
+    prior, after = imagine_latents(model, action, state, sample, noise)
+    log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention
+    after = after._replace(attention=log_attention.exp())
     decoded = model.decoder(after.latents, after.attention)
     out = dict(
         reconstructions=model.decoder.likelihood.mean(decoded), latents=after.latents, mixture_weights=prior.log_weights.exp(),
@@ -109,25 +111,21 @@ def imagine(
 
 
 def imagine_latents(
-    model: nn.Module, action: Tensor, state: State, sample: bool = False, attends: bool = True, noise: PriorNoise | None = None
-) -> tuple[Mixture, Tensor | None, State]:
-    """`imagine` in latent space, differentiable: (prior of z_t, log of the predicted attention [B, Ha, Wa], the next state).
+    model: nn.Module, action: Tensor, state: State, sample: bool = False, noise: PriorNoise | None = None
+) -> tuple[Mixture, State]:
+    """`imagine` in latent space, differentiable: (prior of z_t, the next state), in which the attention map stays as it is.
 
     An imagined frame has no tokens: its context is the mean one. With the context of the last observed frame in every frame of a
-    roll-out, roll-outs of held-out episodes were worse (docs/log.md). Without `attends` the map stays as it is and its log is None. A
-    sampled latent stands for the mean of q(z), as an observed one does: with the noise of q(z) in it, delta would be mostly noise.
+    roll-out, roll-outs of held-out episodes were worse (docs/log.md). A sampled latent stands for the mean of q(z), as an observed one
+    does: with the noise of q(z) in it, delta would be mostly noise.
     """
     prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
     z = prior.sample(sample, noise, model.prior.inferred_variance)
-    log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention if attends else None
     delta = _delta(state, z)
     context = model.perceiver_io.mean_context.to(state.context).expand_as(state.context)
     hidden, lstm = _recur(model, z, delta, context, action, state.lstm)
-    after = state._replace(
-        lstm=lstm, hidden=hidden, latents=z, delta=delta, context=context,
-        fresh=torch.zeros_like(state.fresh), attention=log_attention.exp() if attends else state.attention,
-    )  # fmt: skip
-    return prior, log_attention, after
+    fresh = torch.zeros_like(state.fresh)
+    return prior, state._replace(lstm=lstm, hidden=hidden, latents=z, delta=delta, fresh=fresh, context=context)
 
 
 def _delta(state: State, latents: Tensor) -> Tensor:
@@ -137,8 +135,7 @@ def _delta(state: State, latents: Tensor) -> Tensor:
 
 def _recur(model: nn.Module, latents: Tensor, delta: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
     x = recurrent_input(latents, delta, context, action).unsqueeze(1)
-    no_start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)  # `_restart` has emptied the state where needed
-    hidden, lstm = model.recurrence(x, no_start, lstm)
+    hidden, lstm = model.recurrence(x, None, lstm)  # `_restart` has emptied the state where needed
     return hidden[:, 0], lstm[:, 0]
 
 

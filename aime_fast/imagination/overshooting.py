@@ -21,6 +21,7 @@ from aime_fast.imagination.sequence import Inference, Latents, predict_latents, 
 from aime_fast.layers import previous, starts
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
+from aime_fast.runtime import streams
 
 BURN_IN = 3  # frames up to the first state, where the sequence is long enough: the fewest that show speed and its change
 SEED_WEIGHT = 10.0  # of the squared error of the slots' seeds
@@ -36,7 +37,7 @@ class Targets(NamedTuple):
 
 def imagine_and_score(
     model: nn.Module, state: State, first: Tensor, frames: int, targets: Targets, attends: bool = True, sample: bool = False
-) -> tuple[dict[str, Tensor], list[State]]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
     """Imagines `frames` frames from `state`, the state after frame `first`.
 
     Latents are scored by the weights and means of the prior and by `prior.spread`, which may grow with every frame that is imagined.
@@ -47,23 +48,35 @@ def imagine_and_score(
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
     imagined latents, where they are not the means of the likeliest components.
 
-    Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined states).
+    Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined latents [frames, B, Z]; the
+    predicted maps [frames, B, Ha, Wa], None where it does not attend).
     """
-    priors, maps, states = [], [], []
+    priors, imagined, log_maps = [], [], []
+
+    def attend(before: State) -> None:
+        attention = log_maps[-1].exp() if log_maps else before.attention
+        log_maps.append(model.attention.prior(attention, before.hidden, before.latents).log_attention)
+
+    attended = None
     for action in _after(targets.actions, first, frames).unbind():
-        prior, log_attention, state = imagine_latents(model, action, state, sample, attends=attends)
+        if attends:  # latents do not wait for maps
+            attended = streams.beside("attention", attend, state)
+        prior, state = imagine_latents(model, action, state, sample)
         priors.append(prior)
-        maps.append(log_attention)
-        states.append(state)
+        imagined.append(state.latents)
     # Of all frames at once: on a processor so small an operator costs as much as one of all.
     features = torch.stack([prior.features for prior in priors])
     log_weights = model.prior.sticks(features, sample=sample).log_pi
     means = torch.stack([prior.means for prior in priors])
     latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
-    if attends:
-        scores["attention"] = attention_kl(_after(targets.attention, first, frames), torch.stack(maps))
-    return scores, states
+    if not attends:
+        return scores, torch.stack(imagined), None
+    attended()
+    streams.record(log_maps)
+    log_attention = torch.stack(log_maps)
+    scores["attention"] = attention_kl(_after(targets.attention, first, frames), log_attention)
+    return scores, torch.stack(imagined), log_attention.exp()
 
 
 def pixel_overshooting(
@@ -83,14 +96,13 @@ def pixel_overshooting(
     latents, attention = (x.unflatten(0, start.shape) for x in (inferred.latents, inferred.maps.attention))
     state = state_after(inferred, lambda x: _at(x, first))
     targets = Targets(latents.detach(), attention.detach(), actions)
-    scores, states = imagine_and_score(model, state, first, frames, targets)
+    scores, z, attention = imagine_and_score(model, state, first, frames, targets)
 
     truth = _after(video, first, frames).flatten(0, 1)  # [frames * B, 3, H, W]
     in_episode = (~_after(start, first, frames)).cumprod(0)  # [frames, B], 0 from the next episode on
     weight = in_episode.flatten().to(scores["latent"].dtype)
     share = weight / weight.sum().clamp_min(1.0)
-    z, a = (torch.cat([getattr(state, name) for state in states]) for name in ("latents", "attention"))  # [frames * B, ...]
-    recon = model.decoder.likelihood.nll(model.decoder(z, a), truth)
+    recon = model.decoder.likelihood.nll(model.decoder(z.flatten(0, 1), attention.flatten(0, 1)), truth)
     # One by one: gradients of a term taken from a stack of all would pass, as zeros, through all others.
     return dict(zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, scores["latent"], scores["attention"]))))
 
@@ -129,7 +141,7 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
     targets = Targets(latents, inferred.attention, inferred.actions)
-    scores, _ = imagine_and_score(model, state, first, frames, targets, attends, sample)
+    scores, *_ = imagine_and_score(model, state, first, frames, targets, attends, sample)
     names = {"latent": "rolled_out", "attention": "attention_rolled_out"}
     return terms | {names[name]: score.mean() for name, score in scores.items()}
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from aime_fast.config import LossConfig
+from aime_fast.runtime import streams
 
 AIME_NAMES = {"lambda_att_dyn": "lambda_attention_motion"}  # keywords of AIME's texts
 OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention")
 TASKS = ("elbo", "perceiver", "predictive", "adversarial")
+
+# The side stream on which `infer_and_score` computes most of a task, None: the present one. In the order in which to differentiate them,
+# since kernels of one stream run in the order in which they were given to it: those that others would wait for come first.
+BESIDE = {"perceiver": "perceiver", "elbo": None, "predictive": "attention", "adversarial": "adversary"}
 
 # In the order of computation: the first term that is not finite is where a fault began.
 TERMS = (
@@ -62,29 +68,50 @@ class LossAggregator:
         keys = set(outputs.keys())
         if missing := [name for name in TERMS if name not in keys]:
             raise KeyError(f"compute_losses: outputs lack {', '.join(missing)}; pass what forward_sequence returned")
-        c, term = self.config, {name: outputs[name] for name in TERMS}
-        roll_out = overshoot * c.lambda_overshoot
-        elbo = (
+        term = {name: outputs[name] for name in TERMS}
+        weighed = {
+            "elbo": partial(self.elbo, pixels=outputs["reconstructions"].shape[-3:].numel(), beta=beta, overshoot=overshoot),
+            "perceiver": self.perceiver,
+            "predictive": partial(self.predictive, overshoot=overshoot),
+            "adversarial": partial(self.adversarial, on=adversarial),
+        }
+        task = {}
+        streams.fork(*filter(None, BESIDE.values()))
+        for name in TASKS:  # each where its backward pass is to begin
+            with streams.on(BESIDE[name]):
+                task[name] = weighed[name](term)
+        return term | task, list(task.values())
+
+    def elbo(self, term: Mapping[str, Tensor], pixels: int, beta: float | Tensor = 1.0, overshoot: float | Tensor = 1.0) -> Tensor:
+        """The loss of the ELBO task, of its terms by name; `pixels`: D."""
+        c = self.config
+        nats = (
             c.lambda_recon * term["recon"]
             + beta * c.beta * (term["kl_z"] + term["kl_hierarchical"])
             - c.entropy_weight * term["mixture_entropy"]
-            + roll_out * (term["overshoot_recon"] + term["overshoot_latent"])
+            + overshoot * c.lambda_overshoot * (term["overshoot_recon"] + term["overshoot_latent"])
         )
-        kl_attention = term["kl_attention"] + roll_out * term["overshoot_attention"]
-        generator = c.lambda_gan * term["generator"] + c.lambda_fm * term["feature_matching"]
-        task = {
-            "elbo": elbo / outputs["reconstructions"].shape[-3:].numel() + c.lambda_gram * term["gram"],
-            "perceiver": self.perceiver(term),
-            "predictive": c.lambda_attention_motion * term["attention_motion"]
-            + c.lambda_attention_foreground * term["attention_foreground"]
-            + c.lambda_kl_attention * kl_attention
-            + c.enforce_diversity * term["diversity"],
-            "adversarial": generator if adversarial else torch.zeros_like(generator),
-        }
-        return term | task, [task[name] for name in TASKS]
+        return nats / pixels + c.lambda_gram * term["gram"]
 
     def perceiver(self, term: Mapping[str, Tensor]) -> Tensor:
         """The loss of the perceiver task, of its terms by name."""
         c = self.config
         weighed = c.lambda_commitment * term["commitment"] + c.lambda_recall * term["context_recall"]
         return weighed + term["token_reconstruction"] + term["next_token"]
+
+    def predictive(self, term: Mapping[str, Tensor], overshoot: float | Tensor = 1.0) -> Tensor:
+        """The loss of the predictive task, of its terms by name."""
+        c = self.config
+        kl_attention = term["kl_attention"] + overshoot * c.lambda_overshoot * term["overshoot_attention"]
+        return (
+            c.lambda_attention_motion * term["attention_motion"]
+            + c.lambda_attention_foreground * term["attention_foreground"]
+            + c.lambda_kl_attention * kl_attention
+            + c.enforce_diversity * term["diversity"]
+        )
+
+    def adversarial(self, term: Mapping[str, Tensor], on: bool = True) -> Tensor:
+        """The loss of the adversarial task, of its terms by name; 0, without gradient, where it is not on."""
+        c = self.config
+        generator = c.lambda_gan * term["generator"] + c.lambda_fm * term["feature_matching"]
+        return generator if on else torch.zeros_like(generator)

@@ -38,18 +38,19 @@ class LSTMLayer(nn.Module):
         """Zeros [B, layers, 2, Dh]: hidden and cell of each layer."""
         return torch.zeros(batch, self.num_layers, 2, self.hidden_dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, start: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, start: Tensor | None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs a sequence.
 
         Args:
             x: [B, T, input_dim].
-            start: bool [B, T]; the state is zero before these frames.
+            start: bool [B, T]; the state is zero before these frames. None: before none of them.
             state: [B, layers, 2, Dh] before the first frame; zeros by default.
 
         Returns:
             (output [B, T, Dh] after layer norm, states [B, T, layers, 2, Dh] after each frame).
         """
-        carry = (~start).to(x.dtype).unsqueeze(-1)  # [B, T, 1], 0 where the state restarts
+        # A frame's [B, 1], 0 where the state restarts
+        carry = [None] * x.shape[1] if start is None else (~start).to(x.dtype).unsqueeze(-1).unbind(1)
         if state is None:
             state = self.initial_state(x.shape[0], x.device, full_precision(x).dtype)
         states = []
@@ -58,8 +59,9 @@ class LSTMLayer(nn.Module):
             hidden, cell = state[:, layer].unbind(1)
             outputs, cells = [], []
             # unbind: the backward of indexing [:, t] would fill a gradient of all frames for each t
-            for gates_from_input, carried in zip(from_input.unbind(1), carry.unbind(1)):
-                hidden, cell = hidden * carried, cell * carried
+            for gates_from_input, carried in zip(from_input.unbind(1), carry):
+                if carried is not None:
+                    hidden, cell = hidden * carried, cell * carried
                 hidden, cell = lstm_cell(gates_from_input, full_precision(hidden @ weight.T), cell)
                 outputs.append(hidden)
                 cells.append(cell)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +94,9 @@ class GradientRows:
         """New rows [n, P] to add to."""
         return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
-    def gather(self, losses: dict[str, Tensor], before: Tensor | None = None, beside: Mapping[str, str] = MappingProxyType({})) -> Tensor:
+    def gather(
+        self, losses: dict[str, Tensor], before: Tensor | None = None, share: float = 1.0, beside: Mapping[str, str | None] | None = None
+    ) -> Tensor:
         """Gradients of scalar losses of one graph -> [n, P], zero where a loss does not depend on a parameter.
 
         Frees the graph, unless there are side streams: then its owner does, after they have joined.
@@ -103,31 +104,34 @@ class GradientRows:
         Args:
             losses: by name, in the order of the rows.
             before: rows to add to, as an earlier `gather` returned them; they are overwritten.
-            beside: the side stream that most of a loss was computed on. Such gradients are begun first, and joined at the end.
+            share: factor of the gradients.
+            beside: the side stream of each loss, or None, in the order in which to begin; all join at the end. None: there are none.
         """
-        order = sorted(losses, key=lambda name: name not in beside)
+        beside = dict.fromkeys(losses) if beside is None else beside
+        order, side_streams = list(beside), [name for name in beside.values() if name]
         last = next((name for name in reversed(order) if losses[name].requires_grad), None)
         if torch.compiler.is_compiling():
-            found = {name: self.arena.flatten(self._differentiate(losses[name], name != last)) for name in order}
+            found = {name: self.arena.flatten(self._differentiate(losses[name], share, name != last)) for name in order}
             rows = torch.stack([found[name] for name in losses])
             return rows if before is None else before + rows
         if self._flat is None:
             self._flat = self.zeros()
             self._views = [self.arena.split(row) for row in self._flat]
         rows = {name: i for i, name in enumerate(losses)}
-        streams.fork(*beside.values())
+        streams.fork(*side_streams)
         for name in order:
-            with span(f"step: backward {name}"), streams.on(beside.get(name)):
-                gradients = self._differentiate(losses[name], name != last or streams.has_side_streams())
+            with span(f"step: backward {name}"), streams.on(beside[name]):
+                gradients = self._differentiate(losses[name], share, name != last or streams.has_side_streams())
                 streams.record([gradient for gradient in gradients if gradient is not None])
                 self._add(rows[name], gradients, before is None)
-        streams.join(*beside.values())
+        streams.join(*side_streams)
         return self._flat
 
-    def _differentiate(self, loss: Tensor, keep: bool) -> Sequence[Tensor | None]:
-        """Gradients of a loss for the parameters, None where there is none; the graph is freed unless `keep`."""
+    def _differentiate(self, loss: Tensor, share: float, keep: bool) -> Sequence[Tensor | None]:
+        """Gradients of `share` of a loss for the parameters, None where there is none; the graph is freed unless `keep`."""
         if not loss.requires_grad:
             return [None] * len(self.arena.parameters)
+        loss = loss if share == 1 else loss * share  # a product with 1 would be a kernel
         return torch.autograd.grad(loss, self.arena.parameters, retain_graph=keep, allow_unused=True)
 
     def _add(self, row: int, gradients: Sequence[Tensor | None], overwrite: bool) -> None:

@@ -28,7 +28,7 @@ from aime_fast.config import Config
 from aime_fast.data import augment, normalise
 from aime_fast.errors import NonFiniteError
 from aime_fast.multi_task_learning import RGB, LossAggregator
-from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
+from aime_fast.multi_task_learning.loss_aggregator import BESIDE, TASKS, TERMS
 from aime_fast.runtime import streams
 from aime_fast.runtime.machine import WAYS, Compile
 from aime_fast.runtime.spans import span
@@ -41,8 +41,6 @@ from aime_fast.training.perception import GRADIENT_NORM, PerceptionUpdates
 from aime_fast.training.stills import STILLS, StillUpdates
 
 BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
-# Side streams on which `infer_and_score` computes these tasks.
-BESIDE = {"perceiver": "perceiver", "adversarial": "adversary", "predictive": "attention"}
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
 
 # Outputs in the order in which the model computes them: the first that is not finite is where a fault began.
@@ -224,14 +222,13 @@ class TrainingStep:
                 observations, batch["action"], batch["is_init"], ema, warmups.own_tokens, ahead=before.tasks is None
             )
         losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, kind.adversarial, warmups.overshoot)
-        task_losses = {task: loss * share for task, loss in zip(TASKS, task_losses)}
         outputs = {name: output.detach() for name, output in outputs.items()}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
         judging, judged = (outputs, observations, share, before.discriminator), None
         if kind.train_discriminator and streams.has_side_streams():
             judged = streams.beside("discriminators", self._train_discriminators, *judging)
-        tasks = self._task_rows.gather(task_losses, before.tasks, BESIDE)
+        tasks = self._task_rows.gather(dict(zip(TASKS, task_losses)), before.tasks, share, BESIDE)
         discriminator = None
         if kind.train_discriminator:  # with one stream after the tasks, whose graph is freed by then
             discriminator, scalars = judged() if judged else self._train_discriminators(*judging)
@@ -246,7 +243,7 @@ class TrainingStep:
         """The discriminators' part of `compute_gradients`: (gradient [1, Pd], scalars by name)."""
         with span("step: forward discriminator"), self.autocast():
             loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-        gradient = self._discriminator_row.gather({"discriminator": loss * share}, before)
+        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share)
         return gradient, {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
 
     def _observe(self, pixels: Tensor) -> Tensor:

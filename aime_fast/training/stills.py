@@ -8,11 +8,14 @@ scale is the same. They are made before each update of all tasks, and in the fir
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from aime_fast.config import LossConfig
 from aime_fast.imagination.sequence import sample_latents
+from aime_fast.runtime import streams
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
@@ -35,10 +38,10 @@ def still_maps(model: nn.Module, frames: Tensor, attends: bool = True) -> Tensor
     return model.with_dropout(model.attention.posterior(frames, hidden, context).attention, (count, 1))
 
 
-def score_stills(model: nn.Module, frames: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [N, 3, H, W] in [-1, 1] and maps [N, Ha, Wa] -> (reconstruction, KL to N(0, I)), scalars in nats a frame."""
+def score_stills(model: nn.Module, frames: Tensor, maps: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Frames [N, 3, H, W] in [-1, 1] and what gives their maps [N, Ha, Wa] -> (reconstruction, KL to N(0, I)), scalars in nats a frame."""
     q = model.encoder(frames, model.decoder.background.new_zeros(len(frames), model.perceiver_io.context_dim))
-    decoded = model.decoder(sample_latents(q.mean, q.logvar, True), maps)
+    decoded = model.decoder(sample_latents(q.mean, q.logvar, True), maps())
     kl = 0.5 * (q.mean.square() + q.logvar.exp() - 1 - q.logvar).sum(1)
     return model.decoder.likelihood.nll(decoded, frames).mean(), kl.mean()
 
@@ -69,11 +72,11 @@ class StillUpdates:
         Returns: `STILLS`, means over the updates.
         """
         with span("encoder_decoder: stills"), autocast:
-            maps = still_maps(self.model, frames, attends)
+            maps = streams.beside("attention", still_maps, self.model, frames, attends)  # no update of these changes attention
         scalars = []
-        for part, of_part in zip(frames.tensor_split(self.batches), maps.tensor_split(self.batches)):
+        for i, part in enumerate(frames.tensor_split(self.batches)):
             with span("encoder_decoder: stills"), autocast:
-                recon, kl = score_stills(self.model, part, of_part)
+                recon, kl = score_stills(self.model, part, lambda i=i: maps().tensor_split(self.batches)[i])
             loss = (self.losses.lambda_recon * recon + self.losses.beta * kl) / part[0].numel()
             gradient = self._row.gather({"stills": loss})[0]
             norm = torch.linalg.vector_norm(gradient)
