@@ -175,6 +175,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         q, p = inferred.posterior, inferred.prior
         few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
         seen, seen_video, seen_start = inferred.rows(few, start.shape), video[few], start[few]
+        attended = streams.beside("attention", self._score_attention, inferred, video, start)
         imagined = streams.beside("imagination", self._imagine, seen, seen_video, actions[few], seen_start)
         with span("encoder_decoder: decoder"):
             z, maps = (x.unflatten(0, start.shape)[drawn].flatten(0, 1) for x in (inferred.latents, inferred.maps.attention))
@@ -201,17 +202,22 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["mixture_entropy"] = losses.categorical_entropy(p.log_weights).mean()
         with span("encoder_decoder: Gram"):
             terms["gram"] = self._gram(q.features, video, ema)
-        with span("attention_schema: losses"):
-            maps = (inferred.maps.attention, inferred.attention_before, inferred.predicted.movement)
-            terms["kl_attention"] = attention_kl(inferred.maps.attention, inferred.predicted.log_attention).mean()
-            terms["attention_motion"] = self.attention.motion_loss(*(m.unflatten(0, start.shape) for m in maps), start)
-            seen_there = foreground(video.flatten(0, 1), self.decoder.background, self.attention.grid)
-            terms["attention_foreground"] = attention_kl(seen_there, (maps[0] + LOG_FLOOR).log()).mean()
-            terms["slot_overlap"] = slot_overlap(inferred.maps.slot_maps)
-            terms["diversity"] = terms["slot_overlap"] + map_entropy(inferred.maps.slot_maps)
         out = inferred._replace(decoded=decoded).describe(tokens.codes, self.decoder.likelihood, start.shape)
         out["drawn"], adversarial = judged()
-        return out | terms | perceived() | imagined() | adversarial
+        return out | terms | perceived() | imagined() | attended() | adversarial
+
+    def _score_attention(self, inferred: Inference, video: Tensor, start: Tensor) -> dict[str, Tensor]:
+        """The terms of the predictive task, of observed frames."""
+        with span("attention_schema: losses"):
+            maps, overlap = inferred.maps, slot_overlap(inferred.maps.slot_maps)
+            in_time = (maps.attention, inferred.attention_before, inferred.predicted.movement)
+            seen_there = foreground(video.flatten(0, 1), self.decoder.background, self.attention.grid)
+            return dict(
+                kl_attention=attention_kl(maps.attention, inferred.predicted.log_attention).mean(),
+                attention_motion=self.attention.motion_loss(*(m.unflatten(0, start.shape) for m in in_time), start),
+                attention_foreground=attention_kl(seen_there, (maps.attention + LOG_FLOOR).log()).mean(),
+                slot_overlap=overlap, diversity=overlap + map_entropy(maps.slot_maps),
+            )  # fmt: skip
 
     def _imagine(self, seen: Inference, video: Tensor, actions: Tensor, start: Tensor) -> dict[str, Tensor]:
         with span("temporal_dynamics: overshooting"):

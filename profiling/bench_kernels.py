@@ -108,6 +108,7 @@ def _row(work: Workload, provider: str, device: torch.device, ceiling: dict[str,
         row["share_of_ceiling"] = row["gbps" if work.ceiling == "copy" else "tflops"] / ceiling[work.ceiling]
         if device.type == "cuda":
             row["launches"] = count_launches(call)
+            del call  # and its graph of autograd, whose leaves belong to the stream of their first use
             if provider == "kernel" or (work.target.graph and provider in ("eager", "compile")):
                 try:
                     row["graph_ms"] = measure_graph(make)
