@@ -60,7 +60,7 @@ def imagine_and_score(
     attended = None
     for action in _after(targets.actions, first, frames).unbind():
         if attends:  # latents do not wait for maps
-            attended = streams.beside("attention", attend, state)
+            attended = streams.beside("imagined attention", attend, state)
         prior, state = imagine_latents(model, action, state, sample)
         priors.append(prior)
         imagined.append(state.latents)

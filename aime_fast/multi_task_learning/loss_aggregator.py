@@ -18,7 +18,7 @@ TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
 # The side stream on which `infer_and_score` computes most of a task, None: the present one. In the order in which to differentiate them,
 # since kernels of one stream run in the order in which they were given to it: those that others would wait for come first.
-BESIDE = {"perceiver": "perceiver", "elbo": None, "predictive": "attention", "adversarial": "adversary"}
+BESIDE = {"perceiver": "perceiver", "predictive": "attention", "elbo": None, "adversarial": "adversary"}
 
 # In the order of computation: the first term that is not finite is where a fault began.
 TERMS = (
