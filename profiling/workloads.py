@@ -32,7 +32,6 @@ class Target:
     over_compile: float | None = None
     share: float | None = None  # of the ceiling
     launches: int | None = None
-    graph: bool = False  # judge the time in a captured graph, where launches dominate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +291,7 @@ def workloads(kernels: list[str], device: torch.device, quick: bool) -> list[Wor
         for rows, dtype in sizes[:1] if quick else sizes:
             made += (work for work in _vq_workloads(device, rows, dtype, rows == 65536) if set(work.gates) <= set(kernels))
     if "kumaraswamy" in kernels:
-        made += _sticks_workloads(device, 1600, 15, True, Target(most_us=12, over_eager=20, launches=1, graph=True))
+        made += _sticks_workloads(device, 1600, 15, True, Target(most_us=12, over_eager=20, launches=1))
         if not quick:
             made += _sticks_workloads(device, 65536 if cuda else 8192, 15, True, Target())
             made += _sticks_workloads(device, 2**24 // 15 if cuda else 2**16, 15, False, Target(share=0.8) if cuda else Target())

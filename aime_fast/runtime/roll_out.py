@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from aime_fast.config import Compile
-from aime_fast.runtime.cuda_graph import Captured
+from aime_fast.runtime.cuda_graph import Captured, Graphs
 from aime_fast.runtime.machine import WAYS
 
 
@@ -55,7 +55,7 @@ class RollOut:
         self._advance = torch.compile(frame, fullgraph=True, dynamic=False) if compiles else frame
         if compiles:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # each batch size and option is one
-        self._captured: dict[Any, Captured] = {}
+        self._graphs: Graphs | None = None
 
     def __reduce__(self) -> tuple:
         return RollOut, (self.frame, self.mode)
@@ -87,7 +87,5 @@ class RollOut:
         weights = tuple(tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers()))
         amp = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = weights, tuple((tensor.shape, tensor.dtype) for tensor in inputs), options, module.training, amp
-        if key not in self._captured:
-            frame = torch.no_grad()(lambda action, before: self._advance(module, action, before, *options))
-            self._captured[key] = Captured(frame, device)
-        return self._captured[key]
+        self._graphs = self._graphs or Graphs(device)
+        return self._graphs.of(key, torch.no_grad()(lambda action, before: self._advance(module, action, before, *options)))

@@ -148,4 +148,4 @@ def test_captured_imagination_equals_the_plain_one(mode):
             noise = 0.02 * torch.randn_like(parameter)
             parameter += noise
             twin += noise
-    assert len(captured.roll_out._captured) == 4  # two batch sizes, with and without noise
+    assert len(captured.roll_out._graphs.by_key) == 4  # two batch sizes, with and without noise
