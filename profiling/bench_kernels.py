@@ -2,8 +2,8 @@
 
 Each time is a median with its 20th and 80th percentile. On CUDA, `triton.testing.do_bench` empties the L2 cache before each run. Kernels
 are also timed in a captured graph of many runs (`graph`), as a training step replays them; targets are judged by that. GB/s and TFLOP/s
-count the bytes and operations of the algorithm (`profiling.workloads`), also for providers that move more. The share of the ceiling is relative to a copy, or
-to a bf16 matrix product, measured in this process.
+count the bytes and operations of the algorithm (`profiling.workloads`), also for providers that move more. The share of the
+ceiling is relative to a copy, or to a bf16 matrix product, measured in this process.
 
 The kernels are checked first (`profiling.check`). For a kernel that fails, times are printed without speed-up, and the exit status is 1.
 On a CPU the kernels are not timed, since the interpreter's times mean nothing; eager PyTorch is compared with torch.compile and peers.
