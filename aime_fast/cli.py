@@ -167,6 +167,8 @@ class _Signals:
         self._cancel()
         for other in self._heeded:
             signal.signal(other, signal.SIG_DFL)
+        if _importing():  # there is nothing to save yet, and C++ that initialises a module would abort at an exception
+            signal.raise_signal(signum)
         raise Interrupted(signum)
 
     def _again(self, ignored) -> None:
@@ -182,6 +184,11 @@ class _Signals:
     def _cancel(self) -> None:
         if self._repeat is not None:
             self._repeat.cancel()
+
+
+def _importing() -> bool:
+    """Whether a module is being imported."""
+    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in list(sys.modules.values()))
 
 
 def _say(line: str) -> None:

@@ -165,6 +165,15 @@ def test_signals_that_a_process_was_started_to_ignore_are_ignored():
     assert done.returncode == 0
 
 
+def test_a_signal_during_an_import_ends_the_program_at_once(tmp_path):
+    (tmp_path / "slow.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(10**6)]")
+    program = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); from aime_fast.cli import run_command; run_command(lambda: __import__('slow'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
+
+
 def test_a_pipe_that_nobody_reads_ends_a_command_in_silence():
     program = "from aime_fast.cli import run_command; run_command(lambda: [print('x' * 1000, flush=True) for _ in range(10000)])"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -88,12 +88,12 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         optim = config.optim
         towers, perceiver = [*model.encoder.parameters(), *model.decoder.parameters()], list(model.perceiver_io.parameters())
-        ids, first = {id(p) for p in perceiver}, {id(p) for p in (*towers, *perceiver)}
-        self.generator = Arena([*towers, *(p for p in model.get_share_params() if id(p) not in first), *perceiver])
+        scale_of = {id(p): optim.towers_lr_scale for p in towers} | {id(p): optim.perceiver_lr_scale for p in perceiver}
+        self.generator = Arena([*towers, *(p for p in model.get_share_params() if id(p) not in scale_of), *perceiver])
         self.discriminator = Arena(model.discriminator_parameters())
         self.ema = EMA(model, optim.ema_decay, (self.generator, self.discriminator))
 
-        scales = [torch.full_like(p, optim.perceiver_lr_scale if id(p) in ids else 1.0) for p in self.generator.parameters]
+        scales = [torch.full_like(p, scale_of.get(id(p), 1.0)) for p in self.generator.parameters]
         self.optimizer = Adam(self.generator.flat, optim.adam_beta1, scale=self.generator.flatten(scales))
         self.discriminator_optimizer = Adam(self.discriminator.flat)
         self.stills = StillUpdates(model, self.generator, config.data.stills, config.loss, optim.grad_clip, optim.adam_beta1)

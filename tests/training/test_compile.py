@@ -25,7 +25,7 @@ STEPS = 5
 def config_of(accumulate: int = 1) -> Config:
     config = preset("debug")  # with every loop as short as shows a loop: each round is traced by itself
     data = dataclasses.replace(config.data, data="synthetic", prefetch=0, sequence_length=3)
-    model = dataclasses.replace(config.model, overshoot_frames=2, slot_iterations=2)
+    model = dataclasses.replace(config.model, overshoot_frames=2, slot_iterations=2, blocks_per_level=0)
     return dataclasses.replace(config, data=data, model=model, optim=dataclasses.replace(config.optim, accumulate=accumulate))
 
 
