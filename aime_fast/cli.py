@@ -138,7 +138,7 @@ def _describe(error: BaseException) -> str:
 
 
 class _Signals:
-    """While entered, SIGTERM, SIGHUP and Ctrl-C raise `Interrupted` once; a second one ends the program at once.
+    """While entered, SIGTERM, SIGHUP and Ctrl-C raise `Interrupted` once, after an import that they find; a second one ends the program.
 
     Signals that the process was started to ignore (nohup) are ignored further.
     """
@@ -163,12 +163,13 @@ class _Signals:
             signal.signal(signum, signal.SIG_DFL)
 
     def _stop(self, signum: int, _frame: object) -> None:
-        self.received = signum
         self._cancel()
+        if _importing():  # C++ that initialises a module would abort at an exception
+            self._send_again(signum)
+            return
+        self.received = signum
         for other in self._heeded:
             signal.signal(other, signal.SIG_DFL)
-        if _importing():  # there is nothing to save yet, and C++ that initialises a module would abort at an exception
-            signal.raise_signal(signum)
         raise Interrupted(signum)
 
     def _again(self, ignored) -> None:
@@ -176,9 +177,12 @@ class _Signals:
         if not isinstance(ignored.exc_value, Interrupted):
             self._ignored_errors(ignored)
             return
-        signum = self.received
-        signal.signal(signum, self._stop)
+        signal.signal(self.received, self._stop)
+        self._send_again(self.received)
+
+    def _send_again(self, signum: int) -> None:
         self._repeat = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+        self._repeat.daemon = True
         self._repeat.start()
 
     def _cancel(self) -> None:

@@ -130,7 +130,7 @@ class OptimConfig:
 
     learning_rate: Annotated[float, Bound(0, 1)] = 2e-4  # Adam
     perceiver_lr_scale: Weight = 1.5  # the perceiver learns at learning_rate times this
-    towers_lr_scale: Weight = 1.0  # encoder and decoder learn at learning_rate times this from sequences; from single frames at all of it
+    towers_lr_scale: Weight = 1.0  # encoder and decoder learn from sequences at learning_rate times this; single frames are not affected
     discriminator_lr: Annotated[float, Bound(0, 1)] = 2e-4  # Adam of the discriminators
     schedule: Literal["constant", "cosine"] = "constant"  # learning-rate schedule
     adam_beta1: OpenShare = 0.9  # Adam's momentum; RGB's consensus is a second one, so lower either this or the rate where RGB turns far

@@ -176,7 +176,6 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         few, drawn = self.few(len(start)), self._share(len(start), self.decoded_share)
         seen, seen_video, seen_start = inferred.rows(few, start.shape), video[few], start[few]
         attended = streams.beside("attention", self._score_attention, inferred, video, start)
-        imagined = streams.beside("imagination", self._imagine, seen, seen_video, actions[few], seen_start)
         with span("encoder_decoder: decoder"):
             z, maps = (x.unflatten(0, start.shape)[drawn].flatten(0, 1) for x in (inferred.latents, inferred.maps.attention))
             decoded = self.decoder(z, self.with_dropout(maps, start[drawn].shape))
@@ -187,6 +186,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         means, delta = (x.unflatten(0, start.shape) for x in (q.mean, inferred.delta))
         if self.training:
             self.perceiver_io.learn_context(inferred.context)
+        imagined = streams.beside("imagination", self._imagine, seen, seen_video, actions[few], seen_start)
         perceived = streams.beside(
             "perceiver", self.perceiver_io.score,
             video, tokens, inferred.context, actions, start, few, means, delta, own_tokens, pictures,

@@ -88,7 +88,7 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
 def imagine(
     model: nn.Module, given: Tensor | tuple[Tensor, PriorNoise], state: State, sample: bool = False
 ) -> tuple[dict[str, Tensor], State]:
-    """One frame without observing it: `imagine_latents`, then the decoder.
+    """One frame without observing it: `imagine_latents`, its map, then the decoder.
 
     With `prior_context="current"` too the prior is given the context of the frame before. The cache of perception stays that of the last
     observed frame.

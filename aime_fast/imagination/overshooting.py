@@ -37,7 +37,7 @@ class Targets(NamedTuple):
 
 def imagine_and_score(
     model: nn.Module, state: State, first: Tensor, frames: int, targets: Targets, attends: bool = True, sample: bool = False
-) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+) -> tuple[dict[str, Tensor], list[Tensor], Tensor | None]:
     """Imagines `frames` frames from `state`, the state after frame `first`.
 
     Latents are scored by the weights and means of the prior and by `prior.spread`, which may grow with every frame that is imagined.
@@ -48,19 +48,19 @@ def imagine_and_score(
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
     imagined latents, where they are not the means of the likeliest components.
 
-    Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined latents [frames, B, Z]; the
-    predicted maps [frames, B, Ha, Wa], None where it does not attend).
+    Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined latents [B, Z] of each
+    frame; the log of the predicted maps [frames, B, Ha, Wa], None where it does not attend).
     """
     priors, imagined, log_maps = [], [], []
 
-    def attend(before: State) -> None:
-        attention = log_maps[-1].exp() if log_maps else before.attention
-        log_maps.append(model.attention.prior(attention, before.hidden, before.latents).log_attention)
+    def attend(seen: Tensor, hidden: Tensor, latents: Tensor) -> None:
+        before = log_maps[-1].exp() if log_maps else seen
+        log_maps.append(model.attention.prior(before, hidden, latents).log_attention)
 
     attended = None
     for action in _after(targets.actions, first, frames).unbind():
         if attends:  # latents do not wait for maps
-            attended = streams.beside("imagined attention", attend, state)
+            attended = streams.beside("imagined attention", attend, state.attention, state.hidden, state.latents)
         prior, state = imagine_latents(model, action, state, sample)
         priors.append(prior)
         imagined.append(state.latents)
@@ -71,12 +71,12 @@ def imagine_and_score(
     latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
     if not attends:
-        return scores, torch.stack(imagined), None
+        return scores, imagined, None
     attended()
     streams.record(log_maps)
     log_attention = torch.stack(log_maps)
     scores["attention"] = attention_kl(_after(targets.attention, first, frames), log_attention)
-    return scores, torch.stack(imagined), log_attention.exp()
+    return scores, imagined, log_attention
 
 
 def pixel_overshooting(
@@ -96,13 +96,14 @@ def pixel_overshooting(
     latents, attention = (x.unflatten(0, start.shape) for x in (inferred.latents, inferred.maps.attention))
     state = state_after(inferred, lambda x: _at(x, first))
     targets = Targets(latents.detach(), attention.detach(), actions)
-    scores, z, attention = imagine_and_score(model, state, first, frames, targets)
+    scores, imagined, log_attention = imagine_and_score(model, state, first, frames, targets)
 
     truth = _after(video, first, frames).flatten(0, 1)  # [frames * B, 3, H, W]
     in_episode = (~_after(start, first, frames)).cumprod(0)  # [frames, B], 0 from the next episode on
     weight = in_episode.flatten().to(scores["latent"].dtype)
     share = weight / weight.sum().clamp_min(1.0)
-    recon = model.decoder.likelihood.nll(model.decoder(z.flatten(0, 1), attention.flatten(0, 1)), truth)
+    decoded = model.decoder(torch.cat(imagined), log_attention.exp().flatten(0, 1))
+    recon = model.decoder.likelihood.nll(decoded, truth)
     # One by one: gradients of a term taken from a stack of all would pass, as zeros, through all others.
     return dict(zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, scores["latent"], scores["attention"]))))
 

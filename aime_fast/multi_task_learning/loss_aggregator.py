@@ -16,8 +16,8 @@ AIME_NAMES = {"lambda_att_dyn": "lambda_attention_motion"}  # keywords of AIME's
 OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention")
 TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
-# The side stream on which `infer_and_score` computes most of a task, None: the present one. In the order in which to differentiate them,
-# since kernels of one stream run in the order in which they were given to it: those that others would wait for come first.
+# The side stream on which `infer_and_score` computes most of a task, None: the present one. In the order in which to differentiate them:
+# kernels of one stream run in the order in which they were given to it, and of the orders measured this is the fastest (docs/log.md).
 BESIDE = {"perceiver": "perceiver", "predictive": "attention", "elbo": None, "adversarial": "adversary"}
 
 # In the order of computation: the first term that is not finite is where a fault began.
@@ -60,7 +60,8 @@ class LossAggregator:
             overshoot: warm-up factor, 0 to 1; multiplies the configured lambda_overshoot.
 
         Returns:
-            (every term and task loss by name, [elbo, perceiver, predictive, adversarial]).
+            (every term and task loss by name, [elbo, perceiver, predictive, adversarial]). With side streams a task loss is ready on the
+            stream of its task (`BESIDE`) alone, until all have joined.
 
         Raises:
             KeyError: a loss term is missing from `outputs`.
@@ -76,7 +77,7 @@ class LossAggregator:
             "adversarial": partial(self.adversarial, on=adversarial),
         }
         task = {}
-        streams.fork(*filter(None, BESIDE.values()))
+        streams.fork(*BESIDE.values())
         for name in TASKS:  # each where its backward pass is to begin
             with streams.on(BESIDE[name]):
                 task[name] = weighed[name](term)

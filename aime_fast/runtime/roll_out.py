@@ -38,7 +38,7 @@ class RollOut:
             layout of the one that it is given (`match_layout`).
         mode: a key of `WAYS`. Where a frame is compiled it is so whole, once for each batch size and options; "graph" and "whole" are one.
 
-    A copy or a pickle contains nothing compiled, and compiles by itself.
+    A copy or a pickle contains nothing compiled, and compiles by itself. One that captures stays on the device of its first call.
 
     Raises:
         ValueError: another mode, or one that captures with tensors that are not on a CUDA device.

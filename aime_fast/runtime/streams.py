@@ -5,7 +5,8 @@ stream becomes a branch of the graph, and so does its backward pass, since autog
 updates have one stream: there the host is what they wait for.
 
 The allocator gives freed memory of a stream to that stream again, whatever others still read. So what passes from one stream to another is
-recorded on the reader, and nothing that a graph of autograd has saved may be freed before all streams have joined.
+recorded on the reader, and nothing that a graph of autograd has saved may be freed before all streams have joined. Under autocast a
+weight is cast once, on the stream of its first use: others that use it must have waited for that.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def has_side_streams() -> bool:
     return _forked is not None and not torch.compiler.is_compiling()
 
 
-def fork(*names: str) -> None:
-    """These side streams wait for what the present stream was given so far."""
-    for name in names if has_side_streams() else ():
+def fork(*names: str | None) -> None:
+    """These side streams wait for what the present stream was given so far; None is the present one."""
+    for name in filter(None, names if has_side_streams() else ()):
         _forked.add(name)
         _stream(name).wait_stream(torch.cuda.current_stream())
 
@@ -68,9 +69,9 @@ def on(name: str | None) -> Iterator[None]:
         yield
 
 
-def join(*names: str) -> None:
-    """The present stream waits for what these side streams were given so far."""
-    for name in names if has_side_streams() else ():
+def join(*names: str | None) -> None:
+    """The present stream waits for what these side streams were given so far; None is the present one."""
+    for name in filter(None, names if has_side_streams() else ()):
         torch.cuda.current_stream().wait_stream(_stream(name))
 
 

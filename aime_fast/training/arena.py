@@ -99,7 +99,8 @@ class GradientRows:
     ) -> Tensor:
         """Gradients of scalar losses of one graph -> [n, P], zero where a loss does not depend on a parameter.
 
-        Frees the graph, unless there are side streams: then its owner does, after they have joined.
+        Frees what the last loss depends on; the rest of the graph goes with the losses. With side streams all of it does, once they have
+        joined.
 
         Args:
             losses: by name, in the order of the rows.
@@ -108,7 +109,7 @@ class GradientRows:
             beside: the side stream of each loss, or None, in the order in which to begin; all join at the end. None: there are none.
         """
         beside = dict.fromkeys(losses) if beside is None else beside
-        order, side_streams = list(beside), [name for name in beside.values() if name]
+        order = list(beside)
         last = next((name for name in reversed(order) if losses[name].requires_grad), None)
         if torch.compiler.is_compiling():
             found = {name: self.arena.flatten(self._differentiate(losses[name], share, name != last)) for name in order}
@@ -118,13 +119,13 @@ class GradientRows:
             self._flat = self.zeros()
             self._views = [self.arena.split(row) for row in self._flat]
         rows = {name: i for i, name in enumerate(losses)}
-        streams.fork(*side_streams)
+        streams.fork(*beside.values())
         for name in order:
             with span(f"step: backward {name}"), streams.on(beside[name]):
                 gradients = self._differentiate(losses[name], share, name != last or streams.has_side_streams())
                 streams.record([gradient for gradient in gradients if gradient is not None])
                 self._add(rows[name], gradients, before is None)
-        streams.join(*side_streams)
+        streams.join(*beside.values())
         return self._flat
 
     def _differentiate(self, loss: Tensor, share: float, keep: bool) -> Sequence[Tensor | None]:

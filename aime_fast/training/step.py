@@ -229,6 +229,7 @@ class TrainingStep:
         if kind.train_discriminator and streams.has_side_streams():
             judged = streams.beside("discriminators", self._train_discriminators, *judging)
         tasks = self._task_rows.gather(dict(zip(TASKS, task_losses)), before.tasks, share, BESIDE)
+        del losses, task_losses  # and the graph with them
         discriminator = None
         if kind.train_discriminator:  # with one stream after the tasks, whose graph is freed by then
             discriminator, scalars = judged() if judged else self._train_discriminators(*judging)

@@ -39,7 +39,10 @@ def still_maps(model: nn.Module, frames: Tensor, attends: bool = True) -> Tensor
 
 
 def score_stills(model: nn.Module, frames: Tensor, maps: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Frames [N, 3, H, W] in [-1, 1] and what gives their maps [N, Ha, Wa] -> (reconstruction, KL to N(0, I)), scalars in nats a frame."""
+    """Frames [N, 3, H, W] in [-1, 1] -> (reconstruction, KL to N(0, I)), scalars in nats a frame.
+
+    Args: maps: gives the maps [N, Ha, Wa]; called when the frames are encoded, since it may wait for them.
+    """
     q = model.encoder(frames, model.decoder.background.new_zeros(len(frames), model.perceiver_io.context_dim))
     decoded = model.decoder(sample_latents(q.mean, q.logvar, True), maps())
     kl = 0.5 * (q.mean.square() + q.logvar.exp() - 1 - q.logvar).sum(1)

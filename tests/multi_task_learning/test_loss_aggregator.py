@@ -11,7 +11,7 @@ from models import make_batch, make_model
 from aime_fast.config import preset
 from aime_fast.data import make_batches
 from aime_fast.multi_task_learning import LossAggregator
-from aime_fast.multi_task_learning.loss_aggregator import TASKS, TERMS
+from aime_fast.multi_task_learning.loss_aggregator import BESIDE, TASKS, TERMS
 from aime_fast.training import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
@@ -51,6 +51,10 @@ def test_the_kl_of_attention_is_not_under_beta(outputs):
         assert tasks(more, beta=beta)["predictive"] > tasks(outputs, beta=beta)["predictive"] + 0.05
     imagined = outputs | {"overshoot_attention": outputs["overshoot_attention"] + 1.0}
     assert tasks(imagined, overshoot=0.0)["predictive"] == tasks(outputs, overshoot=0.0)["predictive"]
+
+
+def test_every_task_has_its_place_among_the_backward_passes():
+    assert sorted(BESIDE) == sorted(TASKS)
 
 
 def test_every_term_matters_to_some_task(outputs):

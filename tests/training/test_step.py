@@ -55,16 +55,18 @@ def state_of(step: TrainingStep) -> list[torch.Tensor]:
 
 def test_step_is_the_loop_of_the_specification(batches):
     config = config_of()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, towers_lr_scale=0.5))
     step = TrainingStep(make_model(config), config)
     model = copy.deepcopy(step.model)
     optim, rgb = config.optim, RGB()
     rgb.get_share_params = model.get_share_params
-    slow = set(model.perceiver_io.parameters())
+    scaled = {
+        optim.perceiver_lr_scale: set(model.perceiver_io.parameters()),
+        optim.towers_lr_scale: {*model.encoder.parameters(), *model.decoder.parameters()},
+    }
+    scaled[1.0] = set(model.generator_parameters()).difference(*scaled.values())
     optimizer = torch.optim.Adam(
-        [
-            {"params": [p for p in model.generator_parameters() if p not in slow], "lr": 1e-3},
-            {"params": [p for p in model.generator_parameters() if p in slow], "lr": 1e-3 * optim.perceiver_lr_scale},
-        ],
+        [{"params": [p for p in model.generator_parameters() if p in found], "lr": 1e-3 * scale} for scale, found in scaled.items()],
         betas=(optim.adam_beta1, 0.999),
     )
     start = flat(model.generator_parameters())

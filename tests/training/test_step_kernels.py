@@ -21,8 +21,7 @@ def train(kernels: str, steps: int = 2) -> tuple[list[dict[str, torch.Tensor]], 
     """Metrics of each step, and the weights after the last."""
     select_kernels(kernels)
     config = preset("debug")
-    data = dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0, sequence_length=3, stills=1)  # interpreted
-    config = dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0))
     batches, validation = make_batches(config.data, 0, DEVICE)
     torch.manual_seed(0)
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, batches.action_dim).to(DEVICE)
