@@ -168,6 +168,7 @@ class RunConfig:
     tf32: Literal["auto", "on", "off"] = "auto"  # TF32 in fp32 matrix products and convolutions on a GPU; auto: with bf16
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
     compile: Compile | Literal["best"] = "off"  # on: regions; whole: all; capture: a CUDA graph; graph: regions, captured; bare: best
+    compile_cache: str | None = None  # file of compiled code, read if it is there and written at the end: a job array compiles once
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto
     threads: Annotated[int, Bound(1, 1024)] | None = None  # CPU threads; none: all
     run_dir: str | None = None  # everything a run leaves behind; none: runs/<domain>-<task>-tier<tier>-seed<seed>[-<hash>]

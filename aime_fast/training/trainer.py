@@ -17,6 +17,7 @@ from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
+from aime_fast.runtime.compile_cache import load_compiled, save_compiled
 from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
@@ -67,6 +68,8 @@ class DMCVBTrainer:
         choose_kernels(run.kernels)
         choose_tf32(run.tf32, run.precision)
         self.compile = choose_compile(run.compile, self.device)
+        if run.compile_cache is not None:
+            load_compiled(run.compile_cache)
         if self.device.type == "cpu":
             keep_freed_memory()
         check_loggers(run.logger)
@@ -158,6 +161,8 @@ class DMCVBTrainer:
                         self._save()
                 if self.saved_step != self.step and not (stop.signum and self.is_skipping and self.saved):
                     self._save()
+                if run.compile_cache is not None:
+                    save_compiled(run.compile_cache)
                 if stop.signum is None:
                     self._train_latent_phase(stop)
             if stop.signum is not None:
