@@ -375,7 +375,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             observations: [B, Tc, 3, H, W], the observed frames.
             actions: [B, Tc, A], taken after each of them.
             future_actions: [B, F, A]; future_actions[:, i] is taken after predicted frame i, so frame i depends on those before i.
-            sample: sample the priors; otherwise take the mean of the mixture.
+            sample: sample the priors; otherwise take the mean of the likeliest component.
             seeds: of a sample, one a row: a row's sample does not depend on the others. None draws from the default generator.
 
         Returns:

@@ -40,17 +40,20 @@ class Mixture(NamedTuple):
     features: Tensor  # [N, Dh], what all heads but that of the concentration read
 
     def sample(self, sample: bool = True, noise: PriorNoise | None = None, inferred_variance: Tensor | float = 0.0) -> Tensor:
-        """The mean of q(z) [N, Z]: that of the whole mixture, or a sample. No gradient passes the choice of a sample's component.
+        """The mean of q(z) [N, Z]: that of the likeliest component, or a sample. No gradient passes the choice of the component.
 
         Args: inferred_variance [Z], of q(z). A component is a density of z, wider by that than the means of q(z) are spread: a sample has
         the variance of its component less this one.
         """
         if not sample:
-            return (self.log_weights.exp().unsqueeze(-1) * self.means).sum(-2)
-        gumbel = -torch.empty_like(self.log_weights).exponential_().log() if noise is None else noise.choice
-        chosen = (self.log_weights + gumbel).argmax(-1)
+            chosen = self.log_weights.argmax(-1)
+        else:
+            gumbel = -torch.empty_like(self.log_weights).exponential_().log() if noise is None else noise.choice
+            chosen = (self.log_weights + gumbel).argmax(-1)
         index = chosen[:, None, None].expand(-1, 1, self.means.shape[-1])
         mean = self.means.gather(1, index)[:, 0]
+        if not sample:
+            return mean
         normal = torch.randn_like(mean) if noise is None else noise.latents
         variance = self.logvars.gather(1, index)[:, 0].exp() - inferred_variance
         return mean + normal * variance.clamp_min(LEAST_VARIANCE).sqrt()

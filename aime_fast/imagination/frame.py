@@ -94,7 +94,7 @@ def imagine(
     observed frame.
 
     Args: given: action [B, A], taken after the imagined frame, alone or with the noise of a sample; state of the frame before; sample:
-    sample the prior, otherwise take the mean of the mixture.
+    sample the prior, otherwise take the mean of the likeliest component.
 
     Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
     """

@@ -46,7 +46,7 @@ def imagine_and_score(
     those by which a sample chose its components.
 
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
-    imagined latents, where they are not the means of the mixtures.
+    imagined latents, where they are not the means of the likeliest components.
 
     Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined latents [B, Z] of each
     frame; the log of the predicted maps [frames, B, Ha, Wa], None where it does not attend).
