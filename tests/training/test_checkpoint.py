@@ -69,7 +69,7 @@ def test_nothing_to_resume_and_nothing_that_runs_code(tmp_path):
 
 def test_resume_names_the_fields_that_differ_and_allows_the_rest():
     config = preset("debug")
-    run = dataclasses.replace(config.run, steps=99, device="cpu", logger=("jsonl", "wandb"))
+    run = dataclasses.replace(config.run, steps=99, device="cpu", compile_cache="compiled", logger=("jsonl", "wandb"))
     ck.check_same_config(to_dict(config), dataclasses.replace(config, run=run))
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, latent_dim=7), run=dataclasses.replace(run, seed=5))
     with pytest.raises(CheckpointError, match=r"model\.latent_dim was 6, is now 7; run\.seed was 0, is now 5") as error:
