@@ -3,6 +3,9 @@
 Both map a `State` of fixed shape to the next one and cost one frame, however long the video is. `step` is the definition that the
 parallel path is tested against. `imagine` observes nothing: latent and attention come from their priors and the context is the mean one,
 so a decoded frame is never an input. `model` is always the world model, whose methods of the same names are the public ones.
+
+A policy chooses a_t when it knows z_t, so each of the two is made of halves: `observe` or `predict` gives latent, delta and context of
+frame t, with h still that of the frame before; `advance` takes the action and gives h_t.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aime_fast.encoder_decoder.encoder import Posterior
 from aime_fast.generative_prior.dpgmm_prior import Mixture, PriorNoise
 from aime_fast.imagination.sequence import Inference, recurrent_input, sample_latents
 from aime_fast.perceiver_io.context import PerceptionCache
@@ -68,21 +72,49 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     Returns: (the per-frame outputs of `forward_sequence` without the T axis, the next state).
     """
     given, state = state, _restart(model, state, init)
-    codes, context, cache = model.perceiver_io.observe(frame.unsqueeze(1), state.cache, init.unsqueeze(1))
-    codes, context = codes[:, 0], context[:, 0]
-    posterior = model.encoder(frame, context)
+    codes, posterior, seen = _observe(model, frame, state, init)
     z = sample_latents(posterior.mean, posterior.logvar, model.training)
-    mean = posterior.mean
-    delta = _delta(state, mean)
-    hidden, lstm = _recur(model, mean, delta, context, action, state.lstm)
-    context_before = context if model.prior_context == "current" else state.context
+    after = advance(model, seen, action)
+    context_before = seen.context if model.prior_context == "current" else state.context
     prior = model.prior(state.hidden, context_before, state.latents, state.delta, sample=model.training)
-    maps = model.attention.posterior(frame, hidden, context)
+    maps = model.attention.posterior(frame, after.hidden, seen.context)
     predicted = model.attention.prior(state.attention, state.hidden, state.latents)
     decoded = model.decoder(z, maps.attention)
-    inferred = Inference(posterior, z, delta, prior, context, hidden, lstm, maps, state.attention, predicted, decoded)
+    inferred = Inference(
+        posterior, z, seen.delta, prior, seen.context, after.hidden, after.lstm, maps, state.attention, predicted, decoded
+    )
     out = inferred.describe(codes, model.decoder.likelihood, (frame.shape[0],))
-    return out, match_layout(State(lstm, hidden, mean, delta, torch.zeros_like(init), context, maps.attention, cache), given)
+    return out, match_layout(after._replace(attention=maps.attention), given)
+
+
+def observe(model: nn.Module, frame: Tensor, state: State, init: Tensor) -> State:
+    """What is known of a frame before its action: the first half of `step`, without attention and pictures.
+
+    Args: as of `step`. Returns: latents, delta, context and cache of this frame, with `hidden`, `lstm` and `attention` of the one before.
+    """
+    return match_layout(_observe(model, frame, _restart(model, state, init), init)[2], state)
+
+
+def predict(model: nn.Module, state: State, sample: bool = False, noise: PriorNoise | None = None) -> tuple[Mixture, State]:
+    """What is expected of a frame before its action, differentiable: as `observe`, without a frame.
+
+    An imagined frame has no tokens: its context is the mean one. With the context of the last observed frame in every frame of a
+    roll-out, roll-outs of held-out episodes were worse (docs/log.md). A sampled latent stands for the mean of q(z), as an observed one
+    does: with the noise of q(z) in it, delta would be mostly noise.
+
+    Returns: (prior of z_t; latents, delta and context of this frame, with `hidden`, `lstm` and `attention` of the one before).
+    """
+    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
+    z = prior.sample(sample, noise, model.prior.inferred_variance)
+    context = model.perceiver_io.mean_context.to(state.context).expand_as(state.context)
+    return prior, state._replace(latents=z, delta=_delta(state, z), fresh=torch.zeros_like(state.fresh), context=context)
+
+
+def advance(model: nn.Module, state: State, action: Tensor) -> State:
+    """The state after the action [B, A] of a frame that `observe` or `predict` gave: `hidden` and `lstm` become those of this frame."""
+    x = recurrent_input(state.latents, state.delta, state.context, action).unsqueeze(1)
+    hidden, lstm = model.recurrence(x, None, state.lstm)  # `_restart` has emptied the state where needed
+    return state._replace(hidden=hidden[:, 0], lstm=lstm[:, 0])
 
 
 def imagine(
@@ -113,19 +145,9 @@ def imagine(
 def imagine_latents(
     model: nn.Module, action: Tensor, state: State, sample: bool = False, noise: PriorNoise | None = None
 ) -> tuple[Mixture, State]:
-    """`imagine` in latent space, differentiable: (prior of z_t, the next state), in which the attention map stays as it is.
-
-    An imagined frame has no tokens: its context is the mean one. With the context of the last observed frame in every frame of a
-    roll-out, roll-outs of held-out episodes were worse (docs/log.md). A sampled latent stands for the mean of q(z), as an observed one
-    does: with the noise of q(z) in it, delta would be mostly noise.
-    """
-    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
-    z = prior.sample(sample, noise, model.prior.inferred_variance)
-    delta = _delta(state, z)
-    context = model.perceiver_io.mean_context.to(state.context).expand_as(state.context)
-    hidden, lstm = _recur(model, z, delta, context, action, state.lstm)
-    fresh = torch.zeros_like(state.fresh)
-    return prior, state._replace(lstm=lstm, hidden=hidden, latents=z, delta=delta, fresh=fresh, context=context)
+    """`imagine` in latent space, differentiable: (prior of z_t, the next state), in which the attention map stays as it is."""
+    prior, expected = predict(model, state, sample, noise)
+    return prior, advance(model, expected, action)
 
 
 def _delta(state: State, latents: Tensor) -> Tensor:
@@ -133,10 +155,13 @@ def _delta(state: State, latents: Tensor) -> Tensor:
     return torch.where(state.fresh[:, None], 0.0, latents - state.latents)
 
 
-def _recur(model: nn.Module, latents: Tensor, delta: Tensor, context: Tensor, action: Tensor, lstm: Tensor) -> tuple[Tensor, Tensor]:
-    x = recurrent_input(latents, delta, context, action).unsqueeze(1)
-    hidden, lstm = model.recurrence(x, None, lstm)  # `_restart` has emptied the state where needed
-    return hidden[:, 0], lstm[:, 0]
+def _observe(model: nn.Module, frame: Tensor, state: State, init: Tensor) -> tuple[Tensor, Posterior, State]:
+    """(codes [B, Ht, Wt, Q], q(z_t), the state as `observe` gives it), from a state that is empty where an episode begins."""
+    codes, context, cache = model.perceiver_io.observe(frame.unsqueeze(1), state.cache, init.unsqueeze(1))
+    context = context[:, 0]
+    posterior = model.encoder(frame, context)
+    delta, fresh = _delta(state, posterior.mean), torch.zeros_like(init)
+    return codes[:, 0], posterior, state._replace(latents=posterior.mean, delta=delta, fresh=fresh, context=context, cache=cache)
 
 
 def _restart(model: nn.Module, state: State, init: Tensor) -> State:
