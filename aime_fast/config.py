@@ -114,6 +114,7 @@ class LossConfig:
     entropy_weight: Weight = 0.1  # entropy of the mixture weights
     lambda_gram: Weight = 0.0  # Gram distance to the EMA encoder; 0 saves that encoder's pass over the batch (docs/log.md has the measures)
     lambda_overshoot: Weight = 0.5  # scores of imagined frames
+    lambda_outcome: Weight = 1.0  # cross-entropy of reward and continuation
     lambda_commitment: Weight = 0.25  # VQ commitment
     lambda_recall: Weight = 1.0  # error of latents and delta read linearly from the context
     lambda_attention_motion: Weight = 0.1  # attention motion
@@ -185,6 +186,31 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ControlConfig:
+    """Online training (`--online`): when the environment is stepped and how much is learnt from it; actor and critic."""
+
+    online: bool = False  # collect with the policy, learn the world model, learn to act in what it imagines, and again
+    environment_frames: Count = 100_000  # simulator steps in all; an agent step is --frame-skip of them
+    seed_episodes: Annotated[int, Bound(3, 1_000_000)] = 10  # episodes of --policy before anything is learnt
+    cycle_episodes: Count = 4  # episodes that the actor then plays between updates
+    train_ratio: Positive = 8.0  # frames of sequences that updates of the world model replay, for each new frame of an agent step
+    seed_train_ratio: Positive = 16.0  # the same for the seed episodes
+    latent_updates: Weight = 4.0  # updates of the latent phase for each of those
+    policy_updates: Weight = 4.0  # updates of actor and critic for each of those
+    replay_frames: Count = 1_000_000  # agent steps that are kept; the oldest episodes are dropped
+    imagination_starts: Count = 64  # states that an update of actor and critic imagines from
+    imagination_horizon: Count = 15  # actions imagined from each
+    discount: OpenShare = 1 - 1 / 333  # of a reward one agent step later
+    return_decay: Share = 0.95  # lambda of the returns
+    actor_entropy: Weight = 1e-3  # weight of the actor's entropy, beside returns divided by their range
+    actor_lr: Annotated[float, Bound(0, 1)] = 3e-4  # Adam
+    critic_lr: Annotated[float, Bound(0, 1)] = 3e-4  # Adam
+    critic_decay: OpenShare = 0.98  # of the critic's average, which completes returns
+    policy_dim: Width = 256  # width of actor and critic
+    return_episodes: Count = 10  # episodes played at the end without noise
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -193,6 +219,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -269,7 +296,7 @@ def from_dict(values: dict[str, Any]) -> Config:
             raise ConfigError(f"config: {where or 'top level'} has no field {', '.join(unknown)}; was it written by another version?")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
 
-    sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig, "run": RunConfig}
+    sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig, "control": ControlConfig, "run": RunConfig}
     built = {name: build(sections[name], v, name) if name in sections else v for name, v in values.items()}
     config = build(Config, built, "")
     check(config)

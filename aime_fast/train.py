@@ -14,6 +14,12 @@ from aime_fast.cli import parse_config, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse a config, train, say where everything is."""
     config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
+    if config.control.online:
+        from aime_fast.training.online import OnlineTrainer
+
+        result = OnlineTrainer(config).train()
+        print(f"\nrun         {result['run_dir']}\ncheckpoint  {result['checkpoint']}")
+        return
     from aime_fast.report import ReportConfig, report
     from aime_fast.training import DMCVBTrainer
 

@@ -24,6 +24,7 @@ from aime_fast.attention_schema import AttentionSchema
 from aime_fast.attention_schema.schema import LOG_FLOOR, attention_kl, foreground, map_entropy, slot_overlap
 from aime_fast.bounds import check
 from aime_fast.config import Compile, Config, ModelConfig
+from aime_fast.control.heads import OutcomeHeads
 from aime_fast.encoder_decoder import ImageDiscriminator, TemporalDiscriminator, VAEDecoder, VAEEncoder
 from aime_fast.encoder_decoder import discriminators as gan
 from aime_fast.generative_prior import DPGMMPrior
@@ -34,6 +35,7 @@ from aime_fast.imagination.overshooting import pixel_overshooting
 from aime_fast.imagination.sequence import Inference, predict_latents, sample_latents
 from aime_fast.layers import emphasise_last, full_precision, previous, starts, to_frames
 from aime_fast.multi_task_learning import losses
+from aime_fast.multi_task_learning.loss_aggregator import OUTCOMES
 from aime_fast.perceiver_io import CausalPerceiverIO
 from aime_fast.perceiver_io.context import PerceptionCache
 from aime_fast.perceiver_io.tokenizer import Tokens
@@ -86,6 +88,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             image_size, c.hidden_dim, c.context_dim, c.latent_dim, c.attention_dim, c.num_attention_slots, c.slot_iterations,
             c.attention_fusion, c.attention_prior_dim,
         )  # fmt: skip
+        self.outcomes = OutcomeHeads(c.hidden_dim, c.latent_dim)
         self.image_discriminator = ImageDiscriminator(c.discriminator_channels)
         self.temporal_discriminator = TemporalDiscriminator(image_size, c.latent_dim, c.discriminator_dim, max_frames=sequence_length)
         self.roll_out = RollOut(one_frame.imagine)
@@ -143,6 +146,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         ema: DPGMMVariationalRecurrentAutoencoder | None = None,
         own_tokens: Tensor | float = 0.0,
         ahead: bool = False,
+        brought: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Infers, reconstructs and scores a batch of sequences, in parallel over time.
 
@@ -155,6 +159,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             ema: the EMA copy of this model, whose encoder anchors the Gram term; without it the term is 0.
             own_tokens: in training, share of frames whose tokens are replaced, as the predictor's input, by its own prediction of them.
             ahead: perception begins where the side stream "perceiver" was forked, see `runtime.streams.beside`.
+            brought: reward and discount of each action, [B, T] or [B, T, 1] each; without them the terms of `outcomes` are 0.
 
         Returns:
             reconstructions [B or less, T, 3, H, W], latents, posterior_mean, posterior_logvar [B, T, Z], mixture_weights [B, T, K],
@@ -200,11 +205,20 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             terms["kl_z"] = losses.kl_monte_carlo(z, q.mean, q.logvar, p.log_weights, p.means, p.logvars).mean()
             terms["kl_hierarchical"] = p.kl_hierarchical.mean()
             terms["mixture_entropy"] = losses.categorical_entropy(p.log_weights).mean()
+        with span("control: outcomes"):
+            terms |= self._score_outcomes(inferred.hidden, means.detach(), brought)
         with span("encoder_decoder: Gram"):
             terms["gram"] = self._gram(q.features, video, ema)
         out = inferred._replace(decoded=decoded).describe(tokens.codes, self.decoder.likelihood, start.shape)
         out["drawn"], adversarial = judged()
         return out | terms | perceived() | imagined() | attended() | adversarial
+
+    def _score_outcomes(self, hidden: Tensor, latents: Tensor, brought: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        """Means over actions, in nats, of h [B, T, Dh] and latents [B, T, Z]; `brought` as for `infer_and_score`."""
+        if brought is None:
+            return dict.fromkeys(OUTCOMES, hidden.new_zeros((), dtype=full_precision(hidden).dtype))
+        scores = self.outcomes.score(self.outcomes(hidden, latents), *(x.reshape(hidden.shape[:2]) for x in brought))
+        return {name: score.mean() for name, score in zip(OUTCOMES, scores)}
 
     def _score_attention(self, inferred: Inference, video: Tensor, start: Tensor) -> dict[str, Tensor]:
         """The terms of the predictive task, of observed frames."""
@@ -329,7 +343,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
         Args: action [B, A], taken after the imagined frame; state of the frame before.
 
-        Returns: (TensorDict: reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa]; next state).
+        Returns: (TensorDict: reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa], rewards and
+        continues [B]; next state).
         """
         out, state = one_frame.imagine(self, action, state, sample)
         return TensorDict(out, batch_size=[action.shape[0]]), state
@@ -379,7 +394,8 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             seeds: of a sample, one a row: a row's sample does not depend on the others. None draws from the default generator.
 
         Returns:
-            TensorDict [B, F]: reconstructions [B, F, 3, H, W], latents [B, F, Z], mixture_weights [B, F, K], attention [B, F, Ha, Wa].
+            TensorDict [B, F]: reconstructions [B, F, 3, H, W], latents [B, F, Z], mixture_weights [B, F, K], attention [B, F, Ha, Wa],
+            rewards and continues [B, F], of each of `future_actions`.
 
         Raises:
             ValueError: a shape does not fit, or there is no frame to start from.

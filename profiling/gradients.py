@@ -58,7 +58,8 @@ def weights(config: LossConfig, changes: Iterable[str]) -> LossConfig:
 
 def term_gradients(model: nn.Module, ema: nn.Module, batch, losses: LossAggregator) -> dict[str, dict[str, float]]:
     """By term: `weighed`, its share of its task loss, and the norm of its gradient in each of `PARTS`. The model is in train mode."""
-    outputs = dict(model.infer_and_score(normalise(batch["pixels"]), batch["action"], batch["is_init"], ema).items())
+    brought = batch["reward"], batch["discount"]
+    outputs = dict(model.infer_and_score(normalise(batch["pixels"]), batch["action"], batch["is_init"], ema, brought=brought).items())
     terms = {name: outputs[name].detach().requires_grad_() for name in TERMS}
     tasks = losses.compute_losses(outputs | terms)[1]
     factors = torch.autograd.grad(sum(tasks), list(terms.values()), allow_unused=True)  # the task losses are linear in the terms

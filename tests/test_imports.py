@@ -50,7 +50,7 @@ def part(module: str) -> str:
     return "pillar" if second in PILLARS else "command" if second in COMMANDS else second
 
 
-MODEL = {"pillar", "layers", "config", "runtime", "imagination", "world_model"}
+MODEL = {"pillar", "layers", "config", "runtime", "imagination", "world_model", "control"}
 ALLOWED = {
     "aime_fast": set(),
     "kernels": set(),
@@ -62,6 +62,7 @@ ALLOWED = {
     "runtime": {"kernels", "config", "errors"},
     "pillar": {"kernels", "layers", "config", "runtime"},
     "imagination": {"pillar", "layers", "runtime"},
+    "control": {"imagination", "layers"},
     "world_model": {"bounds", *MODEL},
     "data": {"bounds", "config", "errors"},
     "evaluation": {"data", *MODEL},

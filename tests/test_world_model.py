@@ -121,9 +121,11 @@ def test_losses_are_complete_finite_and_reach_every_parameter():
     model = make_model(auxiliary_share=1.0).train()
     video, actions = make_batch(model, 6, 5)  # enough that some tokens are hidden and some are not
     ema = make_model(seed=1)
-    outputs = model.forward_sequence(video, actions, ema=ema)
+    brought = torch.randn(6, 5, 1, dtype=torch.float64), torch.ones(6, 5, 1, dtype=torch.float64)
+    outputs = model.forward_sequence(video, actions, ema=ema, brought=brought)
     assert outputs["gram"] > 0
-    assert model.forward_sequence(video, actions)["gram"] == 0
+    without = model.forward_sequence(video, actions)
+    assert without["gram"] == without["reward"] == without["continuation"] == 0
     losses, tasks = LossAggregator().compute_losses(outputs, beta=1.0)
     assert set(TERMS) <= set(losses)
     assert len(tasks) == 4

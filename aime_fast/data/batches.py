@@ -103,7 +103,7 @@ def _open_source(config: DataConfig, seed: int) -> EpisodeSource:
 
 class SequenceBatches:
     """An endless iterator of batches: TensorDict [B, T] on `device` with `pixels` uint8 [B, T, 3, H, W], `action` float32
-    [B, T, A], `reward` float32 [B, T, 1], `is_init` bool [B, T, 1], and with `stills` also `stills` uint8 [B, T, 3, H, W]: as many single
+    [B, T, A], `reward`, `discount` float32 [B, T, 1], `is_init` bool [B, T, 1], and with `stills` also `stills` uint8 [B, T, 3, H, W]: as many single
     frames, drawn at random from all episodes.
 
     An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). A thread prepares

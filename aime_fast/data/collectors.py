@@ -39,6 +39,9 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
 
 
+MakePolicy = Callable[[int], TensorDictModuleBase]  # the policy of a worker, of a seed; it is called in the worker's process
+
+
 class WorkerError(Exception):
     """A process of the collector has ended."""
 
@@ -98,7 +101,10 @@ class NoisePolicy(TensorDictModuleBase):
         return action
 
 
-def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False) -> Path:
+def collect(
+    config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False, make_policy: MakePolicy | None = None,
+    policy_name: str | None = None,
+) -> Path:  # fmt: skip
     """Record `config.episodes` whole episodes of a dm_control task into one HDF5 shard.
 
     Each worker plays its own stream of episodes with its own seeds, so the result depends on `seed`, `config.workers` and,
@@ -114,6 +120,7 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
         progress: show a progress bar.
         resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted. The others get seeds
             that depend on the number of those, which the attribute `resumed_at` lists.
+        make_policy: acts instead of `config.policy`; policy_name: what the attribute `policy` then says.
     Returns:
         `out` as a Path.
     Raises:
@@ -127,19 +134,13 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     target = writable_target(out)
     backend = probe_renderer()
     action_dim, longest_episode, position_names = describe_task(config)
-    attributes = {
-        **{key: getattr(config, key) for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")},
-        "action_dim": action_dim,
-        "position_names": position_names,
-        "seed": seed,
-        "render_backend": backend,
-        "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
-    }
+    attributes = recording_attributes(config, seed, action_dim, position_names, backend, policy_name)
+    make_policy = make_policy or partial(NoisePolicy, config.policy, action_dim)
     frames = min(FRAMES_PER_MESSAGE, longest_episode)
     with _DeferredInterrupts() as interrupts, Unfinished(target, attributes, resume) as unfinished:
         try:
             if unfinished.episodes < config.episodes:
-                _play(config, seed, action_dim, frames, unfinished, interrupts, progress)
+                _play(config, seed, make_policy, frames, unfinished, interrupts, progress)
             unfinished.join()
         except (KeyboardInterrupt, DataError, WorkerError) as error:
             done = f"{unfinished.episodes} of {config.episodes} episodes"
@@ -150,14 +151,47 @@ def collect(config: DataConfig, seed: int, out: str | Path, progress: bool = Tru
     return out
 
 
+def recording_attributes(
+    config: DataConfig, seed: int, action_dim: int, position_names: list[str], backend: str, policy_name: str | None = None
+) -> dict[str, Any]:
+    """The attributes of a file of episodes; `policy_name`, where it was not `config.policy` that acted."""
+    settings = ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")
+    return {key: getattr(config, key) for key in settings} | {
+        **({"policy": policy_name} if policy_name else {}),
+        "action_dim": action_dim,
+        "position_names": position_names,
+        "seed": seed,
+        "render_backend": backend,
+        "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
+    }
+
+
+def play_episodes(config: DataConfig, make_policy: MakePolicy, seed: int, begin: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Endless whole episodes, as arrays of `episodes.py`, played in this process; those that diverge are left out.
+
+    `begin` is the number of the first one: with the seed it says how the environment starts. Close the iterator when done. Raises
+    DataError if the simulation diverges again and again.
+    """
+    _, longest, _ = describe_task(config)
+    diverged = 0
+    with _collector(config, worker_seeds(seed, 1, begin), make_policy, min(FRAMES_PER_MESSAGE, longest)) as collector:
+        for episode in _whole_episodes(collector):
+            diverged = 0 if episode is not None else diverged + 1
+            if diverged == MOST_DIVERGED:
+                raise DataError(f"--task {config.task}: the simulation diverged in {diverged} episodes in a row; choose another --task")
+            if episode is not None:
+                yield episode
+
+
 def _play(
-    config: DataConfig, seed: int, action_dim: int, frames: int, unfinished: Unfinished, interrupts: _DeferredInterrupts, progress: bool
-) -> None:
+    config: DataConfig, seed: int, make_policy: MakePolicy, frames: int, unfinished: Unfinished, interrupts: _DeferredInterrupts,
+    progress: bool,
+) -> None:  # fmt: skip
     """Play until `unfinished` has all episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
     diverged = in_a_row = 0
     missing = config.episodes - unfinished.episodes
     seeds = worker_seeds(seed, min(config.workers, missing), unfinished.next_number)
-    with _collector(config, seeds, action_dim, frames) as collector, _progress_bar(missing, progress) as advance:
+    with _collector(config, seeds, make_policy, frames) as collector, _progress_bar(missing, progress) as advance:
         began = time.perf_counter()  # the workers are up
         for episode in _whole_episodes(collector):
             if interrupts.received:
@@ -249,13 +283,13 @@ def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _collector(config: DataConfig, seeds: list[tuple[int, int]], action_dim: int, frames: int) -> Iterator[BaseCollector]:
+def _collector(config: DataConfig, seeds: list[tuple[int, int]], make_policy: MakePolicy, frames: int) -> Iterator[BaseCollector]:
     """A TorchRL collector, always shut down: the interpreter cannot exit while one runs."""
     from torchrl.collectors import Collector, MultiSyncCollector
 
     workers = len(seeds)
     environments = [partial(make_environment, config, environment) for environment, _ in seeds]
-    policies = [partial(NoisePolicy, config.policy, action_dim, policy) for _, policy in seeds]
+    policies = [partial(make_policy, policy) for _, policy in seeds]
     common = {"total_frames": -1, "trust_policy": True, "auto_register_policy_transforms": False}
     if workers == 1:
         collector = Collector(environments[0], policy_factory=policies[0], frames_per_batch=frames, **common)

@@ -15,7 +15,7 @@ from torch import Tensor
 from aime_fast.data.prefetch import CopyStream
 from aime_fast.errors import DataError, explain
 
-KEYS = ("pixels", "action", "reward", "is_init")
+KEYS = ("pixels", "action", "reward", "discount", "is_init")
 DEVICE_SHARE = 0.25  # largest share of free device memory that "auto" gives to a replay; model and step need the rest
 
 
@@ -35,8 +35,8 @@ class EpisodeSource(Protocol):
 
 
 def replay_bytes(frames: int, image_size: int, action_dim: int) -> int:
-    """Bytes of `frames` unpacked frames: uint8 pixels, float32 actions and rewards, and a one-byte flag."""
-    return frames * (3 * image_size**2 + 4 * action_dim + 4 + 1)
+    """Bytes of `frames` unpacked frames: uint8 pixels, float32 actions, rewards and discounts, and a one-byte flag."""
+    return frames * (3 * image_size**2 + 4 * action_dim + 4 + 4 + 1)
 
 
 def replay_on_device(choice: Literal["auto", "device", "host"], needed: int, free: int | None) -> bool:
@@ -78,7 +78,8 @@ class Replay:
         device: of the batches.
         resident: store the frames on `device`; on a CPU that is ordinary memory.
     Attributes:
-        frames: TensorDict [N] with `pixels` uint8 [N, 3, H, W], `action` float32 [N, A], `reward` float32 [N, 1], `is_init` bool [N, 1].
+        frames: TensorDict [N] with `pixels` uint8 [N, 3, H, W], `action` float32 [N, A], `reward`, `discount` float32 [N, 1], `is_init`
+            bool [N, 1].
         resident: as passed.
     Raises:
         DataError: an episode is damaged, or the disk is too small for the memory map.
@@ -166,6 +167,7 @@ def _layout(source: EpisodeSource) -> dict[str, tuple[tuple[int, ...], torch.dty
         "pixels": ((3, source.image_size, source.image_size), torch.uint8),
         "action": ((source.action_dim,), torch.float32),
         "reward": ((1,), torch.float32),
+        "discount": ((1,), torch.float32),
         "is_init": ((1,), torch.bool),
     }
 

@@ -25,7 +25,7 @@ def validate(
 
     Args:
         model: in eval mode.
-        batches: with `pixels` uint8 [B, T, 3, H, W], `action`, `is_init`, on the model's device.
+        batches: with `pixels` uint8 [B, T, 3, H, W], `action`, `reward`, `discount`, `is_init`, on the model's device.
         losses: weighs the terms, with beta as after warm-up.
         mean_frame: [3, H, W] in [-1, 1], the baseline.
         codebook_size: V.
@@ -42,7 +42,7 @@ def validate(
     count = 0
     for number, batch in enumerate(islice(batches, limit)):
         video = normalise(batch["pixels"])  # [B, T, 3, H, W]
-        outputs = model.forward_sequence(video, batch["action"], batch["is_init"])
+        outputs = model.forward_sequence(video, batch["action"], batch["is_init"], brought=(batch["reward"], batch["discount"]))
         measured.update(outputs, video)
         if number % PROBE_EVERY == 0:
             probes.update(model, video, batch["action"], batch["is_init"], outputs)

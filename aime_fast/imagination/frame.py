@@ -128,16 +128,18 @@ def imagine(
     Args: given: action [B, A], taken after the imagined frame, alone or with the noise of a sample; state of the frame before; sample:
     sample the prior, otherwise take the mean of the likeliest component.
 
-    Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name; the next state).
+    Returns: (reconstructions [B, 3, H, W], latents [B, Z], mixture_weights [B, K], attention [B, Ha, Wa] by name, and of the action
+    `rewards` [B] and `continues` [B], the probability that its discount is not 0; the next state).
     """
     action, noise = given if isinstance(given, tuple) else (given, None)
     prior, after = imagine_latents(model, action, state, sample, noise)
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention
     after = after._replace(attention=log_attention.exp())
     decoded = model.decoder(after.latents, after.attention)
+    rewards, continues = model.outcomes.expected(model.outcomes(after.hidden, after.latents))
     out = dict(
         reconstructions=model.decoder.likelihood.mean(decoded), latents=after.latents, mixture_weights=prior.log_weights.exp(),
-        attention=after.attention,
+        attention=after.attention, rewards=rewards, continues=continues,
     )  # fmt: skip
     return out, match_layout(after, state)
 

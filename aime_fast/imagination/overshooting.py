@@ -33,6 +33,7 @@ class Targets(NamedTuple):
     latents: Tensor  # [B, T, Z], samples of the posterior
     attention: Tensor  # [B, T, Ha, Wa]
     actions: Tensor  # [B, T, A]
+    brought: tuple[Tensor, Tensor] | None = None  # reward and discount [B, T] of each action
 
 
 def imagine_and_score(
@@ -48,10 +49,10 @@ def imagine_and_score(
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
     imagined latents, where they are not the means of the likeliest components.
 
-    Returns: (scores in nats, `latent` and, where it attends, `attention`: [frames, B] each; the imagined latents [B, Z] of each
-    frame; the log of the predicted maps [frames, B, Ha, Wa], None where it does not attend).
+    Returns: (scores in nats, `latent`, where it attends `attention`, and `outcome` where the targets have one: [frames, B] each; the
+    imagined latents [B, Z] of each frame; the log of the predicted maps [frames, B, Ha, Wa], None where it does not attend).
     """
-    priors, imagined, log_maps = [], [], []
+    priors, imagined, hidden, log_maps = [], [], [], []
 
     def attend(seen: Tensor, hidden: Tensor, latents: Tensor) -> None:
         before = log_maps[-1].exp() if log_maps else seen
@@ -64,12 +65,16 @@ def imagine_and_score(
         prior, state = imagine_latents(model, action, state, sample)
         priors.append(prior)
         imagined.append(state.latents)
+        hidden.append(state.hidden)
     # Of all frames at once: on a processor so small an operator costs as much as one of all.
     features = torch.stack([prior.features for prior in priors])
     log_weights = model.prior.sticks(features, sample=sample).log_pi
     means = torch.stack([prior.means for prior in priors])
     latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
+    if targets.brought is not None:
+        outcome = model.outcomes(torch.stack(hidden), torch.stack(imagined))
+        scores["outcome"] = sum(model.outcomes.score(outcome, *(_after(x, first, frames) for x in targets.brought)))
     if not attends:
         return scores, imagined, None
     attended()
@@ -118,8 +123,8 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     Args: inferred, each sequence of one episode; frames, from 1 to T - 1; attends: score attention too, at more than the cost of
     all the rest; sample: the imagined latents.
 
-    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; and where it attends `attention`,
-    `attention_rolled_out` and `seeds`. All but the last are nats a frame.
+    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; of reward and continuation `outcome` and
+    `outcome_rolled_out`; and where it attends `attention`, `attention_rolled_out` and `seeds`. All but the last are nats a frame.
     """
     batch, length = inferred.mean.shape[:2]
     latents = sample_latents(inferred.mean, inferred.logvar, True)
@@ -129,7 +134,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
     prior = predicted.prior
     log_prob = mixture_log_prob(latents[:, : start.shape[1]].flatten(0, 1), prior.log_weights, prior.means, prior.logvars)
-    terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean()}
+    outcome = model.outcomes(predicted.hidden, observed.mean)
+    scored = sum(model.outcomes.score(outcome, observed.reward, observed.discount))
+    terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean(), "outcome": scored.mean()}
     if attends:
         before = previous(observed.attention, start, model.attention.uniform(1)).flatten(0, 1)
         attention = model.attention.prior(before, predicted.hidden_before, predicted.latents_before)
@@ -141,9 +148,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
-    targets = Targets(latents, inferred.attention, inferred.actions)
+    targets = Targets(latents, inferred.attention, inferred.actions, (inferred.reward, inferred.discount))
     scores, *_ = imagine_and_score(model, state, first, frames, targets, attends, sample)
-    names = {"latent": "rolled_out", "attention": "attention_rolled_out"}
+    names = {"latent": "rolled_out", "outcome": "outcome_rolled_out", "attention": "attention_rolled_out"}
     return terms | {names[name]: score.mean() for name, score in scores.items()}
 
 

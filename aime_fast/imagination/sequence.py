@@ -102,15 +102,17 @@ class Latents(NamedTuple):
     logvar: Tensor  # [B, T, Z]
     context: Tensor  # [B, T, Dc]
     actions: Tensor  # [B, T, A]
+    reward: Tensor  # [B, T], of each action
+    discount: Tensor  # [B, T], after each action
     attention: Tensor  # [B, T, Ha, Wa]
     seeds: Tensor  # [B, T, S, Ds], of the slots
 
 
 @torch.no_grad()
-def infer_latents(model: nn.Module, pixels: Tensor, actions: Tensor) -> Latents:
-    """`Latents` of frames uint8 [B, T, 3, H, W] with their actions [B, T, A], by a model in eval mode."""
+def infer_latents(model: nn.Module, pixels: Tensor, actions: Tensor, reward: Tensor, discount: Tensor) -> Latents:
+    """`Latents` of frames uint8 [B, T, 3, H, W] with actions [B, T, A] and what they brought, [B, T] each, by a model in eval mode."""
     inferred = model.infer(pixels, actions)
     seeds = model.attention.posterior.seeds(inferred.hidden, inferred.context)
     flat = (inferred.posterior.mean, inferred.posterior.logvar, inferred.maps.attention)
     mean, logvar, attention = (x.unflatten(0, actions.shape[:2]) for x in flat)
-    return Latents(mean, logvar, inferred.context, actions, attention, seeds)
+    return Latents(mean, logvar, inferred.context, actions, reward, discount, attention, seeds)

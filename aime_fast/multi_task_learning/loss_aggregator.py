@@ -13,6 +13,7 @@ from aime_fast.config import LossConfig
 from aime_fast.runtime import streams
 
 AIME_NAMES = {"lambda_att_dyn": "lambda_attention_motion"}  # keywords of AIME's texts
+OUTCOMES = ("reward", "continuation")
 OVERSHOOT = ("overshoot_recon", "overshoot_latent", "overshoot_attention")
 TASKS = ("elbo", "perceiver", "predictive", "adversarial")
 
@@ -23,7 +24,7 @@ BESIDE = {"perceiver": "perceiver", "predictive": "attention", "elbo": None, "ad
 # In the order of computation: the first term that is not finite is where a fault began.
 TERMS = (
     "commitment", "token_reconstruction", "next_token", "context_recall", "recon", "kl_z", "kl_hierarchical", "kl_attention",
-    "mixture_entropy", "gram", "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator", "feature_matching",
+    "mixture_entropy", *OUTCOMES, "gram", "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator", "feature_matching",
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ class LossAggregator:
     """Weighs and adds the loss terms.
 
         elbo        = (lambda_recon recon + beta (KL_z + KL_hierarchical) - entropy_weight H(pi)
-                       + lambda_overshoot (roll-out: recon + latent)) / D + lambda_gram Gram
+                       + lambda_overshoot (roll-out: recon + latent) + lambda_outcome (reward + continuation)) / D + lambda_gram Gram
         perceiver   = lambda_commitment VQ commitment + token reconstruction + next-token cross-entropy + lambda_recall context recall
         predictive  = lambda_attention_motion attention motion + diversity + lambda_attention_foreground KL(foreground || attention)
                       + lambda_kl_attention (KL_attention + lambda_overshoot KL_attention of the roll-out)
@@ -91,6 +92,7 @@ class LossAggregator:
             + beta * c.beta * (term["kl_z"] + term["kl_hierarchical"])
             - c.entropy_weight * term["mixture_entropy"]
             + overshoot * c.lambda_overshoot * (term["overshoot_recon"] + term["overshoot_latent"])
+            + c.lambda_outcome * (term["reward"] + term["continuation"])
         )
         return nats / pixels + c.lambda_gram * term["gram"]
 

@@ -27,8 +27,9 @@ from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 # 6: progress of the latent phase, Gram and the KL of attention weighed by themselves; 7: towers over patches;
 # 8: a moving frame of reference; 9: movement scaled, no norm in the prior;
 # 10: the spread of roll-outs; 11: a context that recalls; 12: tokens of drawn pictures: no weights of others fit;
-# 13: a latent phase with Adam on the device; 14: GroupNorm and SiLU in one layer
-FORMAT = 14
+# 13: a latent phase with Adam on the device; 14: GroupNorm and SiLU in one layer; 15: heads of reward and
+# continuation
+FORMAT = 15
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the latent phase, which

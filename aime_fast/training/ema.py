@@ -31,7 +31,8 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.updates = torch.zeros((), device=next(model.parameters()).device)  # on the device: a captured graph counts too
         copied = dict(zip(model.parameters(), self.model.parameters()))
-        self._pairs = [(Arena(copied[p] for p in arena.parameters).flat, arena.flat) for arena in arenas]
+        self._arenas = [Arena(copied[p] for p in arena.parameters) for arena in arenas]
+        self._pairs = [(mine.flat, arena.flat) for mine, arena in zip(self._arenas, arenas)]
         self._copies, self._buffers = list(self.model.buffers()), list(model.buffers())
 
     @torch.no_grad()
@@ -43,3 +44,17 @@ class EMA:
         self.updates += made
         if self._copies:
             torch._foreach_copy_(self._copies, self._buffers)
+
+    @torch.no_grad()
+    def adopt(self, trained: nn.Module, model_part: nn.Module) -> None:
+        """Makes what was trained on the averages alone the weights of the model too, and brings averages that have moved back.
+
+        Args: trained: modules of `self.model`; model_part: the same modules of the model.
+        """
+        for mine, theirs in zip(trained.state_dict().values(), model_part.state_dict().values()):
+            theirs.copy_(mine)
+        for arena in self._arenas:
+            for parameter, view in zip(arena.parameters, arena.split(arena.flat)):
+                if parameter.data_ptr() != view.data_ptr():
+                    view.copy_(parameter.detach())
+                    parameter.data = view

@@ -41,7 +41,7 @@ REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
 AT_ONCE = 1000  # frames of an episode inferred at once, at most
 BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
-TERMS = ("one_step", "sticks", "attention", "seeds", "rolled_out", "attention_rolled_out")  # of a loss, as they are computed
+TERMS = ("one_step", "sticks", "outcome", "attention", "seeds", "rolled_out", "outcome_rolled_out", "attention_rolled_out")  # of a loss, as they are computed
 GRADIENT = "gradient"
 
 
@@ -73,8 +73,9 @@ class LatentReplay:
             if stopped():
                 raise _Stopped
             episode = batches.episode(i)
-            parts = zip(episode["pixels"].split(AT_ONCE), episode["action"].split(AT_ONCE))
-            inferred += [infer_latents(model, pixels[None], actions[None]) for pixels, actions in parts]
+            brought = (episode[name].squeeze(-1) for name in ("reward", "discount"))
+            parts = zip(*(x[None].split(AT_ONCE, 1) for x in (episode["pixels"], episode["action"], *brought)))
+            inferred += [infer_latents(model, *part) for part in parts]
         fields = [[part[0] for part in parts] for parts in zip(*inferred)]
         inferred.clear()  # what is joined is freed field by field: all of it lies on the device
         self.frames = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
@@ -106,10 +107,13 @@ def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
 
 
 def trained_modules(model: nn.Module) -> nn.ModuleDict:
-    """The modules that the phase trains: recurrence and priors, and the slots' seeds, which read h."""
+    """The modules that the phase trains: recurrence, priors, and the outcome heads and the slots' seeds, which read h."""
     attention = model.attention
     return nn.ModuleDict(
-        dict(recurrence=model.recurrence, prior=model.prior, attention_prior=attention.prior, attention_seed=attention.posterior.seed)
+        dict(
+            recurrence=model.recurrence, prior=model.prior, outcomes=model.outcomes, attention_prior=attention.prior,
+            attention_seed=attention.posterior.seed,
+        )  # fmt: skip
     )
 
 

@@ -90,6 +90,7 @@ class Schedules:
     """
 
     def __init__(self, optim: OptimConfig, updates_per_epoch: float, joint_steps: int):
+        self.updates_per_epoch = updates_per_epoch
         self._beta = Warmup(1.0, optim.beta_warmup_epochs * updates_per_epoch)
         self._own_tokens = Warmup(optim.own_tokens, optim.own_tokens_warmup_epochs * updates_per_epoch)
         self._overshoot = Warmup(1.0, optim.overshoot_warmup_epochs * updates_per_epoch)

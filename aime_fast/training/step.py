@@ -40,7 +40,7 @@ from aime_fast.training.faults import Faults, first_error
 from aime_fast.training.perception import GRADIENT_NORM, PerceptionUpdates
 from aime_fast.training.stills import STILLS, StillUpdates
 
-BATCH_KEYS = ("pixels", "action", "is_init")  # and "stills" with --stills
+BATCH_KEYS = ("pixels", "action", "reward", "discount", "is_init")  # and "stills" with --stills
 MONITORS = ("perplexity", "code_usage", "token_accuracy", "slot_overlap")  # outputs that are logged and not optimised
 
 # Outputs in the order in which the model computes them: the first that is not finite is where a fault began.
@@ -128,7 +128,8 @@ class TrainingStep:
         """One update from `optim.accumulate` batches.
 
         Args:
-            batches: on the device, with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `is_init` bool [B, T, 1].
+            batches: on the device, with `pixels` uint8 [B, T, 3, H, W], `action` float32 [B, T, A], `reward` and `discount`
+                float32 [B, T, 1], `is_init` bool [B, T, 1].
             beta: warm-up factor of the KL terms, a scalar tensor.
             learning_rate: of the generator, a scalar tensor.
             train_discriminator: whether the discriminators learn too.
@@ -219,7 +220,8 @@ class TrainingStep:
         ema = self.ema.model if self.config.loss.lambda_gram else None
         with span("step: forward"), self.autocast():
             outputs = self.model.infer_and_score(
-                observations, batch["action"], batch["is_init"], ema, warmups.own_tokens, ahead=before.tasks is None
+                observations, batch["action"], batch["is_init"], ema, warmups.own_tokens, ahead=before.tasks is None,
+                brought=(batch["reward"], batch["discount"]),
             )
         losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, kind.adversarial, warmups.overshoot)
         outputs = {name: output.detach() for name, output in outputs.items()}

@@ -52,7 +52,7 @@ def test_one_frame_rolled_out_is_the_one_step_prior(monkeypatch):
     mean_sticks = model.prior.forward
     monkeypatch.setattr(model.prior, "forward", lambda *inputs, **_: mean_sticks(*inputs[:4], sample=False))
     video, actions = make_batch(model, 3, 2)
-    seen, latents = model.infer(video, actions), infer_latents(model, video, actions)
+    seen, latents = model.infer(video, actions), infer_latents(model, video, actions, *torch.ones(2, 3, 2, dtype=torch.float64))
     terms = latent_overshooting(model, latents._replace(logvar=torch.full_like(latents.logvar, -60.0)), 1, attends=True)
     p = seen.prior
     nll = -mixture_log_prob(seen.posterior.mean, p.log_weights, p.means, p.logvars).unflatten(0, (3, 2))
@@ -240,7 +240,7 @@ def test_pieces_are_what_is_inferred_of_the_frames_of_one_episode():
     training, validation = make_batches(config_of(Path()).data, 0)
     replay = LatentReplay(model, training, 11)
     episode = training.episode(1)
-    alone = infer_latents(model, episode["pixels"][None], episode["action"][None])
+    alone = infer_latents(model, *(episode[name][None] for name in ("pixels", "action")), *(episode[n].T for n in ("reward", "discount")))
     frames = slice(training.lengths[0], training.lengths[0] + training.lengths[1])
     for found, expected in zip(replay.frames, alone):
         torch.testing.assert_close(found[frames], expected[0], rtol=0, atol=0)

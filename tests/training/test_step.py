@@ -77,7 +77,8 @@ def test_step_is_the_loop_of_the_specification(batches):
 
         torch.manual_seed(seed)
         inputs = normalise(batch["pixels"]), batch["action"], batch["is_init"]
-        outputs = model.forward_sequence(*inputs, ema=anchor, own_tokens=torch.zeros(()))  # as a tensor, it draws random numbers
+        brought = batch["reward"], batch["discount"]  # own_tokens: as a tensor, it draws random numbers
+        outputs = model.forward_sequence(*inputs, ema=anchor, own_tokens=torch.zeros(()), brought=brought)
         _, task_losses = LossAggregator(**to_dict(config.loss)).compute_losses(outputs, beta=0.5)
         optimizer.zero_grad()
         rgb.backward(task_losses)

@@ -1,0 +1,114 @@
+"""Updates of actor and critic, in roll-outs that the world model imagines from inferred states."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aime_fast.config import ControlConfig
+from aime_fast.control.actor_critic import Actor, Critic, act_in_imagination, lambda_returns
+from aime_fast.imagination.frame import State
+from aime_fast.imagination.sequence import Latents, predict_latents
+from aime_fast.layers import starts
+from aime_fast.training.adam import Adam, clip_factor
+from aime_fast.training.arena import Arena, GradientRows
+from aime_fast.training.faults import Faults
+
+BURN_IN = 8  # observed frames before the first state that is imagined from
+PER_PIECE = 8  # states of a piece of an episode
+CLIP = 1.0  # largest gradient norm, of the actor and of the critic
+RANGE = (0.05, 0.95)  # quantiles of the returns between which their range is taken
+RANGE_RATE = 0.01  # of its moving average
+TERMS = ("actor", "critic", "gradient_norm/actor", "gradient_norm/critic")
+
+
+def policy_width(model: nn.Module) -> int:
+    """F of `policy_features`."""
+    return model.recurrence.hidden_dim + 2 * model.latent_dim + model.perceiver_io.context_dim
+
+
+@torch.no_grad()
+def states_of(model: nn.Module, pieces: Latents, burn_in: int = BURN_IN) -> State:
+    """The states before the actions of all frames from `burn_in` on, of pieces [B, T]: N = B (T - burn_in) rows."""
+    batch, length = pieces.mean.shape[:2]
+    start = starts(None, batch, length, pieces.mean.device)
+    known = predict_latents(model, pieces.mean, pieces.context, pieces.actions, start, sample=False)
+    before, now = slice(burn_in - 1, length - 1), slice(burn_in, length)
+    lstm, hidden = (x[:, before].flatten(0, 1) for x in (known.lstm, known.hidden))
+    latents, delta, context, attention = (x[:, now].flatten(0, 1) for x in (pieces.mean, known.delta, pieces.context, pieces.attention))
+    return State(lstm, hidden, latents, delta, torch.zeros_like(start[:, now]).flatten(), context, attention, cache=None)
+
+
+class Behaviour:
+    """Actor, critic and its slow average, their optimizers and the range of returns.
+
+    Args: model: world model in eval mode, without gradients; control: settings.
+
+    Attributes: updates: made.
+    """
+
+    def __init__(self, model: nn.Module, control: ControlConfig):
+        self.model, self.control = model, control
+        device = model.decoder.background.device
+        width = policy_width(model)
+        self.actor = Actor(width, control.policy_dim, model.action_dim).to(device)
+        self.critic = Critic(width, control.policy_dim).to(device)
+        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
+        self._arenas = [Arena(module.parameters()) for module in (self.actor, self.critic)]
+        self._slow = Arena(self.slow.parameters())
+        self._rows = [GradientRows(arena, 1) for arena in self._arenas]
+        self._adams = [Adam(arena.flat) for arena in self._arenas]
+        self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
+        self.range = torch.zeros((), device=device)
+        self.faults = Faults(TERMS, device)
+        self.updates = 0
+
+    def update(self, pieces: Latents) -> dict[str, Tensor]:
+        """One update from pieces [B, BURN_IN + PER_PIECE] of episodes; one whose losses or gradients are not finite changes nothing.
+
+        Returns: scalars by name: losses, the imagined return and reward, entropy, value and range.
+        """
+        c = self.control
+        imagined = act_in_imagination(self.model, self.actor, states_of(self.model, pieces), c.imagination_horizon)
+        discounts = c.discount * imagined.goes_on
+        returns = lambda_returns(imagined.rewards, discounts, self.slow.value(imagined.features[1:]), c.return_decay)
+        weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # the chance that one comes so far
+        low, high = returns.detach().flatten().quantile(torch.tensor(RANGE, device=returns.device)).unbind()
+        found = (high - low).clamp_min(1.0)
+        scale = found if self.updates == 0 else self.range.lerp(found, RANGE_RATE)
+        actor_loss = -(weight * (returns / scale - c.actor_entropy * imagined.log_probs)).mean()
+        logits = self.critic(imagined.features[:-1].detach())
+        critic_loss = (weight * self.critic.two_hot.nll(logits, returns)).mean()
+        gradients = [row.gather({"behaviour": loss})[0] for row, loss in zip(self._rows, (actor_loss, critic_loss))]
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        measured = dict(zip(TERMS, (actor_loss.detach(), critic_loss.detach(), *norms)))
+        finite = self.faults.record(measured)
+        for adam, gradient, norm, rate in zip(self._adams, gradients, norms, self._rates):
+            adam.update(gradient * clip_factor(norm, CLIP), rate, finite)
+        self.range.copy_(torch.where(finite, scale, self.range))
+        self._slow.flat.lerp_(self._arenas[1].flat, (1 - c.critic_decay) * finite)
+        self.updates += 1
+        return measured | {
+            "imagined_return": returns.detach().mean(), "imagined_reward": imagined.rewards.detach().mean(),
+            "value": self.critic.two_hot.decode(logits.detach()).mean(), "entropy": -imagined.log_probs.detach().mean(),
+            "range": self.range.clone(),
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizers, range and the count of updates."""
+        return {
+            "actor": self.actor.state_dict(), "critic": self.critic.state_dict(), "slow": self.slow.state_dict(),
+            "optimizers": [adam.state_dict() for adam in self._adams], "range": self.range, "updates": self.updates,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name in ("actor", "critic", "slow"):
+            getattr(self, name).load_state_dict(state[name])
+        for adam, saved in zip(self._adams, state["optimizers"]):
+            adam.load_state_dict(saved)
+        self.range.copy_(state["range"])
+        self.updates = state["updates"]
