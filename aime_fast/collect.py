@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from aime_fast.cli import parse_arguments, run_command, tier_from
-from aime_fast.config import DataConfig, preset
+from aime_fast.config import DataConfig, NoiseKind, preset
+from aime_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aime_fast.data.collectors import MakePolicy
 
 PROG = "python -m aime_fast.collect"
 
@@ -25,7 +30,7 @@ class Collection:
     frame_skip: int  # simulator steps for one agent step; one frame is rendered for each agent step
     image_size: int  # H = W, pixels
     render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
-    policy: Literal["random", "ou", "swing", "mixed"]  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
+    policy: str  # random, ou, swing, mixed (see train --help), or an online run or checkpoint, whose actor then acts with its noise
     workers: int  # collector processes
     seed: int = 0  # seed of initial states and actions
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
@@ -41,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     shared = {field.name: getattr(data, field.name) for field in dataclasses.fields(Collection) if hasattr(data, field.name)}
     description = "Record episodes of a dm_control task into one HDF5 file."
     options = parse_arguments(Collection, PROG, description, argv, default=Collection(tier=tier, **shared))
-    config: DataConfig = dataclasses.replace(data, **{name: getattr(options, name) for name in shared})
+    recorded = options.policy not in get_args(NoiseKind)
+    shared = {name: getattr(options, name) for name in shared} | ({"policy": data.policy} if recorded else {})
+    config: DataConfig = dataclasses.replace(data, **shared)
+    make_policy = _policy_of(options.policy, config) if recorded else None
     out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
 
     from aime_fast.data import DMCVBDataset, collect
@@ -57,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if left.exists() and not (options.overwrite or options.resume):
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
-        collect(config, options.seed, out, progress=options.progress, resume=options.resume)
+        name = options.policy if recorded else None
+        collect(config, options.seed, out, options.progress, options.resume, make_policy, name)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "render_quality")}
     )
@@ -70,6 +79,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     size = out.stat().st_size / 2**20
     print(f"{out}: {recorded.num_episodes} episodes, {frames} frames, {frames / seconds:.0f} frames/s, {size:.1f} MiB")
     return out
+
+
+def _policy_of(run: str, config: DataConfig) -> MakePolicy:
+    """The actor of an online run, once for each worker. Raises ConfigError or CheckpointError where it cannot play."""
+    if not Path(run).exists():
+        raise ConfigError(f"--policy {run}: expected {', '.join(get_args(NoiseKind))}, or the folder or checkpoint of an online run")
+    from aime_fast.training.policies import check_fits, load_policy, make_recording_policy
+
+    _, trained, _ = load_policy(run)
+    check_fits(run, trained.data, config)
+    return partial(make_recording_policy, run)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from aime_fast.errors import ConfigError
 
 Compile = Literal["off", "capture", "on", "graph", "whole"]  # ways to run an update, see `aime_fast.runtime.machine.WAYS`
 
+NoiseKind = Literal["random", "ou", "swing", "mixed"]  # policies that see nothing, see `aime_fast.data.collectors.NoisePolicy`
+
 PICTURE_SHARE = 2 / 3  # of the steps, where `picture_steps` is None
 LATENT_UPDATES = 10  # of the latent phase for each joint update, where `latent_phase_updates` is None
 
@@ -46,7 +48,7 @@ class DataConfig:
     frame_skip: Count = 4  # simulator steps for one agent step; one frame is rendered for each agent step
     image_size: Annotated[int, Bound(8, 1024)] = 64  # H = W, pixels
     render_quality: Literal["fast", "full"] = "fast"  # fast: no anti-aliasing, shadows or reflections
-    policy: Literal["random", "ou", "swing", "mixed"] = "ou"  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
+    policy: NoiseKind = "ou"  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
     workers: Annotated[int, Bound(1, 256)] = 2  # collector processes
     validation_fraction: OpenShare = 0.1  # share of the episodes that validate (at least one)
     test_fraction: OpenShare = 0.1  # share of the episodes that are tested (at least one); nothing in training reads them
@@ -296,7 +298,9 @@ def from_dict(values: dict[str, Any]) -> Config:
             raise ConfigError(f"config: {where or 'top level'} has no field {', '.join(unknown)}; was it written by another version?")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
 
-    sections = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig, "control": ControlConfig, "run": RunConfig}
+    sections: dict[str, type] = {
+        "data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig, "control": ControlConfig, "run": RunConfig
+    }  # fmt: skip
     built = {name: build(sections[name], v, name) if name in sections else v for name, v in values.items()}
     config = build(Config, built, "")
     check(config)

@@ -1,6 +1,7 @@
 """Evaluate runs on their test episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT ... [--context 8 --horizon 50 --samples 10 ...]`.
 
-Writes evaluation.json, prediction.png and prediction.mp4 of each run, and prints the tables; of several runs also mean and spread.
+Writes evaluation.json, prediction.png and prediction.mp4 of each run, and prints the tables; of several runs also mean and spread. With
+--returns the policy of an online run plays: returns.json, returns.mp4 and returns.png.
 docs/evaluation.md says what each number means.
 """
 
@@ -45,6 +46,7 @@ class EvaluateConfig:
     batch: int = 16  # clips predicted at once
     out: str | None = None  # folder for the results, of several runs for mean and spread; none: evaluation/ in the run directory
     probes: bool = True  # also measure what each pillar is worth
+    returns: bool = False  # play --episodes episodes (10 by default) with the run's policy instead, and say what they earn
     data: str | None = None  # other data of the same task, split alike, without training episodes of the run; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
     compile: Compile | Literal["best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
@@ -69,6 +71,8 @@ def evaluate(options: EvaluateConfig) -> dict:
     folders = {path.parent if path.is_file() else path for path in (Path(run).resolve() for run in runs)}
     if not runs or len(folders) < len(runs):
         raise ConfigError("give one run, or several in different folders: each is written into evaluation/ of its folder")
+    if options.returns:
+        return {run: evaluate_returns(options, run) for run in runs}
     if len(runs) == 1:
         return evaluate_run(options, runs[0], options.out)
     if missing := [run for run in runs if not Path(run).exists()]:
@@ -93,6 +97,7 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
     from aime_fast.evaluation.explained import explain_reconstruction
     from aime_fast.evaluation.lpips import find_lpips
     from aime_fast.evaluation.open_loop import evaluate_prediction
+    from aime_fast.evaluation.outcomes import evaluate_outcomes
     from aime_fast.evaluation.pictures import write_prediction
     from aime_fast.evaluation.tables import print_tables
     from aime_fast.evaluation.validation import evaluate_sequences
@@ -128,6 +133,9 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
             reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips, seed=options.seed,
         )  # fmt: skip
         sequences = evaluate_sequences(model, evaluated.one_pass(), mean_frame, config.model.codebook_size, options.seed)
+        outcomes = evaluate_outcomes(
+            model, episodes, training.mean_reward(), options.context, options.horizon, options.clips, options.batch
+        )
         if "positions" not in missing:
             near = explain_reconstruction(model, clips, mean_frame, reader.names, options.batch)
             sequences["reconstruction"]["explained_near"] = near
@@ -145,6 +153,7 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
             "commit": git_commit(),
             **sequences,
             "open_loop": open_loop | missing,
+            "outcomes": outcomes,
             **({"probes": probe(model, held, clips, data.sequence_length, options)} if options.probes else {}),
             "seconds": time.perf_counter() - began,
         }
@@ -158,6 +167,37 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
             batches.close()
     print_tables(result)
     print(f"\nwritten to {out}: evaluation.json, prediction.png, prediction.mp4")
+    return result
+
+
+def evaluate_returns(options: EvaluateConfig, run: str) -> dict:
+    """Plays episodes with the policy of an online run, without its noise. Writes returns.json, .mp4 and .png; returns the first."""
+    from aime_fast.evaluation.returns import play, summarise_returns, write_returns
+    from aime_fast.runtime.files import write_text
+    from aime_fast.runtime.machine import choose_device, choose_kernels
+    from aime_fast.runtime.provenance import git_commit, version
+    from aime_fast.training.policies import load_policy
+
+    device = choose_device(options.device)
+    choose_kernels(None)
+    policy, config, info = load_policy(run, device)
+    data = config.data
+    episodes = play(policy, data, options.episodes or 10, options.seed)
+    result = {
+        "checkpoint": str(info["checkpoint"]), "step": info["step"], "domain": data.domain, "task": data.task,
+        "environment_frames": info["environment_frames"], "seed": options.seed, "device": str(device), "torch": version("torch"),
+        "commit": git_commit(), **summarise_returns(episodes, data.frame_skip),
+    }  # fmt: skip
+    out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "returns.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_returns(policy, episodes, out, options.context, options.horizon)
+    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.0f}"
+    print(
+        f"{result['checkpoint']}: {data.domain} {data.task}, {info['environment_frames']} environment frames, return of {len(episodes)} "
+        f"episodes {result['mean']:.0f}{error} (standard error), least {result['minimum']:.0f}"
+    )
+    print(f"written to {out}: returns.json, returns.mp4, returns.png")
     return result
 
 

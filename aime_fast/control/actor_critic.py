@@ -1,9 +1,11 @@
 """Actor and critic, and what they learn from: roll-outs that the world model imagines, in latent space alone.
 
-Actor: a normal with learnt scale, squashed by tanh. Critic: two-hot, with a slow average that completes lambda-returns. The actor climbs the
-lambda-return through the imagined frames, divided by the range of returns. Sources: Hafner et al., arXiv 1912.01603 (gradient through the
-model), arXiv 2301.04104 (two-hot critic, range of returns). TorchRL's `DreamerV3ActorLoss` is not taken: it rolls a TensorDict environment
-with `state` and `belief`, frame by frame, which neither compiles nor is captured as one function, and this model has more than two parts.
+Actor: a normal with learnt scale, squashed by tanh. Critic: two-hot, with a slow average that completes lambda-returns. The actor
+climbs the lambda-return through the imagined frames, divided by the range of returns. Sources: Hafner et al., arXiv 1912.01603 (gradient
+through the model), arXiv 2301.04104 (two-hot critic, range of returns).
+
+TorchRL's `DreamerV3ActorLoss` is not taken: it rolls a TensorDict environment of `state` and `belief` frame by frame, which is not captured
+as one function of fixed shapes, and a `State` has more than two parts.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class TwoHot(nn.Module):
     def nll(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy [...], in nats, of the two-hot target of scalars [...], which get no gradient."""
         place = (symlog(target.detach()).clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2 * LIMIT))
-        lower = place.floor().clamp(max=BINS - 2)
+        lower = place.nan_to_num().floor().clamp(max=BINS - 2)  # what is not finite makes the loss so, not an index
         upper_share = (place - lower).unsqueeze(-1)
         index = lower.long().unsqueeze(-1)
         log_prob = logits.log_softmax(-1)

@@ -103,8 +103,8 @@ def _open_source(config: DataConfig, seed: int) -> EpisodeSource:
 
 class SequenceBatches:
     """An endless iterator of batches: TensorDict [B, T] on `device` with `pixels` uint8 [B, T, 3, H, W], `action` float32
-    [B, T, A], `reward`, `discount` float32 [B, T, 1], `is_init` bool [B, T, 1], and with `stills` also `stills` uint8 [B, T, 3, H, W]: as many single
-    frames, drawn at random from all episodes.
+    [B, T, A], `reward`, `discount` float32 [B, T, 1], `is_init` bool [B, T, 1], and with `stills` also `stills` uint8 [B, T, 3, H, W]: as
+    many single frames, drawn at random from all episodes.
 
     An epoch cuts every episode into sequences of T at a new random offset and shuffles them (see `Windows`). A thread prepares
     `prefetch` batches ahead (see `Replay.prepare`), and `next` never waits for the device. `next` raises the errors of the thread.
@@ -202,6 +202,10 @@ class SequenceBatches:
         pixels = self._open_replay().frames["pixels"]
         total = sum(chunk.sum(0, dtype=torch.int64) for chunk in pixels.split(512)).cpu()  # rounded alike on every device
         return normalise(total.double() / len(pixels)).to(self.device)
+
+    def mean_reward(self) -> float:
+        """Mean of the rewards of all actions."""
+        return self._open_replay().frames["reward"].double().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the number of batches taken, and the values that must be equal for it to mean the same batches."""

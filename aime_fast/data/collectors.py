@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.bounds import check
-from aime_fast.config import DataConfig, RunConfig
+from aime_fast.config import DataConfig, NoiseKind, RunConfig
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
 from aime_fast.data.files import writable_target
 from aime_fast.data.unfinished import Unfinished
@@ -64,7 +64,7 @@ class NoisePolicy(TensorDictModuleBase):
     amplitudes = (0.4, 1.0)
     swing_noise = 0.1  # standard deviation
 
-    def __init__(self, kind: Literal["random", "ou", "swing", "mixed"], action_dim: int, seed: int):
+    def __init__(self, kind: NoiseKind, action_dim: int, seed: int):
         super().__init__()
         self.in_keys, self.out_keys = ["is_init"], ["action"]
         self.kind, self.action_dim = kind, action_dim

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,23 @@ class GrowingReplay:
             writer.write(episode)
         self.next_number += 1
 
-    def drop_oldest(self, frames: int) -> int:
-        """Deletes the oldest training episodes until at most `frames` frames are left, or one; returns how many were deleted."""
+    def oldest(self, frames: int) -> set[int]:
+        """Numbers of the oldest training episodes without which at most `frames` frames to train on are left, or one episode."""
         training = {number: path for number, path in self.files().items() if self.part(number) == "training"}
-        lengths = {}
-        for number, path in training.items():
+        left, kept = frames, set()
+        for number, path in reversed(training.items()):
             with h5py.File(path, "r") as file:
-                lengths[number] = len(file["episode_00000/action"])
-        dropped = 0
-        for number in list(training)[:-1]:
-            if sum(lengths.values()) <= frames:
+                left -= len(file["episode_00000/action"])
+            if left < 0 and kept:
                 break
-            del lengths[number]
-            training[number].unlink()
-            dropped += 1
-        return dropped
+            kept.add(number)
+        return set(training) - kept
+
+    def drop(self, numbers: set[int]) -> None:
+        """Deletes episodes."""
+        for number, path in self.files().items():
+            if number in numbers:
+                path.unlink()
 
     def part(self, number: int) -> str:
         """training, validation or test: the share of each among the first episodes is that of the config, the second two at least once."""
@@ -74,16 +77,18 @@ class GrowingReplay:
                 return name
         return "training"
 
-    def batches(self, seed: int, device: torch.device) -> tuple[SequenceBatches, SequenceBatches]:
-        """(training, validation) batches of the episodes that are there now."""
-        data, files = str(self.folder), self.files()
-        if missing := {"training", "validation", "test"} - {self.part(number) for number in files}:
-            raise DataError(f"{self.folder}: no episode is there for {', '.join(sorted(missing))}; record more with --seed-episodes")
-        source = DMCVBDataset(data, 1)
+    def split(self, without: Collection[int] = ()) -> Split:
+        """The identities of the episodes that are there, but for some. Raises DataError where a part of the split is empty."""
+        source = DMCVBDataset(str(self.folder), 1)
         identities: dict[str, list[str]] = {name: [] for name in Split._fields}
-        for number, name in zip(files, source.identities):
-            identities[self.part(number)].append(name)
+        for number, name in zip(self.files(), source.identities):
+            if number not in without:
+                identities[self.part(number)].append(name)
         source.close()
-        split = Split(**{name: tuple(found) for name, found in identities.items()})
-        config = DataConfig(**{**vars(self.config), "data": data})
-        return make_batches(config, seed, device, split)
+        if empty := [name for name, found in identities.items() if not found]:
+            raise DataError(f"{self.folder}: no episode is there for {', '.join(empty)}; record more with --seed-episodes")
+        return Split(**{name: tuple(found) for name, found in identities.items()})
+
+    def batches(self, seed: int, device: torch.device) -> tuple[SequenceBatches, ...]:
+        """(training, validation) batches of the episodes that are there now."""
+        return make_batches(dataclasses.replace(self.config, data=str(self.folder)), seed, device, self.split())

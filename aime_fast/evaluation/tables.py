@@ -50,6 +50,7 @@ def print_tables(result: dict) -> None:
         gain = o["mean_picture_psnr_gain_on_better_baseline"]
         print(f"mean picture of samples, gain on the better baseline: {_decibels(gain['steps_5_to_16'])} over steps 5 to 16, ", end="")
         print(f"{_decibels(gain['smallest'])} at least")
+    _print_outcomes(result["outcomes"], steps)
     if "probes" in result:
         _print_probes(result["probes"])
     for name in ("lpips", "positions"):
@@ -60,6 +61,16 @@ def print_tables(result: dict) -> None:
         value = "    none" if target["value"] is None else f"{target['value']:8.3f}"
         verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
         print(f"  {name:35s} {value}  >= {target['wanted']:5.2f}  {verdict}")
+
+
+def _print_outcomes(outcomes: dict, steps: list[int]) -> None:
+    """How well rewards are predicted."""
+    if not outcomes["clips"]:
+        return
+    curves = {_label(name): curve for name, curve in outcomes["squared_error"].items()}
+    _print_curves("squared error of predicted rewards", curves, steps, 3)
+    correlations = ", ".join(f"{'-' if c is None else f'{c:.2f}'} over {name}" for name, c in outcomes["return_correlation"].items())
+    print(f"ahead of both baselines to step {outcomes['ahead_to']}; correlation of imagined and true returns {correlations}")
 
 
 def _print_probes(probes: dict) -> None:

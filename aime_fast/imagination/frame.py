@@ -80,9 +80,7 @@ def step(model: nn.Module, frame: Tensor, action: Tensor, state: State, init: Te
     maps = model.attention.posterior(frame, after.hidden, seen.context)
     predicted = model.attention.prior(state.attention, state.hidden, state.latents)
     decoded = model.decoder(z, maps.attention)
-    inferred = Inference(
-        posterior, z, seen.delta, prior, seen.context, after.hidden, after.lstm, maps, state.attention, predicted, decoded
-    )
+    inferred = Inference(posterior, z, seen.delta, prior, seen.context, after.hidden, after.lstm, maps, state.attention, predicted, decoded)
     out = inferred.describe(codes, model.decoder.likelihood, (frame.shape[0],))
     return out, match_layout(after._replace(attention=maps.attention), given)
 

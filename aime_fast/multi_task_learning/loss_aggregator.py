@@ -24,7 +24,8 @@ BESIDE = {"perceiver": "perceiver", "predictive": "attention", "elbo": None, "ad
 # In the order of computation: the first term that is not finite is where a fault began.
 TERMS = (
     "commitment", "token_reconstruction", "next_token", "context_recall", "recon", "kl_z", "kl_hierarchical", "kl_attention",
-    "mixture_entropy", *OUTCOMES, "gram", "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator", "feature_matching",
+    "mixture_entropy", *OUTCOMES, "gram", "attention_motion", "attention_foreground", "diversity", *OVERSHOOT, "generator",
+    "feature_matching",
 )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
 AT_ONCE = 1000  # frames of an episode inferred at once, at most
 BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
-TERMS = ("one_step", "sticks", "outcome", "attention", "seeds", "rolled_out", "outcome_rolled_out", "attention_rolled_out")  # of a loss, as they are computed
+# Of a loss, as they are computed.
+TERMS = ("one_step", "sticks", "outcome", "attention", "seeds", "rolled_out", "outcome_rolled_out", "attention_rolled_out")
 GRADIENT = "gradient"
 
 
@@ -109,12 +110,8 @@ def check_lengths(optim: OptimConfig, *parts: SequenceBatches) -> None:
 def trained_modules(model: nn.Module) -> nn.ModuleDict:
     """The modules that the phase trains: recurrence, priors, and the outcome heads and the slots' seeds, which read h."""
     attention = model.attention
-    return nn.ModuleDict(
-        dict(
-            recurrence=model.recurrence, prior=model.prior, outcomes=model.outcomes, attention_prior=attention.prior,
-            attention_seed=attention.posterior.seed,
-        )  # fmt: skip
-    )
+    modules = dict(recurrence=model.recurrence, prior=model.prior, outcomes=model.outcomes)
+    return nn.ModuleDict(modules | dict(attention_prior=attention.prior, attention_seed=attention.posterior.seed))
 
 
 class Kind(NamedTuple):

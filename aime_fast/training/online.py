@@ -118,10 +118,10 @@ class OnlineTrainer:
                     row = self._run_cycle()
                     self.seconds += time.perf_counter() - began
                     self.cycle += 1
-                    self.logger.log(self.step, {"time": self.seconds, "environment_frames": self.frames * self.config.data.frame_skip, **row})
+                    played = self.frames * self.config.data.frame_skip
+                    self.logger.log(self.step, {"time": self.seconds, "environment_frames": played, **row})
                     self.console.advance(self.frames)
                     self._save()
-                    self.replay.drop_oldest(self.config.control.replay_frames)
             return {"run_dir": self.run_dir, "checkpoint": self.saved, "step": self.step, "returns": self.returns}
         except _Stopped:
             raise Interrupted(
@@ -203,7 +203,8 @@ class OnlineTrainer:
             raise NonFiniteError(f"{', '.join(report.terms)} in cycle {self.cycle}: not finite; {self._last_good()}")
         seconds = time.perf_counter() - began
         numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
-        return numbers | {"perceive/seconds": seconds, "perceive/frames_per_second": steps * self.config.data.batch_size * self.config.data.sequence_length / seconds}
+        frames = steps * self.config.data.batch_size * self.config.data.sequence_length
+        return numbers | {"perceive/seconds": seconds, "perceive/frames_per_second": frames / seconds}
 
     def _predict_and_act(self, batches, validation, steps: int) -> dict[str, float]:
         """Infers all latents, then updates of the latent phase and of actor and critic."""
@@ -251,17 +252,20 @@ class OnlineTrainer:
         return f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
 
     def _save(self) -> None:
-        split = {name: [] for name in ("training", "validation", "test")}
+        dropped = self.replay.oldest(self.config.control.replay_frames)
+        config = dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, data=str(self.replay.folder)))
         state = {
             "epoch": 0.0, "cycle": self.cycle, "joint": self.joint, "frames": self.frames, "seconds": self.seconds,
             "returns": self.returns, "episodes": self.replay.next_number, "logged": self.logger.rows,
             "latent_phase": None, "latents": self.latent_phase, "behaviour": self.behaviour.state_dict(),
             "updates_per_epoch": self.schedules.updates_per_epoch,
-            "picture_steps": 0, "action_dim": self.action_dim, "config": to_dict(self.config), "split": split,
+            "picture_steps": 0, "action_dim": self.action_dim, "config": to_dict(config),
+            "split": {part: list(names) for part, names in self.replay.split(dropped)._asdict().items()},
             **self.training_step.state_dict(),
         }  # fmt: skip
         checkpoint.check_finite(state, self.step)
         self.saved = checkpoint.save_checkpoint(self.run_dir, self.step, state, self.config.run.keep_checkpoints)
+        self.replay.drop(dropped)
 
     def _load(self, state: dict) -> None:
         if state.get("action_dim") != self.action_dim:
@@ -300,4 +304,5 @@ def _planned_steps(config: Config, longest: int) -> int:
     control, data = config.control, config.data
     total = control.environment_frames / data.frame_skip
     seeds = min(total, control.seed_episodes * longest)
-    return max(1, round((control.seed_train_ratio * seeds + control.train_ratio * (total - seeds)) / (data.batch_size * data.sequence_length)))
+    replayed = control.seed_train_ratio * seeds + control.train_ratio * (total - seeds)
+    return max(1, round(replayed / (data.batch_size * data.sequence_length)))

@@ -220,7 +220,12 @@ class TrainingStep:
         ema = self.ema.model if self.config.loss.lambda_gram else None
         with span("step: forward"), self.autocast():
             outputs = self.model.infer_and_score(
-                observations, batch["action"], batch["is_init"], ema, warmups.own_tokens, ahead=before.tasks is None,
+                observations,
+                batch["action"],
+                batch["is_init"],
+                ema,
+                warmups.own_tokens,
+                ahead=before.tasks is None,
                 brought=(batch["reward"], batch["discount"]),
             )
         losses, task_losses = self.losses.compute_losses(outputs, warmups.beta, kind.adversarial, warmups.overshoot)

@@ -21,7 +21,7 @@ from aime_fast.training import DMCVBTrainer
 from aime_fast.training.checkpoint import load_model
 from aime_fast.training.latent_phase import CONTEXT, LatentPhase, LatentReplay
 
-TAUGHT = ("recurrence.", "prior.", "attention.prior.", "attention.posterior.seed.")
+TAUGHT = ("recurrence.", "prior.", "outcomes.", "attention.prior.", "attention.posterior.seed.")
 
 
 def config_of(run_dir: Path, **optim) -> Config:

@@ -1,0 +1,87 @@
+"""How well rewards are predicted open-loop, beside baselines without a model.
+
+Convention: the model observes `context` frames with their actions; step 1 is the reward of the first action after them, whose frame the
+model does not see. Nothing is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from aime_fast.evaluation.clips import spread
+from aime_fast.imagination.frame import imagine_latents, state_after
+
+RETURN_STEPS = 15  # over which an imagined return is compared with the true one
+MODEL, MEAN, LAST = "model", "mean_reward", "last_reward"
+
+
+@torch.no_grad()
+def imagine_rewards(model: nn.Module, observations: Tensor, actions: Tensor, future_actions: Tensor) -> Tensor:
+    """Expected rewards [B, F] of `future_actions` [B, F, A], after frames uint8 [B, Tc, 3, H, W] and their actions [B, Tc, A]."""
+    state, after = state_after(model.infer(observations, actions), lambda x: x[:, -1]), []
+    for action in future_actions.unbind(1):
+        _, state = imagine_latents(model, action, state)
+        after.append((state.hidden, state.latents))
+    hidden, latents = (torch.stack(part, 1) for part in zip(*after))
+    return model.outcomes.expected(model.outcomes(hidden, latents))[0]
+
+
+def evaluate_outcomes(
+    model: nn.Module, episodes: Sequence[TensorDict], mean_reward: float, context: int, horizon: int, per_episode: int, batch: int = 16
+) -> dict:
+    """Errors of predicted rewards, step by step.
+
+    Args:
+        model: in eval mode.
+        episodes: with `pixels` uint8 [T, 3, H, W], `action` [T, A], `reward` [T, 1].
+        mean_reward: of the training episodes.
+        context, horizon, per_episode: of the clips, as in `cut_clips`.
+        batch: clips at once.
+
+    Returns:
+        clips; reward_variance; squared_error by source (model, mean_reward, last_reward): a mean over clips for each step; ahead_to: the
+        last step up to which the model's error is below both baselines'; return_correlation over the first `RETURN_STEPS` steps
+        and over the horizon, None where a return does not vary.
+    """
+    device, frames = model.decoder.background.device, context + horizon
+    cut = [
+        episode[first : first + frames].select("pixels", "action", "reward")
+        for episode in episodes
+        for first in spread(per_episode, len(episode) - frames + 1)
+        if len(episode) >= frames
+    ]
+    if not cut:
+        return {"clips": 0}
+    predicted = []
+    for first in range(0, len(cut), batch):
+        part = torch.stack(cut[first : first + batch]).to(device)
+        pixels, actions = part["pixels"][:, :context], part["action"]
+        predicted.append(imagine_rewards(model, pixels, actions[:, :context], actions[:, context:]).double().cpu())
+    rewards = torch.stack([clip["reward"] for clip in cut]).squeeze(-1).double().cpu()
+    truth, model_rewards = rewards[:, context:], torch.cat(predicted)
+    guesses = {
+        MODEL: model_rewards, MEAN: torch.full_like(truth, mean_reward), LAST: rewards[:, context - 1 : context].expand_as(truth)
+    }  # fmt: skip
+    errors = {name: (guess - truth).square().mean(0) for name, guess in guesses.items()}
+    worse = (errors[MODEL] >= torch.minimum(errors[MEAN], errors[LAST])).nonzero()
+    return {
+        "clips": len(cut),
+        "reward_variance": truth.var(unbiased=False).item(),
+        "squared_error": {name: error.tolist() for name, error in errors.items()},
+        "ahead_to": int(worse[0]) if len(worse) else horizon,
+        "return_correlation": {
+            f"{steps} steps": _correlation(model_rewards[:, :steps].sum(1), truth[:, :steps].sum(1))
+            for steps in dict.fromkeys((min(RETURN_STEPS, horizon), horizon))
+        },
+    }
+
+
+def _correlation(a: Tensor, b: Tensor) -> float | None:
+    """Of two series [N]; None where one does not vary."""
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return None
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()

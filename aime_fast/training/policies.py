@@ -1,0 +1,50 @@
+"""Policies of online runs, read from their checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aime_fast.config import Config, DataConfig
+from aime_fast.control.actor_critic import Actor
+from aime_fast.control.policy import WorldModelPolicy
+from aime_fast.errors import CheckpointError, ConfigError
+from aime_fast.training.behaviour import policy_width
+from aime_fast.training.checkpoint import fitting, load_model
+
+SAME = ("domain", "task", "image_size", "frame_skip", "render_quality")  # settings in which a policy and what it plays must agree
+
+
+def load_policy(
+    run_or_checkpoint: str | Path, device: torch.device | str = "cpu", sample: bool = False
+) -> tuple[WorldModelPolicy, Config, dict[str, Any]]:
+    """(policy, config, info) as `load_model` gives the last two; `sample`: with the noise that it collects with.
+
+    Raises CheckpointError as `load_model`, and where the run has no policy.
+    """
+    model, config, info = load_model(run_or_checkpoint, device)
+    if info["actor"] is None:
+        raise CheckpointError(f"{info['checkpoint']}: this run has no policy; train one with: python -m aime_fast.train --online")
+    actor = Actor(policy_width(model), config.control.policy_dim, model.action_dim)
+    with fitting(info["checkpoint"]):
+        actor.load_state_dict(info["actor"])
+    actor.to(device).requires_grad_(False)
+    return WorldModelPolicy(model.requires_grad_(False), actor, sample), config, info
+
+
+def check_fits(run: str, policy_of: DataConfig, plays: DataConfig) -> None:
+    """Raises ConfigError where a policy would play another task, or see other pictures, than it was trained on."""
+    for name in SAME:
+        trained, given = getattr(policy_of, name), getattr(plays, name)
+        if trained != given:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--policy {run}: it was trained with --{flag} {trained}, not {given}; pass --{flag} {trained}")
+
+
+def make_recording_policy(run: str, seed: int) -> WorldModelPolicy:
+    """The policy of a collector's worker, with noise of a seed of its own; called in the worker."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return load_policy(run, sample=True)[0]

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from aime_fast.config import ControlConfig
+from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_returns, policy_features
+from aime_fast.imagination.frame import State, observe, step
+from aime_fast.imagination.sequence import infer_latents
+from aime_fast.training import behaviour
+from aime_fast.training.behaviour import Behaviour, policy_width, states_of
+from tests.models import make_batch, make_model
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.95, 1.0])
+def test_lambda_returns_are_their_definition(decay):
+    rewards, discounts, values = torch.rand(3, 5, 4, dtype=torch.float64)
+    found = lambda_returns(rewards, discounts, values, decay)
+    for n in range(4):
+        after = values[4, n]
+        for t in reversed(range(5)):  # R_t = r_t + d_t ((1 - decay) v_{t+1} + decay R_{t+1})
+            after = rewards[t, n] + discounts[t, n] * ((1 - decay) * values[t, n] + decay * after)
+            torch.testing.assert_close(found[t, n], after)
+
+
+def test_lambda_returns_of_no_decay_are_torchrls():
+    from torchrl.objectives.value.functional import td_lambda_return_estimate
+
+    rewards, values = torch.rand(2, 6, 3, dtype=torch.float64)
+    found = lambda_returns(rewards, torch.full_like(rewards, 0.9), values, 0.8)
+    flags = torch.zeros(3, 6, 1, dtype=torch.bool)
+    flags[:, -1] = True  # the end of what was imagined, where the value stands for the rest
+    theirs = td_lambda_return_estimate(0.9, 0.8, values.T.unsqueeze(-1), rewards.T.unsqueeze(-1), flags, torch.zeros_like(flags))
+    torch.testing.assert_close(found, theirs.squeeze(-1).T)
+
+
+def test_the_density_of_an_action_is_that_of_a_squashed_normal():
+    from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+    torch.manual_seed(0)
+    actor, features = Actor(7, 16, 2).double(), torch.randn(50, 7, dtype=torch.float64)
+    action, log_prob = actor(features)
+    mean, std = actor.distribution(features)
+    squashed = TransformedDistribution(Independent(Normal(mean, std), 1), [TanhTransform()])
+    torch.testing.assert_close(log_prob, squashed.log_prob(action), atol=1e-6, rtol=1e-6)
+    assert (action.abs() < 1).all()
+    assert torch.equal(actor(features, sample=False)[0], mean.tanh())
+
+
+@torch.no_grad()
+def test_imagined_behaviour_is_a_loop_of_imagine():
+    """One frame at a time by the model's public method, with the actions that the actor chose."""
+    model = make_model()
+    torch.manual_seed(0)
+    actor = Actor(policy_width(model), 16, model.action_dim).double()
+    video, actions = make_batch(model, 3, 2)
+    none = torch.zeros(3, dtype=torch.bool)
+    _, before = step(model, video[:, 0], actions[:, 0], model.initial_state(3), ~none)
+    seen = observe(model, video[:, 1], before, none)
+
+    chosen = []
+
+    class Recording(nn.Module):
+        def forward(self, features):
+            chosen.append(actor(features, sample=False)[0])
+            return chosen[-1], torch.zeros(len(features), dtype=torch.float64)
+
+    imagined = act_in_imagination(model, Recording(), seen, 4, sample=False)
+    _, state = step(model, video[:, 1], chosen[0], before, none)
+    torch.testing.assert_close(imagined.rewards[0], model.outcomes.expected(model.outcomes(state.hidden, state.latents))[0])
+    for t, action in enumerate(chosen[1:], 1):
+        out, state = model.imagine(action, state)
+        torch.testing.assert_close(imagined.rewards[t], out["rewards"])
+        torch.testing.assert_close(imagined.goes_on[t], out["continues"])
+        latents = imagined.features[t][:, model.recurrence.hidden_dim :][:, : model.latent_dim]
+        torch.testing.assert_close(latents, out["latents"])
+
+
+@torch.no_grad()
+def test_states_of_pieces_are_those_that_observing_frame_by_frame_gives():
+    model = make_model()
+    video, actions = make_batch(model, 2, 6)
+    pieces = infer_latents(model, video, actions, torch.zeros(2, 6), torch.ones(2, 6))
+    found = policy_features(states_of(model, pieces, burn_in=2)).unflatten(0, (2, 4))
+    state, none = model.initial_state(2), torch.zeros(2, dtype=torch.bool)
+    for t in range(6):
+        seen = observe(model, video[:, t], state, none if t else ~none)
+        if t >= 2:
+            torch.testing.assert_close(found[:, t - 2], policy_features(seen))
+        _, state = step(model, video[:, t], actions[:, t], state, none if t else ~none)
+
+
+class Corridor(nn.Module):
+    """A world without pictures: z moves by the action, and the reward is highest where z is 0.5."""
+
+    latent_dim, action_dim = 1, 1
+
+    def __init__(self):
+        super().__init__()
+        self.recurrence = SimpleNamespace(hidden_dim=1)
+        self.perceiver_io = SimpleNamespace(context_dim=1)
+        self.decoder = SimpleNamespace(background=torch.zeros(1))
+
+    @staticmethod
+    def advance(model, state, action):
+        return state._replace(hidden=action)
+
+    @staticmethod
+    def predict(model, state, sample=False):
+        latents = state.latents + 0.2 * state.hidden
+        return None, state._replace(latents=latents, delta=latents - state.latents)
+
+    def outcomes(self, hidden, latents):
+        return hidden, latents
+
+    outcomes.expected = lambda outcome: (-((outcome[1] + 0.2 * outcome[0] - 0.5) ** 2).squeeze(-1), torch.ones(outcome[0].shape[:-1]))
+
+
+def test_the_actor_finds_the_optimum_of_a_small_known_world(monkeypatch):
+    for name in ("advance", "predict"):
+        monkeypatch.setattr(f"aime_fast.control.actor_critic.{name}", getattr(Corridor, name))
+
+    def anywhere(model, pieces):
+        latents, empty = torch.rand(64, 1) * 2 - 1, torch.zeros(64, 1)
+        return State(None, empty, latents, empty, torch.zeros(64, dtype=torch.bool), empty, None, None)
+
+    monkeypatch.setattr(behaviour, "states_of", anywhere)
+    torch.manual_seed(0)
+    control = dataclasses.replace(ControlConfig(), actor_lr=3e-3, critic_lr=3e-3, policy_dim=32, discount=0.9, imagination_horizon=8)
+    learner = Behaviour(Corridor(), control)
+    rewards = [learner.update(None)["imagined_reward"].item() for _ in range(300)]
+    assert sum(rewards[-20:]) / 20 > 0.5 * sum(rewards[:5]) / 5  # rewards are below 0
+    state, reward = anywhere(None, None), None
+    for _ in range(8):
+        action, _ = learner.actor(policy_features(state), sample=False)
+        _, state = Corridor.predict(None, Corridor.advance(None, state, action))
+        reward = -((state.latents - 0.5) ** 2).mean()
+    assert reward > -0.005
+    assert learner.faults.read().skipped == 0
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    model = make_model().float().requires_grad_(False)
+    learner = Behaviour(model, dataclasses.replace(ControlConfig(), policy_dim=16, imagination_horizon=2))
+    video, actions = (x.float() for x in make_batch(model, 2, 10))
+    pieces = infer_latents(model, video, actions, torch.zeros(2, 10), torch.ones(2, 10))
+    learner.update(pieces)
+    before = {name: value.clone() for name, value in learner.actor.state_dict().items()}, learner.range.clone()
+    learner.update(pieces._replace(mean=torch.full_like(pieces.mean, torch.nan)))
+    assert all(torch.equal(value, before[0][name]) for name, value in learner.actor.state_dict().items())
+    assert torch.equal(learner.range, before[1])
+    assert learner.faults.read().skipped == 1
