@@ -1,4 +1,4 @@
-"""WorldModelPolicy: the actor as a TensorDict module that TorchRL's collectors run, one frame a call."""
+"""Policies as TensorDict modules that TorchRL's collectors run, one frame a call: their memory, and the actor's."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from aime_fast.imagination.frame import State, advance, observe
 from aime_fast.layers import to_frames
 
 
-class WorldModelPolicy(TensorDictModuleBase):
+class FramePolicy(TensorDictModuleBase):
     """Observes a frame, chooses an action, and keeps the `State` for the next frame; the state is emptied wherever `is_init` is true.
 
     Reads `pixels` uint8 [*N, H, W, 3] and `is_init` bool [*N, 1]; writes `action` float32 [*N, A]. N environments, or none: a single one.
-    Their number may change only where all begin an episode.
+    Their number may change only where all begin an episode. A subclass says how to `choose`.
 
-    Args:
-        model: world model in eval mode.
-        actor: on the same device.
-        sample: actions with the actor's noise; else its mean.
+    Args: model: world model in eval mode.
     """
 
-    def __init__(self, model: nn.Module, actor: Actor, sample: bool = True):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.in_keys, self.out_keys = ["pixels", "is_init"], ["action"]
-        self.model, self.actor, self.sample = model, actor, sample
+        self.model = model
         self.state: State | None = None
+
+    def choose(self, seen: State) -> Tensor:
+        """The action [N, A] of a frame, from its state as `observe` gives it."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -43,6 +44,23 @@ class WorldModelPolicy(TensorDictModuleBase):
         if self.state is None or len(self.state.hidden) != len(frames):
             self.state = self.model.initial_state(len(frames))
         seen = observe(self.model, frames, self.state, init.to(background.device))
-        action, _ = self.actor(policy_features(seen), self.sample)
+        action = self.choose(seen)
         self.state = advance(self.model, seen, action)
         return action.float()
+
+
+class WorldModelPolicy(FramePolicy):
+    """Chooses by the actor.
+
+    Args:
+        model: world model in eval mode.
+        actor: on the same device.
+        sample: actions with the actor's noise; else its mean.
+    """
+
+    def __init__(self, model: nn.Module, actor: Actor, sample: bool = True):
+        super().__init__(model)
+        self.actor, self.sample = actor, sample
+
+    def choose(self, seen: State) -> Tensor:
+        return self.actor(policy_features(seen), self.sample)[0]

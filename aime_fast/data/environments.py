@@ -115,9 +115,7 @@ class RenderedTask:
         self._env = suite.load(config.domain, config.task, task_kwargs={"random": seed})
         self._env.task.get_observation = lambda physics: {}  # only the picture is used; joint angles would take a tenth of the time
         self.frame_skip, self.image_size = config.frame_skip, config.image_size
-        spec = self._env.action_spec()
-        if max(np.abs(spec.minimum).max(), np.abs(spec.maximum).max()) > 1e6:  # lqr uses 1e10 for infinity
-            raise DataError(f"--domain {config.domain} --task {config.task}: its actions have no bounds; choose another task")
+        spec = check_actions(config, self._env)
         self.action_dim = spec.shape[0]
         self._low, self._high = spec.minimum, spec.maximum  # float64 [A]
 
@@ -209,6 +207,17 @@ def check_task(domain: str, task: str) -> None:
         raise DataError(f"--task {task}: domain {domain} has no such task; choose one of {', '.join(tasks[domain])}")
 
 
+def check_actions(config: DataConfig, env: Any) -> Any:
+    """The action spec of a dm_control environment. Raises DataError where an action has no bounds or a single value."""
+    spec = env.action_spec()
+    where = f"--domain {config.domain} --task {config.task}"
+    if max(np.abs(spec.minimum).max(), np.abs(spec.maximum).max()) > 1e6:  # lqr uses 1e10 for infinity
+        raise DataError(f"{where}: its actions have no bounds; choose another task")
+    if not (spec.minimum < spec.maximum).all():
+        raise DataError(f"{where}: an action can only be {spec.minimum.min():g}, so there is nothing to choose; choose another task")
+    return spec
+
+
 def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
     """(A, agent steps of the longest episode or `sys.maxsize`, names of the moving points), without rendering. Raises DataError."""
     check_task(config.domain, config.task)
@@ -217,7 +226,7 @@ def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
     env = suite.load(config.domain, config.task)
     steps = env._step_limit
     longest = math.ceil(steps / config.frame_skip) if math.isfinite(steps) else sys.maxsize
-    return env.action_spec().shape[0], longest, moving_points(env.physics.model)[0]
+    return check_actions(config, env).shape[0], longest, moving_points(env.physics.model)[0]
 
 
 def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -88,6 +88,12 @@ class OnlineTrainer:
                 checkpoint.check_same_config(resumed["config"], config)
         backend = probe_renderer()
         self.action_dim, self.longest, positions = describe_task(config.data)
+        seeds = config.control.seed_episodes * self.longest * config.data.frame_skip
+        if config.control.environment_frames < seeds:
+            raise ConfigError(
+                f"--environment-frames {config.control.environment_frames}: fewer than those of --seed-episodes "
+                f"{config.control.seed_episodes}, {seeds}; give more of the one or fewer of the other"
+            )
         attributes = recording_attributes(config.data, run.seed, self.action_dim, positions, backend, "actor")
         self.replay = GrowingReplay(self.run_dir / "episodes", config.data, attributes, resumed["episodes"] if resumed else 0)
         self.planned = _planned_steps(config, self.longest)
@@ -175,6 +181,8 @@ class OnlineTrainer:
             episodes.close()
         self.frames += frames
         self.returns = returns
+        if len(set(returns)) == 1:
+            self.console.line(f"every episode of cycle {self.cycle} has the return {returns[0]:g}: without rewards that differ nothing is learnt")
         seconds = time.perf_counter() - began
         speed = frames * data.frame_skip / seconds
         return frames, {
