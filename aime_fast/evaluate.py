@@ -47,6 +47,7 @@ class EvaluateConfig:
     out: str | None = None  # folder for the results, of several runs for mean and spread; none: evaluation/ in the run directory
     probes: bool = True  # also measure what each pillar is worth
     returns: bool = False  # play --episodes episodes (10 by default) with the run's policy instead, and say what they earn
+    policy: Literal["actor", "plan"] = "actor"  # of --returns: the run's actor, or a planner in its world model, with its critic if any
     data: str | None = None  # other data of the same task, split alike, without training episodes of the run; none: those of the run
     device: str = "auto"  # cpu, cuda or auto
     compile: Compile | Literal["best"] = "off"  # of imagined frames; pays for long or many roll-outs; bare: best for the device
@@ -171,31 +172,35 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
 
 
 def evaluate_returns(options: EvaluateConfig, run: str) -> dict:
-    """Plays episodes with the policy of an online run, without its noise. Writes returns.json, .mp4 and .png; returns the first."""
+    """Plays episodes with the actor of an online run, without its noise, or by planning, which needs no actor.
+
+    Writes returns.json, .mp4 and .png, those of planning into a folder `plan`; returns the first.
+    """
     from aime_fast.evaluation.returns import play, summarise_returns, write_returns
     from aime_fast.runtime.files import write_text
     from aime_fast.runtime.machine import choose_device, choose_kernels
     from aime_fast.runtime.provenance import git_commit, version
-    from aime_fast.training.policies import load_policy
+    from aime_fast.training.policies import load_planning_policy, load_policy
 
     device = choose_device(options.device)
     choose_kernels(None)
-    policy, config, info = load_policy(run, device)
+    plans = options.policy == "plan"
+    policy, config, info = load_planning_policy(run, device, options.seed) if plans else load_policy(run, device)
     data = config.data
     episodes = play(policy, data, options.episodes or 10, options.seed)
     result = {
         "checkpoint": str(info["checkpoint"]), "step": info["step"], "domain": data.domain, "task": data.task,
         "environment_frames": info["environment_frames"], "seed": options.seed, "device": str(device), "torch": version("torch"),
-        "commit": git_commit(), **summarise_returns(episodes, data.frame_skip),
+        "commit": git_commit(), "policy": options.policy, **summarise_returns(episodes, data.frame_skip),
     }  # fmt: skip
-    out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation"
+    out = Path(options.out) if options.out else info["checkpoint"].parent / "evaluation" / ("plan" if plans else "")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "returns.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     write_returns(policy, episodes, out, options.context, options.horizon)
     error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.0f}"
     print(
         f"{result['checkpoint']}: {data.domain} {data.task}, {info['environment_frames']} environment frames, return of {len(episodes)} "
-        f"episodes {result['mean']:.0f}{error} (standard error), least {result['minimum']:.0f}"
+        f"episodes of the {'planner' if plans else 'actor'} {result['mean']:.0f}{error} (standard error), least {result['minimum']:.0f}"
     )
     print(f"written to {out}: returns.json, returns.mp4, returns.png")
     return result
@@ -207,6 +212,8 @@ def check(options: EvaluateConfig) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value}: expected at least {least}")
+    if options.policy == "plan" and not options.returns:
+        raise ConfigError("--policy plan: only --returns plays episodes; pass it too")
 
 
 def choose_parts(parts: dict[str, SequenceBatches], options: EvaluateConfig, run_split: Split) -> tuple[SequenceBatches, SequenceBatches]:

@@ -14,17 +14,17 @@ from aime_fast.cli import parse_config, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse a config, train, say where everything is."""
     config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
-    if config.control.online:
-        from aime_fast.training.online import OnlineTrainer
+    from aime_fast.evaluate import EvaluateConfig, evaluate
+    from aime_fast.report import ReportConfig, report
+    from aime_fast.training import DMCVBTrainer, OnlineTrainer
 
+    if config.control.online:
         result = OnlineTrainer(config).train()
         print(f"\nrun         {result['run_dir']}\ncheckpoint  {result['checkpoint']}")
-        return
-    from aime_fast.report import ReportConfig, report
-    from aime_fast.training import DMCVBTrainer
-
-    result = DMCVBTrainer(config).train()
-    print_result(result)
+        evaluate(EvaluateConfig(str(result["run_dir"]), returns=True, episodes=config.control.return_episodes, device=config.run.device))
+    else:
+        result = DMCVBTrainer(config).train()
+        print_result(result)
     report(ReportConfig(str(result["run_dir"]), device=config.run.device))
 
 

@@ -83,7 +83,8 @@ class Imagined(NamedTuple):
     """Roll-outs of H actions from N states."""
 
     features: Tensor  # [H + 1, N, F], before each action and after the last
-    log_probs: Tensor  # [H, N], of the actions
+    actions: Tensor  # [H, N, A]
+    log_probs: Tensor  # [H, N]
     rewards: Tensor  # [H, N]
     goes_on: Tensor  # [H, N], probabilities
 
@@ -93,17 +94,18 @@ def act_in_imagination(model: nn.Module, actor: Actor, state: State, horizon: in
 
     The actor reads features without gradient: an action is judged by what it brings, not by what it shows of the next.
     """
-    features, log_probs, after = [policy_features(state)], [], []
+    features, actions, log_probs, after = [policy_features(state)], [], [], []
     for _ in range(horizon):
         action, log_prob = actor(features[-1].detach())
         acted = advance(model, state, action)
         _, state = predict(model, acted, sample)
         features.append(policy_features(state))
+        actions.append(action)
         log_probs.append(log_prob)
         after.append((acted.hidden, acted.latents))
     hidden, latents = (torch.stack(part) for part in zip(*after))
     rewards, goes_on = model.outcomes.expected(model.outcomes(hidden, latents))
-    return Imagined(torch.stack(features), torch.stack(log_probs), rewards, goes_on)
+    return Imagined(*map(torch.stack, (features, actions, log_probs)), rewards, goes_on)
 
 
 def lambda_returns(rewards: Tensor, discounts: Tensor, values: Tensor, decay: float) -> Tensor:

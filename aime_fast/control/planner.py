@@ -108,7 +108,7 @@ def make_latent_environment(model: nn.Module, critic: Critic | None = None, disc
 
 
 def _advantage(tensordict: TensorDictBase) -> TensorDictBase:
-    """Of roll-outs [*N, candidates, T]: `advantage` [*N, candidates, T, 1], the same at all T, is 0 for the best and negative for others."""
+    """Of roll-outs [*N, candidates, T]: `advantage` [*N, candidates, T, 1], the same at all T: the return minus that of the best."""
     reward = tensordict["next", "reward"]
     returns = reward.sum(-2, keepdim=True)
     return tensordict.set("advantage", (returns - returns.amax(-3, keepdim=True)).expand_as(reward))

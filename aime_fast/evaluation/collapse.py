@@ -1,4 +1,4 @@
-"""Eight checks for collapse on logged scalars, each with a threshold, its reason and a remedy.
+"""Eleven checks for collapse on logged scalars, each with a threshold, its reason and a remedy.
 
 A check reads the names of `metrics.jsonl` and returns a `Reading`, or None where what it needs was not logged. `Watch` reports a
 collapse that shows in `PATIENCE` validations in a row: once when it begins, once when it ends.
@@ -26,6 +26,10 @@ DISCRIMINATOR_WINS = 0.1
 # A pillar is unused where replacing its output costs less than this (`probes.py`). 0.1 dB is 2.3 % of the squared error; a hundredth of a
 # nat a token is 1 % in the probability of each; a ratio of 1.05 is 5 % of the squared error of the short films of validation.
 UNUSED_DB, UNUSED_NATS, UNUSED_RATIO = 0.1, 0.01, 1.05
+# Mean of an action in (-1, 1) over all imagined states: at 0.95 it is at its bound whatever is seen.
+FROZEN = 0.95
+# Values, as a multiple of what the largest reward in every step would give. 1.5 leaves room for one that was not imagined.
+DIVERGES = 1.5
 # dB by which reconstructions must beat the mean frame for these three to apply: what draws nothing has no use for any input.
 DRAWS = 1.0
 # One validation can be chance.
@@ -131,6 +135,29 @@ def actions_unused(values: Mapping[str, float], **sizes: int) -> Reading | None:
     return Reading(ratio < UNUSED_RATIO, f"other actions multiply the error of films by {ratio:.3f} (threshold {UNUSED_RATIO})")
 
 
+def policy_frozen(values: Mapping[str, float], **sizes: int) -> Reading | None:
+    """An action is at its bound, whatever is seen."""
+    if (bias := values.get("behaviour/action_bias")) is None:
+        return None
+    return Reading(bias > FROZEN, f"an action is {bias:.3f} of its bound on average over imagined states (threshold {FROZEN})")
+
+
+def critic_diverging(values: Mapping[str, float], **sizes: int) -> Reading | None:
+    """Values are larger than any rewards could make them."""
+    value, limit = (values.get(f"behaviour/{name}") for name in ("value_size", "value_limit"))
+    if value is None or not limit:
+        return None
+    words = f"values of {value:.3g}, the largest reward in every step gives {limit:.3g} (threshold {DIVERGES} times)"
+    return Reading(value > DIVERGES * limit, words)
+
+
+def reward_unknown(values: Mapping[str, float], **sizes: int) -> Reading | None:
+    """The reward head is worse than the mean reward."""
+    if (explained := values.get("validation/reward_explained")) is None:
+        return None
+    return Reading(explained < 0, f"the share of the variance of held-out rewards that is explained is {explained:.3f} (threshold 0)")
+
+
 CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
     "dead_codebook": (
         dead_codebook,
@@ -162,6 +189,9 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
         "raise --lambda-overshoot or --overshoot-frames, train the recurrence longer with --latent-phase-updates, or collect data whose "
         "actions move things further (--policy mixed)",
     ),
+    "policy_frozen": (policy_frozen, "raise --actor-entropy, or lower --actor-lr; more --seed-episodes show the other actions too"),
+    "critic_diverging": (critic_diverging, "lower --discount or --critic-lr, or raise --critic-decay"),
+    "reward_unknown": (reward_unknown, "raise --latent-updates or --lambda-outcome, or record episodes in which the reward varies"),
 }
 
 

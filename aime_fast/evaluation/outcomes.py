@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from aime_fast.evaluation.clips import spread
 from aime_fast.imagination.frame import imagine_latents, state_after
+from aime_fast.imagination.sequence import Latents, predict_latents
+from aime_fast.layers import starts
 
 RETURN_STEPS = 15  # over which an imagined return is compared with the true one
 MODEL, MEAN, LAST = "model", "mean_reward", "last_reward"
@@ -28,6 +30,16 @@ def imagine_rewards(model: nn.Module, observations: Tensor, actions: Tensor, fut
         after.append((state.hidden, state.latents))
     hidden, latents = (torch.stack(part, 1) for part in zip(*after))
     return model.outcomes.expected(model.outcomes(hidden, latents))[0]
+
+
+@torch.no_grad()
+def explained_reward(model: nn.Module, pieces: Latents) -> float:
+    """Share of the variance of rewards that the heads explain, of inferred pieces [B, T] of episodes: 1 exact, 0 as the mean."""
+    start = starts(None, *pieces.mean.shape[:2], pieces.mean.device)
+    hidden = predict_latents(model, pieces.mean, pieces.context, pieces.actions, start, sample=False).hidden
+    expected, _ = model.outcomes.expected(model.outcomes(hidden, pieces.mean))
+    error, variance = (expected - pieces.reward).square().mean(), pieces.reward.var(unbiased=False)
+    return (1 - error / variance.clamp_min(1e-12)).item()
 
 
 def evaluate_outcomes(

@@ -69,7 +69,8 @@ class Behaviour:
     def update(self, pieces: Latents) -> dict[str, Tensor]:
         """One update from pieces [B, BURN_IN + PER_PIECE] of episodes; one whose losses or gradients are not finite changes nothing.
 
-        Returns: scalars by name: losses, the imagined return and reward, entropy, value and range.
+        Returns: scalars by name: losses and gradient norms; imagined_return, imagined_reward; entropy; range, of the returns; action_bias,
+        the largest mean of an action; value_size, the mean size of values; value_limit, the value of the largest reward in every step.
         """
         c = self.control
         imagined = act_in_imagination(self.model, self.actor, states_of(self.model, pieces), c.imagination_horizon)
@@ -93,8 +94,10 @@ class Behaviour:
         self.updates += 1
         return measured | {
             "imagined_return": returns.detach().mean(), "imagined_reward": imagined.rewards.detach().mean(),
-            "value": self.critic.two_hot.decode(logits.detach()).mean(), "entropy": -imagined.log_probs.detach().mean(),
-            "range": self.range.clone(),
+            "entropy": -imagined.log_probs.detach().mean(), "range": self.range.clone(),
+            "action_bias": imagined.actions.detach().mean((0, 1)).abs().max(),
+            "value_size": self.critic.two_hot.decode(logits.detach()).abs().mean(),
+            "value_limit": imagined.rewards.detach().abs().max() / (1 - c.discount),
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
     Returns:
         (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`,
         `split` (`data.split.Split`), `latent_phase_updates`, those of the latent phase that the weights went through, and of an online run
-        `actor`, its weights (else None), and `environment_frames` (else 0).
+        `actor` and `critic`, their weights (else None), and `environment_frames` (else 0).
 
     Raises:
         CheckpointError: nothing there, damaged, or of another version (of which the names or shapes of weights may tell).
@@ -261,7 +261,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
         info["split"] = saved_split(state)
         info["latent_phase_updates"] = _phase_updates(phase)
-        info["actor"] = state["behaviour"]["actor"] if "behaviour" in state else None
+        info |= {name: state["behaviour"][name] if "behaviour" in state else None for name in ("actor", "critic")}
         info["environment_frames"] = state.get("frames", 0) * config.data.frame_skip
     return model.to(device).eval(), config, info
 

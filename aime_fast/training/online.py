@@ -27,20 +27,24 @@ from aime_fast.data.collectors import NoisePolicy, play_episodes, recording_attr
 from aime_fast.data.environments import describe_task, probe_renderer
 from aime_fast.data.growing import GrowingReplay
 from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from aime_fast.evaluation.collapse import Watch, replay
+from aime_fast.evaluation.outcomes import explained_reward
+from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
 from aime_fast.training.behaviour import BURN_IN, PER_PIECE, Behaviour
 from aime_fast.training.interrupts import StopSignals
-from aime_fast.training.latent_phase import CONTEXT, LatentPhase, LatentReplay, trained_modules
+from aime_fast.training.latent_phase import CONTEXT, MEASURED, LatentPhase, LatentReplay, trained_modules
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
-from aime_fast.training.metrics import ResumePoint
+from aime_fast.training.metrics import ResumePoint, read_rows
 from aime_fast.training.schedules import Schedules
 from aime_fast.training.settings import default_run_dir
 from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 MAX_SKIPS = 20  # updates that were not finite, in a row
+SHOWN = ("play/return", "behaviour/imagined_return", "behaviour/entropy", "validation/reward_explained", "validation/psnr")
 
 
 class _Stopped(Exception):
@@ -124,8 +128,10 @@ class OnlineTrainer:
                     row = self._run_cycle()
                     self.seconds += time.perf_counter() - began
                     self.cycle += 1
-                    played = self.frames * self.config.data.frame_skip
-                    self.logger.log(self.step, {"time": self.seconds, "environment_frames": played, **row})
+                    row |= {"time": self.seconds, "environment_frames": self.frames * self.config.data.frame_skip}
+                    for finding in self.watch.look(self.step, row):
+                        self.console.line(str(finding))
+                    self.logger.log(self.step, row | self.watch.flags())
                     self.console.advance(self.frames)
                     self._save()
             return {"run_dir": self.run_dir, "checkpoint": self.saved, "step": self.step, "returns": self.returns}
@@ -143,8 +149,8 @@ class OnlineTrainer:
         batches, validation = self.replay.batches(self.config.run.seed + self.cycle, self.device)
         try:
             if self.cycle == 0:
-                self.model.initialise_background(mean := batches.mean_frame().to(self.device))
-                self.ema.initialise_background(mean)
+                for model in (self.model, self.ema):
+                    model.initialise_background(batches.mean_frame().to(self.device))
                 self.schedules = Schedules(self.optim, max(1.0, batches.steps_per_epoch), self.planned)
             control, data = self.config.control, self.config.data
             ratio = control.train_ratio if self.cycle else control.seed_train_ratio
@@ -152,10 +158,16 @@ class OnlineTrainer:
             for part, learn in enumerate((self._perceive, self._predict_and_act), 1):
                 self._seed(part)
                 row |= learn(batches, validation, steps)
+            self._seed(0)
+            few, spread = self.config.run.validation_batches, validation.one_pass(self.config.run.validation_batches)
+            measured = validate(
+                self.ema, spread, self.training_step.losses, self.model.encoder.background, self.config.model.codebook_size, few
+            )
+            row |= {f"validation/{name}": value for name, value in measured.items()}
         finally:
             batches.close()
             validation.close()
-        shown = {name: row[name] for name in ("play/return", "behaviour/imagined_return", "behaviour/entropy", "latent_phase/outcome")}
+        shown = {name: row[name] for name in SHOWN}
         self.console.line(
             f"cycle {self.cycle}, {self.frames * data.frame_skip} environment frames, {self.step} steps, {self.seconds / 60:.1f} min: "
             + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -182,7 +194,8 @@ class OnlineTrainer:
         self.frames += frames
         self.returns = returns
         if len(set(returns)) == 1:
-            self.console.line(f"every episode of cycle {self.cycle} has the return {returns[0]:g}: without rewards that differ nothing is learnt")
+            same = f"every episode of cycle {self.cycle} has the return {returns[0]:g}"
+            self.console.line(f"{same}: without rewards that differ nothing is learnt; record more with --seed-episodes")
         seconds = time.perf_counter() - began
         speed = frames * data.frame_skip / seconds
         return frames, {
@@ -242,7 +255,9 @@ class OnlineTrainer:
         report = self.behaviour.faults.read()
         if report.in_a_row >= MAX_SKIPS:
             raise NonFiniteError(f"behaviour: {', '.join(report.terms)} in cycle {self.cycle}: not finite; {self._last_good()}")
+        pieces = held_out.draw(MEASURED, BURN_IN + PER_PIECE)
         return {
+            "validation/reward_explained": explained_reward(self.ema, pieces),
             **{f"latent_phase/{name}": value for name, value in measured.items()},
             **{f"behaviour/{name}": float(value) for name, value in totals.items()},
             "infer/seconds": inferred - began, "predict/seconds": predicted - inferred, "act/seconds": time.perf_counter() - predicted,
@@ -294,6 +309,8 @@ class OnlineTrainer:
         }  # fmt: skip
         write_run_files(self.run_dir, self.config, facts, self.saved is not None, self.console.line)
         self.logger = Logger(self.run_dir, self.config, ResumePoint(self.step, self.logged), self.console.line)
+        self.watch = Watch(self.config.model.latent_dim, self.config.model.max_components)
+        replay(self.watch, read_rows(self.run_dir))
         skip = self.config.data.frame_skip
         self.console.line(
             f"online: {self.config.data.domain} {self.config.data.task}, environment frames {self.frames * skip} to {wanted * skip}, "

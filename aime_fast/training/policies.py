@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from aime_fast.config import Config, DataConfig
-from aime_fast.control.actor_critic import Actor
+from aime_fast.control.actor_critic import Actor, Critic
+from aime_fast.control.planner import PlanningPolicy
 from aime_fast.control.policy import WorldModelPolicy
 from aime_fast.errors import CheckpointError, ConfigError
 from aime_fast.training.behaviour import policy_width
@@ -32,6 +33,26 @@ def load_policy(
         actor.load_state_dict(info["actor"])
     actor.to(device).requires_grad_(False)
     return WorldModelPolicy(model.requires_grad_(False), actor, sample), config, info
+
+
+def load_planning_policy(
+    run_or_checkpoint: str | Path, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[PlanningPolicy, Config, dict[str, Any]]:
+    """As `load_policy`, but one that plans, also with the model of a run that is not online: then without a critic.
+
+    `seed`: of torch's global generator, from which the planner draws.
+    """
+    model, config, info = load_model(run_or_checkpoint, device)
+    if config.data.data == "synthetic":
+        raise CheckpointError(f"{info['checkpoint']}: this run's episodes are synthetic, so there is no simulator to plan in")
+    critic = None
+    if info["critic"] is not None:
+        critic = Critic(policy_width(model), config.control.policy_dim)
+        with fitting(info["checkpoint"]):
+            critic.load_state_dict(info["critic"])
+        critic.to(device).requires_grad_(False)
+    torch.manual_seed(seed)
+    return PlanningPolicy(model.requires_grad_(False), critic, discount=config.control.discount), config, info
 
 
 def check_fits(run: str, policy_of: DataConfig, plays: DataConfig) -> None:

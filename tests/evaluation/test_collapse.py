@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from aime_fast.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from aime_fast.config import ControlConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from aime_fast.evaluation.collapse import CHECKS, Watch, replay
 
 HEALTHY = {
@@ -25,6 +25,10 @@ HEALTHY = {
     "validation/probe_context_nats": 0.3,
     "validation/probe_context_db": 0.0,  # one use is enough
     "validation/probe_action_shuffle_ratio": 1.4,
+    "behaviour/action_bias": 0.5,
+    "behaviour/value_size": 300.0,
+    "behaviour/value_limit": 1000.0,
+    "validation/reward_explained": 0.8,
 }
 # what makes a healthy row collapse, and the same just on the other side of the threshold
 CASES = {
@@ -39,6 +43,9 @@ CASES = {
         {"validation/probe_context_nats": 0.009, "validation/probe_context_db": 0.11},
     ),
     "actions_unused": ({"validation/probe_action_shuffle_ratio": 1.04}, {"validation/probe_action_shuffle_ratio": 1.06}),
+    "policy_frozen": ({"behaviour/action_bias": 0.96}, {"behaviour/action_bias": 0.94}),
+    "critic_diverging": ({"behaviour/value_size": 1501.0}, {"behaviour/value_size": 1499.0}),
+    "reward_unknown": ({"validation/reward_explained": -0.01}, {"validation/reward_explained": 0.01}),
 }
 
 
@@ -88,6 +95,6 @@ def test_a_model_that_draws_nothing_is_not_said_to_ignore_its_inputs():
 
 
 def test_every_flag_of_a_remedy_exists():
-    known = {f.name for cls in (DataConfig, ModelConfig, LossConfig, OptimConfig, RunConfig) for f in dataclasses.fields(cls)}
+    known = {f.name for cls in (DataConfig, ModelConfig, LossConfig, OptimConfig, ControlConfig, RunConfig) for f in dataclasses.fields(cls)}
     flags = {flag.replace("-", "_") for _, remedy in CHECKS.values() for flag in re.findall(r"--([a-z-]+)", remedy)}
     assert flags <= known

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def weights(config):
 
 
 def test_it_plays_learns_and_records(whole):
-    rows = [json.loads(line) for line in open(f"{whole.run.run_dir}/metrics.jsonl")]
+    rows = [json.loads(line) for line in Path(whole.run.run_dir, "metrics.jsonl").read_text().splitlines()]
     assert [row["environment_frames"] for row in rows] == [3000, 4000, 5000]
     assert all(np.isfinite(value) for row in rows for value in row.values())
     files = sorted(path.name for path in (GrowingReplay(_folder(whole), whole.data, {}, 5)).folder.iterdir())
@@ -59,8 +60,6 @@ def test_it_plays_learns_and_records(whole):
 
 
 def _folder(config):
-    from pathlib import Path
-
     return Path(config.run.run_dir) / "episodes"
 
 
@@ -74,7 +73,7 @@ def test_a_run_that_was_stopped_in_a_cycle_goes_on_as_if_it_had_not_been(whole, 
         return perceive(self, *arguments)
 
     monkeypatch.setattr(OnlineTrainer, "_perceive", stop_in_the_second)
-    with pytest.raises(Interrupted, match="cycle 1; saved .*--resume"):
+    with pytest.raises(Interrupted, match=r"cycle 1; saved .*--resume"):
         OnlineTrainer(config).train()
     monkeypatch.undo()
     assert len(list(_folder(config).iterdir())) == 4  # the fourth episode is played again
@@ -103,7 +102,7 @@ def test_its_policy_is_loaded_plays_and_records(whole, tmp_path):
     collect([*flags, "--policy", whole.run.run_dir])
     recorded = DMCVBDataset(tmp_path / "actor.h5", 5)
     assert recorded.attributes["policy"] == whole.run.run_dir
-    with pytest.raises(ConfigError, match="--policy .*frame-skip 50, not 8; pass --frame-skip 50"):
+    with pytest.raises(ConfigError, match=r"--policy .*frame-skip 50, not 8; pass --frame-skip 50"):
         collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", whole.run.run_dir])
     with pytest.raises(ConfigError, match="--policy nowhere: expected random, ou, swing, mixed, or the folder"):
         collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", "nowhere"])
