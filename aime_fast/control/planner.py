@@ -42,7 +42,7 @@ def pack(state: State, weight: Tensor | None = None) -> TensorDict:
 
 def unpack(tensordict: TensorDictBase) -> State:
     """The inverse of `pack`, without attention and cache: a state that neither `observe` nor `imagine` takes."""
-    fresh = torch.zeros(tensordict.batch_size, dtype=torch.bool, device=tensordict.device)
+    fresh = torch.zeros(tensordict.batch_size, dtype=torch.bool, device=tensordict["hidden"].device)
     return State(**{name: tensordict[name] for name in FIELDS}, fresh=fresh, attention=None, cache=None)
 
 
