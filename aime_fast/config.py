@@ -195,6 +195,7 @@ class ControlConfig:
     environment_frames: Count = 100_000  # simulator steps in all; an agent step is --frame-skip of them
     seed_episodes: Annotated[int, Bound(3, 1_000_000)] = 10  # episodes of --policy before anything is learnt
     cycle_episodes: Count = 4  # episodes that the actor then plays between updates
+    plays_beside: bool = False  # a second process plays the next cycle's episodes while this one learns, by the policy of the cycle before
     train_ratio: Positive = 8.0  # frames of sequences that updates of the world model replay, for each new frame of an agent step
     seed_train_ratio: Positive = 16.0  # the same for the seed episodes
     latent_updates: Weight = 4.0  # updates of the latent phase for each of those

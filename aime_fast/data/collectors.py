@@ -300,7 +300,7 @@ def _collector(config: DataConfig, seeds: list[tuple[int, int]], make_policy: Ma
                 policy_factory=policies,
                 frames_per_batch=frames * workers,
                 cat_results="stack",
-                init_fn=partial(_begin_worker, os.getpid()),
+                init_fn=partial(begin_worker, os.getpid()),
                 **common,
             )
         except (RuntimeError, OSError, EOFError) as error:
@@ -339,7 +339,7 @@ class _DeferredInterrupts:
         self.received = number
 
 
-def _begin_worker(parent: int) -> None:
+def begin_worker(parent: int) -> None:
     """In a worker: the parent handles SIGINT and shuts the workers down; the system ends them if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":

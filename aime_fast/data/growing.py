@@ -36,12 +36,15 @@ class GrowingReplay:
     def __init__(self, folder: Path, config: DataConfig, attributes: Mapping[str, Any], next_number: int = 0):
         self.folder, self.config, self.attributes, self.next_number = folder, config, attributes, next_number
         folder.mkdir(parents=True, exist_ok=True)
-        for number, path in self.files().items():
+        for number, path in self._found().items():
             if number >= next_number:
                 path.unlink()
 
     def files(self) -> dict[int, Path]:
-        """The episodes by number, oldest first."""
+        """The episodes by number, oldest first; not those that another process is adding."""
+        return {number: path for number, path in self._found().items() if number < self.next_number}
+
+    def _found(self) -> dict[int, Path]:
         return {int(path.stem.removeprefix("episode_")): path for path in sorted(self.folder.glob("episode_*.h5"))}
 
     def add(self, episode: Mapping[str, np.ndarray]) -> None:

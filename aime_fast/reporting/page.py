@@ -46,6 +46,7 @@ def write_report(record: Record, model: Model | str, out: Path) -> Path:
     pictures = _pictures(record, model)
     sections = {
         "Collapse": _collapse(watch, findings),
+        **({"Control": _control(record)} if record.names("play/") else {}),
         "Evaluation": _evaluation(record),
         "What each pillar is worth": _pillars(record),
         "Open-loop prediction": pictures["open_loop"] + _video(record),
@@ -139,6 +140,34 @@ def _evaluation(record: Record) -> str:
     targets = loop.pop("targets", {})
     shown = {name: value for name, value in record.evaluation.items() if name != "probes"} | {"open_loop": loop}
     return f'{old}{targets_table(targets)}<div class="charts">{render(shown)}</div>'
+
+
+def _control(record: Record) -> str:
+    """Returns and what actor and critic have learnt, of an online run, over simulator steps."""
+
+    def chart(title: str, *names: str) -> str:
+        lines = [Line(words(name.rsplit("/", 1)[-1]), *record.series(name, "environment_frames")) for name in names]
+        return line_chart(lines, title, x_label="environment frames")
+
+    charts = (
+        chart("return of the episodes of a cycle, played with noise", "play/return", "play/least_return"),
+        chart("returns in imagination", "behaviour/imagined_return", "behaviour/value_size"),
+        chart("entropy of the actor, nats", "behaviour/entropy"),
+        chart("share of held-out rewards' variance explained", "validation/reward_explained"),
+        chart("largest mean of an action", "behaviour/action_bias"),
+        chart("frames a second", "play/environment_frames_per_second", "perceive/frames_per_second"),
+    )
+    played, command = record.returns, f"python -m aime_fast.evaluate {shlex.quote(str(record.folder))} --returns"
+    if not played:
+        return f'{_missing("no episodes without noise yet; play them with", command)}<div class="charts">{"".join(charts)}</div>'
+    facts = {name: played[name] for name in ("mean", "standard_error", "minimum", "episodes", "environment_frames") if name in played}
+    pictures = imagery.inline_picture(record.folder / "evaluation" / "returns.png") if _has(record, "returns.png") else ""
+    video = imagery.inline_video(record.folder / "evaluation" / "returns.mp4") if _has(record, "returns.mp4") else ""
+    return f'<h3>Episodes without noise</h3>{facts_table(facts.items())}{pictures}{video or ""}<div class="charts">{"".join(charts)}</div>'
+
+
+def _has(record: Record, name: str) -> bool:
+    return (record.folder / "evaluation" / name).is_file()
 
 
 def _pillars(record: Record) -> str:

@@ -23,6 +23,7 @@ class Record:
     facts: dict[str, Any]  # run.json
     config: dict[str, Any]  # config.yaml
     evaluation: dict[str, Any]  # evaluation/evaluation.json
+    returns: dict[str, Any]  # evaluation/returns.json, of an online run
     video: Path | None  # of the evaluation; without one, of training
 
     def samples(self) -> list[Path]:
@@ -53,7 +54,7 @@ NUMBER = (int, float)
 # What the report takes from files that are edited by hand, and its types.
 KINDS: dict[str, dict[str, Any]] = {
     "run.json": {"parameters": NUMBER, "started": str, "device": str, "versions": dict, "resumed": list},
-    "config.yaml": {"data": dict, "model": dict, "loss": dict, "optim": dict, "run": dict},
+    "config.yaml": {"data": dict, "model": dict, "loss": dict, "optim": dict, "control": dict, "run": dict},
     "evaluation/evaluation.json": {
         "step": NUMBER,
         "latent_phase_updates": NUMBER,
@@ -61,6 +62,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "open_loop": dict,
         "probes": dict,
     },
+    "evaluation/returns.json": dict.fromkeys(("mean", "standard_error", "minimum", "episodes", "environment_frames"), NUMBER),
 }
 
 
@@ -107,5 +109,6 @@ def read_record(folder: str | Path) -> Record:
         facts=read("run.json", json.loads),
         config=read("config.yaml", yaml.safe_load),
         evaluation=read("evaluation/evaluation.json", json.loads),
+        returns=read("evaluation/returns.json", json.loads),
         video=next((path for path in videos if path.is_file()), None),
     )

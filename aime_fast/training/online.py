@@ -15,7 +15,6 @@ import dataclasses
 import math
 import time
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ import torch
 from aime_fast.bounds import check
 from aime_fast.config import PICTURE_SHARE, Config, to_dict
 from aime_fast.control.policy import WorldModelPolicy
-from aime_fast.data.collectors import NoisePolicy, play_episodes, recording_attributes
+from aime_fast.data.collectors import NoisePolicy, recording_attributes
 from aime_fast.data.environments import describe_task, probe_renderer
 from aime_fast.data.growing import GrowingReplay
 from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
@@ -38,6 +37,7 @@ from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import CONTEXT, MEASURED, LatentPhase, LatentReplay, trained_modules
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
+from aime_fast.training.playing import Played, SecondPlayer, record
 from aime_fast.training.schedules import Schedules
 from aime_fast.training.settings import default_run_dir
 from aime_fast.training.step import TrainingStep
@@ -107,7 +107,9 @@ class OnlineTrainer:
         self.training_step = TrainingStep(self.model, config, self.compile)
         self.ema = self.training_step.ema.model
         self.behaviour = Behaviour(self.ema, config.control)
-        self.cycle = self.step = self.joint = self.frames = 0
+        self.cycle = self.step = self.joint = self.frames = self.resumed_cycle = 0
+        self.second = SecondPlayer(self.replay, run.seed) if config.control.plays_beside else None
+        self.acting: Path | None = None  # the checkpoint whose policy plays the next episodes beside
         self.seconds, self.latent_phase, self.logged = 0.0, {}, None
         self.returns: list[float] = []
         self.stop = StopSignals()
@@ -145,7 +147,8 @@ class OnlineTrainer:
     def _run_cycle(self) -> dict[str, float]:
         """One cycle; returns what is logged of it."""
         self._seed(0)
-        frames, row = self._play()
+        played = self._play()
+        row = played.row(self.config.data.frame_skip)
         batches, validation = self.replay.batches(self.config.run.seed + self.cycle, self.device)
         try:
             if self.cycle == 0:
@@ -154,7 +157,7 @@ class OnlineTrainer:
                 self.schedules = Schedules(self.optim, max(1.0, batches.steps_per_epoch), self.planned)
             control, data = self.config.control, self.config.data
             ratio = control.train_ratio if self.cycle else control.seed_train_ratio
-            steps = max(1, round(ratio * frames / (data.batch_size * data.sequence_length)))
+            steps = max(1, round(ratio * played.frames / (data.batch_size * data.sequence_length)))
             for part, learn in enumerate((self._perceive, self._predict_and_act), 1):
                 self._seed(part)
                 row |= learn(batches, validation, steps)
@@ -174,34 +177,28 @@ class OnlineTrainer:
         )
         return row
 
-    def _play(self) -> tuple[int, dict[str, float]]:
-        """Adds episodes to the replay; returns (agent steps, what is logged)."""
-        began, data = time.perf_counter(), self.config.data
-        first = self.cycle == 0
-        count = self.config.control.seed_episodes if first else self.config.control.cycle_episodes
-        policy = WorldModelPolicy(self.ema, self.behaviour.actor)
-        make_policy = partial(NoisePolicy, data.policy, self.action_dim) if first else lambda seed: policy
-        returns, frames = [], 0
-        episodes = play_episodes(data, make_policy, self.config.run.seed, self.replay.next_number)
-        try:
-            for episode in islice(episodes, count):
-                self._stop_if_asked()
-                self.replay.add(episode)
-                frames += len(episode["action"])
-                returns.append(float(episode["reward"].sum()))
-        finally:
-            episodes.close()
-        self.frames += frames
-        self.returns = returns
-        if len(set(returns)) == 1:
-            same = f"every episode of cycle {self.cycle} has the return {returns[0]:g}"
+    def _play(self) -> Played:
+        """The episodes of this cycle, which are in the replay then."""
+        control, data = self.config.control, self.config.data
+        if self.cycle == 0:
+            noise = partial(NoisePolicy, data.policy, self.action_dim)
+            played = record(self.replay, noise, self.config.run.seed, control.seed_episodes, self._stop_if_asked)
+        elif self.second is None or self.cycle == 1:
+            policy = WorldModelPolicy(self.ema, self.behaviour.actor)
+            played = record(self.replay, lambda seed: policy, self.config.run.seed, control.cycle_episodes, self._stop_if_asked)
+        else:
+            if self.cycle == self.resumed_cycle:
+                self.second.begin(self.acting, control.cycle_episodes)
+            played = self.second.finish(self._stop_if_asked)
+        if self.second is not None and self.cycle > 0:
+            self.acting = self.saved
+            self.second.begin(self.acting, control.cycle_episodes)
+        self.frames += played.frames
+        self.returns = played.returns
+        if len(set(played.returns)) == 1:
+            same = f"every episode of cycle {self.cycle} has the return {played.returns[0]:g}"
             self.console.line(f"{same}: without rewards that differ nothing is learnt; record more with --seed-episodes")
-        seconds = time.perf_counter() - began
-        speed = frames * data.frame_skip / seconds
-        return frames, {
-            "play/return": sum(returns) / len(returns), "play/least_return": min(returns), "play/seconds": seconds,
-            "play/environment_frames_per_second": speed,
-        }  # fmt: skip
+        return played
 
     def _perceive(self, batches, validation, steps: int) -> dict[str, float]:
         """Picture steps, then joint updates."""
@@ -280,7 +277,7 @@ class OnlineTrainer:
         state = {
             "epoch": 0.0, "cycle": self.cycle, "joint": self.joint, "frames": self.frames, "seconds": self.seconds,
             "returns": self.returns, "episodes": self.replay.next_number, "logged": self.logger.rows,
-            "latent_phase": None, "latents": self.latent_phase, "behaviour": self.behaviour.state_dict(),
+            "acting": str(self.acting or ""), "latent_phase": None, "latents": self.latent_phase, "behaviour": self.behaviour.state_dict(),
             "updates_per_epoch": self.schedules.updates_per_epoch,
             "picture_steps": 0, "action_dim": self.action_dim, "config": to_dict(config),
             "split": {part: list(names) for part, names in self.replay.split(dropped)._asdict().items()},
@@ -298,7 +295,11 @@ class OnlineTrainer:
             self.behaviour.load_state_dict(state["behaviour"])
             self.cycle, self.joint, self.frames, self.step = (int(state[name]) for name in ("cycle", "joint", "frames", "step"))
             self.seconds, self.returns, self.latent_phase = float(state["seconds"]), list(state["returns"]), state["latents"]
-            self.logged = state["logged"]
+            self.logged, self.resumed_cycle, self.acting = state["logged"], self.cycle, Path(state["acting"])
+            if self.second is not None and self.cycle > 1 and not self.acting.is_file():
+                raise CheckpointError(
+                    f"--resume: {self.acting}, by whose policy the next episodes are played, is missing; add --no-plays-beside"
+                )
             self.schedules = Schedules(self.optim, float(state["updates_per_epoch"]), self.planned)
 
     def _open(self, wanted: int) -> None:
@@ -318,7 +319,7 @@ class OnlineTrainer:
         )
 
     def _close(self) -> None:
-        for opened in (getattr(self, "console", None), getattr(self, "logger", None)):
+        for opened in (self.second, getattr(self, "console", None), getattr(self, "logger", None)):
             if opened is not None:
                 opened.close()
         self.lock.release()

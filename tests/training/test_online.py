@@ -169,3 +169,27 @@ def test_a_run_on_recorded_data_has_no_policy(tmp_path):
     DMCVBTrainer(dataclasses.replace(config, data=data, run=run)).train()
     with pytest.raises(CheckpointError, match="has no policy; train one with"):
         load_policy(tmp_path / "run")
+
+
+def test_episodes_played_beside_are_the_same_whatever_is_stopped_or_dies(tmp_path, monkeypatch):
+    """A second process plays by the policy of the cycle before; a run stopped in its third cycle, and one whose player is killed once."""
+    plain = config_of(tmp_path / "plain", plays_beside=True, environment_frames=6000)
+    OnlineTrainer(plain).train()
+    config = config_of(tmp_path / "stopped", plays_beside=True, environment_frames=6000)
+    perceive = OnlineTrainer._perceive
+
+    def disturb(self, *arguments):
+        if self.cycle == 1:
+            for process in self.second._pool._processes.values():
+                process.kill()
+        if self.cycle == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return perceive(self, *arguments)
+
+    monkeypatch.setattr(OnlineTrainer, "_perceive", disturb)
+    with pytest.raises(Interrupted):
+        OnlineTrainer(config).train()
+    monkeypatch.undo()
+    OnlineTrainer(resumed(config)).train()
+    one, other = weights(plain), weights(config)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
