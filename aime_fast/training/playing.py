@@ -83,7 +83,7 @@ class SecondPlayer:
         self._submit()
 
     def finish(self, asked_to_stop: Callable[[], None]) -> Played:
-        """Waits for the episodes, which then belong to the replay. Raises DataError if the process dies twice, and what it raised itself."""
+        """Waits for the episodes, which then belong to the replay. Raises DataError if the process dies twice, and its own errors."""
         for last in (False, True):
             try:
                 while not self._result.done():

@@ -95,6 +95,8 @@ def test_a_model_that_draws_nothing_is_not_said_to_ignore_its_inputs():
 
 
 def test_every_flag_of_a_remedy_exists():
-    known = {f.name for cls in (DataConfig, ModelConfig, LossConfig, OptimConfig, ControlConfig, RunConfig) for f in dataclasses.fields(cls)}
+    known = {
+        f.name for cls in (DataConfig, ModelConfig, LossConfig, OptimConfig, ControlConfig, RunConfig) for f in dataclasses.fields(cls)
+    }
     flags = {flag.replace("-", "_") for _, remedy in CHECKS.values() for flag in re.findall(r"--([a-z-]+)", remedy)}
     assert flags <= known
