@@ -1,4 +1,4 @@
-"""Measure: `python -m profiling.bench kernels|train|data|collect|learning|pillars [OPTION ...]`; each has a --help of its own."""
+"""Measure: `python -m profiling.bench kernels|train|data|collect|learning|control|pillars [OPTION ...]`; each has a --help of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ BENCHES = {
     "train": "the training step by tier, precision, kernels and compile mode",
     "data": "the loader, with prefetch and without",
     "learning": "what ours and a peer learn in the same processor time",
+    "control": "what ours and a peer learn to do in the same processor time",
     "pillars": "what each pillar is worth, by runs without it",
     "collect": "recording episodes of a dm_control task",
 }

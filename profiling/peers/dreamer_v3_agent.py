@@ -6,9 +6,9 @@ continuation. Losses (`DreamerV3Loss`: of model, actor, imagined and replayed va
 state from frame to frame (`RSSMStateEstimatorV3`) are those of torchrl 0.14. Written out here is what it lacks: an actor of bounded normals
 (its example has one, its package only the discrete one), replay by episodes, and a policy that keeps its state.
 
-Rows are those of `DreamerV3.sequences`: with each frame the action and the reward that led to it, and zeros with the first of an episode. A
-sequence is cut anywhere in an episode and starts from an empty state. The frame after the last action of an episode is not recorded, so that
-an episode that ends early does not show it; those of dm_control end by their time limit.
+Rows are those of `DreamerV3.sequences`: with each frame the action and the reward that led to it, zeros with the first of an episode. A
+sequence is cut anywhere in an episode and starts from an empty state. The frame after the last action of an episode is not recorded, so
+every frame is one that goes on: right for dm_control, whose episodes end by their time limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from profiling.peers.dreamer_v3 import REWARD_BINS, UNIMIX, DreamerV3Config, WorldModel
+from profiling.peers.dreamer_v3 import REWARD_BINS, UNIMIX, DreamerV3Config, WorldModel, lead_to
 
 LEAST_STD, MOST_STD = 0.1, 1.0  # of an action
 
@@ -66,9 +66,7 @@ class BoundedNormal(nn.Module):
         super().__init__()
         from torchrl.modules import DreamerV3MLP
 
-        self.layers = DreamerV3MLP(
-            features, 2 * action_dim, depth=config.behaviour_layers, num_cells=config.hidden_dim, outscale=0.01
-        )
+        self.layers = DreamerV3MLP(features, 2 * action_dim, depth=config.behaviour_layers, num_cells=config.hidden_dim, outscale=0.01)
 
     def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
         mean, spread = self.layers(state, belief).chunk(2, -1)
@@ -86,12 +84,10 @@ class DreamerV3Agent(nn.Module):
 
     Attributes: updates: made.
 
-    Raises ModuleNotFoundError without torchrl.
-
     Example:
         >>> agent = DreamerV3Agent(64, 1, seed=0)
         >>> agent.update(replay.draw(16, 16))
-        >>> action = agent.policy()(TensorDict({"pixels": pixels, "is_init": is_init}))["action"]
+        >>> action = agent.policy()(frame)["action"]
     """
 
     def __init__(self, image_size: int, action_dim: int, seed: int = 0, config: DreamerV3AgentConfig | None = None):
@@ -149,7 +145,7 @@ class DreamerV3Agent(nn.Module):
                 distribution_class=IndependentNormal,
             ),
         )  # fmt: skip
-        critic = DreamerV3MLP(features, REWARD_BINS, depth=config.behaviour_layers, num_cells=config.hidden_dim, outscale=0.0)
+        critic = DreamerV3MLP(features, REWARD_BINS, config.behaviour_layers, config.hidden_dim, outscale=0.0)
         value = Sequential(
             Module(critic, in_keys=latent, out_keys=["state_value_logits"]),
             Module(SymExpTwoHot(REWARD_BINS), in_keys=["state_value_logits"], out_keys=["state_value"]),
@@ -189,9 +185,9 @@ class DreamerV3Agent(nn.Module):
 
 
 class DreamerV3Policy(TensorDictModuleBase):
-    """Acts frame by frame, as `aime_fast.control.policy.FramePolicy`: same keys and shapes; state and last action are forgotten at `is_init`.
+    """Acts frame by frame, as `aime_fast.control.policy.FramePolicy` does. State and last action are forgotten wherever `is_init` is true.
 
-    Latents are sampled, as TorchRL's estimator does it. Args: sample: actions with the actor's noise; else their mean.
+    Args: sample: actions with the actor's noise; else their mean. Latents are sampled in any case, as TorchRL's estimator does it.
     """
 
     def __init__(self, agent: DreamerV3Agent, sample: bool):
@@ -222,7 +218,7 @@ class DreamerV3Policy(TensorDictModuleBase):
 
 
 class EpisodeReplay:
-    """Whole episodes in memory, and sequences cut from them, each frame as likely as any other but for those near the ends."""
+    """Whole episodes in memory, and sequences cut from them: any of a length is as likely as any other."""
 
     def __init__(self, seed: int):
         self.episodes: list[TensorDict] = []
@@ -230,15 +226,9 @@ class EpisodeReplay:
 
     def add(self, episode: dict[str, np.ndarray]) -> None:
         """Adds an episode as `play_episodes` yields it."""
-        before = {name: np.concatenate([episode[name][:1] * 0, episode[name][:-1]]) for name in ("action", "reward")}
-        ended = np.concatenate([[False], episode["discount"][:-1] == 0])
-        length = len(ended)
-        following = {
-            "pixels": torch.from_numpy(episode["pixels"]).permute(0, 3, 1, 2).contiguous(),
-            "reward": torch.from_numpy(before["reward"])[:, None], "terminated": torch.from_numpy(ended)[:, None],
-            "done": torch.from_numpy(ended)[:, None],
-        }  # fmt: skip
-        self.episodes.append(TensorDict({"action": torch.from_numpy(before["action"]), "next": following}, batch_size=[length]))
+        pixels, action, reward = (torch.from_numpy(episode[name]) for name in ("pixels", "action", "reward"))
+        following = {"pixels": pixels.permute(0, 3, 1, 2).contiguous(), "reward": lead_to(reward[None, :, None])[0]}
+        self.episodes.append(TensorDict({"action": lead_to(action[None])[0], "next": following}, batch_size=[len(action)]))
 
     def mean_frame(self) -> Tensor:
         """[3, H, W] in [-1, 1]."""
@@ -253,7 +243,6 @@ class EpisodeReplay:
         for number in self._random.choice(len(places), count, p=places / places.sum()):
             begin = int(self._random.integers(places[number]))
             rows.append(self.episodes[number][begin : begin + length])
-        batch = torch.stack(rows)
-        start = torch.zeros(count, length, 1, dtype=torch.bool)
-        start[:, 0] = True
-        return batch.set("is_init", start)
+        no = torch.zeros(count, length, 1, dtype=torch.bool)
+        start = torch.arange(length)[:, None].eq(0).expand_as(no)
+        return torch.stack(rows).update({"is_init": start, "next": {"terminated": no, "done": no}})
