@@ -1,4 +1,4 @@
-"""Measure: `python -m profiling.bench kernels|train|data|collect|learning|control|pillars [OPTION ...]`; each has a --help of its own."""
+"""Measure: `python -m profiling.bench WHAT [OPTION ...]`, see `BENCHES`; each has a --help of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 BENCHES = {
     "kernels": "each kernel against eager PyTorch, torch.compile and the best public peer",
     "train": "the training step by tier, precision, kernels and compile mode",
+    "imagine": "imagined steps in latent space, ours and TorchRL's RSSM",
     "data": "the loader, with prefetch and without",
     "learning": "what ours and a peer learn in the same processor time",
     "control": "what ours and a peer learn to do in the same processor time",

@@ -13,6 +13,7 @@ from aime_fast.control.actor_critic import Actor, Critic, act_in_imagination, la
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.sequence import Latents, predict_latents
 from aime_fast.layers import starts
+from aime_fast.runtime.cuda_graph import Captured
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.faults import Faults
@@ -45,12 +46,12 @@ def states_of(model: nn.Module, pieces: Latents, burn_in: int = BURN_IN) -> Stat
 class Behaviour:
     """Actor, critic and its slow average, their optimizers and the range of returns.
 
-    Args: model: world model in eval mode, without gradients; control: settings.
+    Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph.
 
     Attributes: updates: made.
     """
 
-    def __init__(self, model: nn.Module, control: ControlConfig):
+    def __init__(self, model: nn.Module, control: ControlConfig, captures: bool = False):
         self.model, self.control = model, control
         device = model.decoder.background.device
         width = policy_width(model)
@@ -64,22 +65,29 @@ class Behaviour:
         self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
         self.range = torch.zeros((), device=device)
         self.faults = Faults(TERMS, device)
+        self._update = Captured(self._learn, device) if captures else self._learn
         self.updates = 0
 
     def update(self, pieces: Latents) -> dict[str, Tensor]:
         """One update from pieces [B, BURN_IN + PER_PIECE] of episodes; one whose losses or gradients are not finite changes nothing.
 
         Returns: scalars by name: losses and gradient norms; imagined_return, imagined_reward; entropy; range, of the returns; action_bias,
-        the largest mean of an action; value_size, the mean size of values; value_limit, the value of the largest reward in every step.
+        the largest mean of an action; value_size, the mean size of values; value_limit, the value of the largest reward in every step. A
+        captured update overwrites them at the next one.
         """
+        self.updates += 1
+        return self._update(pieces)
+
+    def _learn(self, pieces: Latents) -> dict[str, Tensor]:
+        """What `update` does; reads nothing back to the host."""
         c = self.control
         imagined = act_in_imagination(self.model, self.actor, states_of(self.model, pieces), c.imagination_horizon)
         discounts = c.discount * imagined.goes_on
         returns = lambda_returns(imagined.rewards, discounts, self.slow.value(imagined.features[1:]), c.return_decay)
         weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # the chance that one comes so far
-        low, high = returns.detach().flatten().quantile(torch.tensor(RANGE, device=returns.device)).unbind()
+        low, high = (returns.detach().flatten().quantile(share) for share in RANGE)
         found = (high - low).clamp_min(1.0)
-        scale = found if self.updates == 0 else self.range.lerp(found, RANGE_RATE)
+        scale = torch.where(self.range == 0, found, self.range.lerp(found, RANGE_RATE))
         actor_loss = -(weight * (returns / scale - c.actor_entropy * imagined.log_probs)).mean()
         logits = self.critic(imagined.features[:-1].detach())
         critic_loss = (weight * self.critic.two_hot.nll(logits, returns)).mean()
@@ -91,7 +99,6 @@ class Behaviour:
             adam.update(gradient * clip_factor(norm, CLIP), rate, finite)
         self.range.copy_(torch.where(finite, scale, self.range))
         self._slow.flat.lerp_(self._arenas[1].flat, (1 - c.critic_decay) * finite)
-        self.updates += 1
         return measured | {
             "imagined_return": returns.detach().mean(), "imagined_reward": imagined.rewards.detach().mean(),
             "entropy": -imagined.log_probs.detach().mean(), "range": self.range.clone(),

@@ -30,7 +30,7 @@ from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.outcomes import explained_reward
 from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.lock import FolderLock
-from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
+from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
 from aime_fast.training.behaviour import BURN_IN, PER_PIECE, Behaviour
 from aime_fast.training.interrupts import StopSignals
@@ -106,7 +106,8 @@ class OnlineTrainer:
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.action_dim).to(self.device)
         self.training_step = TrainingStep(self.model, config, self.compile)
         self.ema = self.training_step.ema.model
-        self.behaviour = Behaviour(self.ema, config.control)
+        self.captures = WAYS[self.compile].captured
+        self.behaviour = Behaviour(self.ema, config.control, self.captures)
         self.cycle = self.step = self.joint = self.frames = self.resumed_cycle = 0
         self.second = SecondPlayer(self.replay, run.seed) if config.control.plays_beside else None
         self.acting: Path | None = None  # the checkpoint whose policy plays the next episodes beside
@@ -230,12 +231,13 @@ class OnlineTrainer:
         length = max(CONTEXT + self.optim.latent_phase_frames, BURN_IN + PER_PIECE)
         training, held_out = (LatentReplay(self.ema, part, length) for part in (batches, validation))
         inferred = time.perf_counter()
-        phase = LatentPhase(self.ema, training, held_out, self.optim, self.config.run.seed)
+        phase = LatentPhase(self.ema, training, held_out, self.optim, self.config.run.seed, self.captures)
         if self.latent_phase:
             phase.load_state_dict(self.latent_phase)
         for _ in range(min(round(control.latent_updates * steps), phase.updates - phase.made)):
             self._stop_if_asked()
             phase.update()
+        phase.check()
         measured = phase.measure()
         phase.close()
         self.latent_phase = phase.state_dict()

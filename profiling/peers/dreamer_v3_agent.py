@@ -101,14 +101,14 @@ class DreamerV3Agent(nn.Module):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.world_model = ActingWorldModel(image_size, action_dim, c)
-            self.actor, self.value, environment, continuation = self._build()
+            self.actor, self.value, self.environment, continuation = self._build()
         model = DreamerV3ModelLoss(
             self.world_model, lambda_reco=c.lambda_reco, lambda_continue=1.0, kl_mode="separate", lambda_dynamic=1.0,
             lambda_representation=0.1, unimix=UNIMIX, free_bits=c.free_nats, reco_symlog=False, num_reward_bins=REWARD_BINS,
             detach_output=False,
         )  # fmt: skip
         actor = DreamerV3ActorLoss(
-            self.actor, self.value, environment, continuation_model=continuation, imagination_horizon=c.horizon,
+            self.actor, self.value, self.environment, continuation_model=continuation, imagination_horizon=c.horizon,
             entropy_bonus=c.entropy, use_reinforce=c.reinforce,
         )  # fmt: skip
         actor.make_value_estimator(ValueEstimators.TDLambda, gamma=c.discount, lmbda=c.return_decay)
