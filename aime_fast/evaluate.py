@@ -197,10 +197,10 @@ def evaluate_returns(options: EvaluateConfig, run: str) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "returns.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     write_returns(policy, episodes, out, options.context, options.horizon)
-    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.0f}"
+    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.0f} (standard error)"
     print(
         f"{result['checkpoint']}: {data.domain} {data.task}, {info['environment_frames']} environment frames, return of {len(episodes)} "
-        f"episodes of the {'planner' if plans else 'actor'} {result['mean']:.0f}{error} (standard error), least {result['minimum']:.0f}"
+        f"episodes of the {'planner' if plans else 'actor'} {result['mean']:.0f}{error}, least {result['minimum']:.0f}"
     )
     print(f"written to {out}: returns.json, returns.mp4, returns.png")
     return result

@@ -101,10 +101,13 @@ class OnlineTrainer:
         attributes = recording_attributes(config.data, run.seed, self.action_dim, positions, backend, "actor")
         self.replay = GrowingReplay(self.run_dir / "episodes", config.data, attributes, resumed["episodes"] if resumed else 0)
         self.planned = _planned_steps(config, self.longest)
-        self.optim = dataclasses.replace(config.optim, latent_phase_updates=max(1, round(config.control.latent_updates * self.planned)))
+        self.optim = dataclasses.replace(
+            config.optim, latent_phase_updates=max(1, round(config.control.latent_updates * self.planned)),
+            latent_phase_frames=config.control.imagination_horizon, ema_decay=config.control.average_decay,
+        )  # fmt: skip
         torch.manual_seed(run.seed)
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.action_dim).to(self.device)
-        self.training_step = TrainingStep(self.model, config, self.compile)
+        self.training_step = TrainingStep(self.model, dataclasses.replace(config, optim=self.optim), self.compile)
         self.ema = self.training_step.ema.model
         self.captures = WAYS[self.compile].captured
         self.behaviour = Behaviour(self.ema, config.control, self.captures)
