@@ -123,8 +123,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     Args: inferred, each sequence of one episode; frames, from 1 to T - 1; attends: score attention too, at more than the cost of
     all the rest; sample: the imagined latents.
 
-    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; of reward and continuation `outcome` and
-    `outcome_rolled_out`; and where it attends `attention`, `attention_rolled_out` and `seeds`. All but the last are nats a frame.
+    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; of reward and continuation `outcome` and, where
+    nothing is sampled, `outcome_rolled_out`; where it attends `attention`, `attention_rolled_out` and `seeds`. All but the last are nats
+    a frame.
     """
     batch, length = inferred.mean.shape[:2]
     latents = sample_latents(inferred.mean, inferred.logvar, True)
@@ -148,7 +149,8 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
-    targets = Targets(latents, inferred.attention, inferred.actions, (inferred.reward, inferred.discount))
+    brought = None if sample else (inferred.reward, inferred.discount)  # what was recorded is not what a sample brings
+    targets = Targets(latents, inferred.attention, inferred.actions, brought)
     scores, *_ = imagine_and_score(model, state, first, frames, targets, attends, sample)
     names = {"latent": "rolled_out", "outcome": "outcome_rolled_out", "attention": "attention_rolled_out"}
     return terms | {names[name]: score.mean() for name, score in scores.items()}

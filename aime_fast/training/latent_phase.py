@@ -34,7 +34,7 @@ CONTEXT = 8  # observed frames before the first imagined one, at most: as many a
 ATTENDS_EVERY = 7  # one update in this many, odd, so with and without samples, scores attention too, on a quarter of the pieces: it is dear
 WARMUP = 20  # updates in which the learning rate rises
 FIRST_SHARE = 0.15  # of the frames, imagined in the first update
-ALL_FROM = 0.6  # share of the updates after which all frames are imagined
+ALL_FROM = 0.6  # share of the updates after which all frames are imagined, where nothing else is said
 STAGES = 6  # numbers of imagined frames in between
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
@@ -133,17 +133,21 @@ class LatentPhase:
         optim: its fields `latent_phase_*` are read.
         seed: of all random numbers.
         captures: each kind of update is a CUDA graph, and the host learns of what is not finite in `check` alone.
+        all_from: updates after which all frames are imagined; None: `ALL_FROM` of all updates.
+        least_rate: share of the learning rate below which it does not fall.
 
     Attributes: made: updates made; updates: to be made.
     """
 
     def __init__(
-        self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig, seed: int = 0, captures: bool = False
-    ):
+        self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig, seed: int = 0, captures: bool = False,
+        all_from: int | None = None, least_rate: float = 0.0,
+    ):  # fmt: skip
         self.model, self.training, self.held_out, self.seed = model, training, held_out, seed
         self.made, self.updates = 0, optim.latent_phase_updates
         self.batch, self.frames = optim.latent_phase_batch_size, optim.latent_phase_frames
-        self.learning_rate = optim.latent_phase_learning_rate
+        self.learning_rate, self.least_rate = optim.latent_phase_learning_rate, least_rate
+        self.all_from = ALL_FROM * self.updates if all_from is None else all_from
         self.modules = trained_modules(model).requires_grad_(True)
         arena = Arena(self.modules.parameters())
         self._row = GradientRows(arena, 1)
@@ -154,7 +158,7 @@ class LatentPhase:
 
     def update(self) -> None:
         """One update of the weights. Raises NonFiniteError as `check`, unless updates are captured."""
-        falling = 0.5 * (1 + math.cos(math.pi * self.made / self.updates))
+        falling = max(self.least_rate, 0.5 * (1 + math.cos(math.pi * min(1.0, self.made / self.updates))))
         rate = torch.full((), self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling, device=self.training.device)
         kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
         with self._random_numbers(self.made + 1):
@@ -186,11 +190,11 @@ class LatentPhase:
             )
 
     def _imagined(self) -> int:
-        """Frames that this update imagines: few at first, which shows what an action does, all of them from `ALL_FROM` on.
+        """Frames that this update imagines: few at first, which shows what an action does, all of them after `all_from` updates.
 
         Their number grows in steps, since each has graphs of its own.
         """
-        share = min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * self.made / (ALL_FROM * self.updates))
+        share = min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * self.made / max(1, self.all_from))
         step = math.ceil(self.frames / STAGES)
         return min(self.frames, max(1, round(share * self.frames / step)) * step) if share < 1 else self.frames
 

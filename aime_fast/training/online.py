@@ -44,6 +44,7 @@ from aime_fast.training.step import TrainingStep
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 MAX_SKIPS = 20  # updates that were not finite, in a row
+LEAST_LATENT_RATE = 0.2  # of the latent phase, as a share of its first: there are new episodes to the end
 SHOWN = ("play/return", "behaviour/imagined_return", "behaviour/entropy", "validation/reward_explained", "validation/psnr")
 
 
@@ -100,7 +101,8 @@ class OnlineTrainer:
             )
         attributes = recording_attributes(config.data, run.seed, self.action_dim, positions, backend, "actor")
         self.replay = GrowingReplay(self.run_dir / "episodes", config.data, attributes, resumed["episodes"] if resumed else 0)
-        self.planned = _planned_steps(config, self.longest)
+        self.planned, seed_steps = _planned_steps(config, self.longest)
+        self.all_from = round(config.control.latent_updates * seed_steps)  # the actor imagines all frames from the first cycle on
         self.optim = dataclasses.replace(
             config.optim, latent_phase_updates=max(1, round(config.control.latent_updates * self.planned)),
             latent_phase_frames=config.control.imagination_horizon, ema_decay=config.control.average_decay,
@@ -234,10 +236,10 @@ class OnlineTrainer:
         length = max(CONTEXT + self.optim.latent_phase_frames, BURN_IN + PER_PIECE)
         training, held_out = (LatentReplay(self.ema, part, length) for part in (batches, validation))
         inferred = time.perf_counter()
-        phase = LatentPhase(self.ema, training, held_out, self.optim, self.config.run.seed, self.captures)
+        phase = LatentPhase(self.ema, training, held_out, self.optim, self.config.run.seed, self.captures, self.all_from, LEAST_LATENT_RATE)
         if self.latent_phase:
             phase.load_state_dict(self.latent_phase)
-        for _ in range(min(round(control.latent_updates * steps), phase.updates - phase.made)):
+        for _ in range(round(control.latent_updates * steps)):
             self._stop_if_asked()
             phase.update()
         phase.check()
@@ -330,10 +332,10 @@ class OnlineTrainer:
         self.lock.release()
 
 
-def _planned_steps(config: Config, longest: int) -> int:
-    """Updates of the world model that the run will make, about, where no episode ends early."""
+def _planned_steps(config: Config, longest: int) -> tuple[int, int]:
+    """Updates of the world model that the run will make, about, and those of its first cycle, where no episode ends early."""
     control, data = config.control, config.data
-    total = control.environment_frames / data.frame_skip
+    total, batch = control.environment_frames / data.frame_skip, data.batch_size * data.sequence_length
     seeds = min(total, control.seed_episodes * longest)
-    replayed = control.seed_train_ratio * seeds + control.train_ratio * (total - seeds)
-    return max(1, round(replayed / (data.batch_size * data.sequence_length)))
+    first = control.seed_train_ratio * seeds / batch
+    return max(1, round(first + control.train_ratio * (total - seeds) / batch)), round(first)
