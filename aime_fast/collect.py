@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     shared = {field.name: getattr(data, field.name) for field in dataclasses.fields(Collection) if hasattr(data, field.name)}
     description = "Record episodes of a dm_control task into one HDF5 file."
     options = parse_arguments(Collection, PROG, description, argv, default=Collection(tier=tier, **shared))
-    recorded = options.policy not in get_args(NoiseKind)
-    shared = {name: getattr(options, name) for name in shared} | ({"policy": data.policy} if recorded else {})
+    acts = options.policy not in get_args(NoiseKind)
+    shared = {name: getattr(options, name) for name in shared} | ({"policy": data.policy} if acts else {})
     config: DataConfig = dataclasses.replace(data, **shared)
-    make_policy = _policy_of(options.policy, config) if recorded else None
+    make_policy = _policy_of(options.policy, config) if acts else None
     out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
 
     from aime_fast.data import DMCVBDataset, collect
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if left.exists() and not (options.overwrite or options.resume):
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
-        name = options.policy if recorded else None
+        name = options.policy if acts else None
         collect(config, options.seed, out, options.progress, options.resume, make_policy, name)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "render_quality")}

@@ -1,7 +1,7 @@
 """Evaluate runs on their test episodes: `python -m aime_fast.evaluate RUN_OR_CHECKPOINT ... [--context 8 --horizon 50 --samples 10 ...]`.
 
 Writes evaluation.json, prediction.png and prediction.mp4 of each run, and prints the tables; of several runs also mean and spread. With
---returns the policy of an online run plays: returns.json, returns.mp4 and returns.png.
+--returns the policy of an online run plays, or with --policy plan a planner: returns.json, returns.mp4 and returns.png.
 docs/evaluation.md says what each number means.
 """
 
@@ -73,6 +73,8 @@ def evaluate(options: EvaluateConfig) -> dict:
     if not runs or len(folders) < len(runs):
         raise ConfigError("give one run, or several in different folders: each is written into evaluation/ of its folder")
     if options.returns:
+        if options.out and len(runs) > 1:
+            raise ConfigError(f"--out {options.out}: with --returns each run is written into evaluation/ of its own folder; leave it out")
         return {run: evaluate_returns(options, run) for run in runs}
     if len(runs) == 1:
         return evaluate_run(options, runs[0], options.out)
@@ -178,14 +180,17 @@ def evaluate_returns(options: EvaluateConfig, run: str) -> dict:
     """
     from aime_fast.evaluation.returns import play, summarise_returns, write_returns
     from aime_fast.runtime.files import write_text
-    from aime_fast.runtime.machine import choose_device, choose_kernels
+    from aime_fast.runtime.machine import choose_device, choose_kernels, choose_tf32
     from aime_fast.runtime.provenance import git_commit, version
     from aime_fast.training.policies import load_planning_policy, load_policy
 
+    if not options.ema:
+        raise ConfigError("--no-ema: an actor acts by what the averaged weights infer; leave it out")
     device = choose_device(options.device)
     choose_kernels(None)
     plans = options.policy == "plan"
     policy, config, info = load_planning_policy(run, device, options.seed) if plans else load_policy(run, device)
+    choose_tf32(config.run.tf32, config.run.precision)
     data = config.data
     episodes = play(policy, data, options.episodes or 10, options.seed)
     result = {

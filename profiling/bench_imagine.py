@@ -2,7 +2,8 @@
 
 Both have the widths of the tier (h of the LSTM and of the GRU, and all hidden layers), untrained weights, the same number of starts and
 actions, and an actor of their own. A row is of roll-outs alone, or of roll-outs and the actor's gradient of the imagined rewards. They take
-turns in one process; the figures are medians of rounds, with the 20th and 80th percentile. A captured row, with CUDA, replays one graph.
+turns in one process; the figures are medians of rounds, with the 20th and 80th percentile. On a CPU alone: a GPU needs the captured
+update, which `aime_fast.train --online --compile` has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from aime_fast.training.behaviour import policy_width
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from profiling.machine import describe, title
 from profiling.rows import spread, write_rows
-from profiling.steps import synchronize
 
 ACTIONS = 1  # A
 
@@ -35,7 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--horizon", type=int, default=15, metavar="H", help="actions imagined; default 15")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default 20")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the rows here, each with machine, versions, commit and command")
 
 
@@ -44,20 +43,16 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     for name in ("starts", "horizon", "rounds"):
         if getattr(options, name) < 1:
             usage_error(f"--{name} {getattr(options, name)}: expected at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        usage_error("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = torch.device("cpu")
     print(f"{title(device)}\n{'tier':<6}{'model':<14}{'gradient':<10}{'parameters':>12}{'steps/s':>12}{'p20':>12}{'p80':>12}")
     rows = []
     for tier in options.tier:
-        contestants = {"ours": _ours(tier, options, device)}
-        if device.type == "cpu":  # TorchRL's environment is made for the device of its tensors; ours is what the GPU row is for
-            contestants["torchrl RSSM"] = _peer(tier, options)
+        contestants = {"ours": _ours(tier, options), "torchrl RSSM": _peer(tier, options)}
         for gradient in (False, True):
             works = {name: partial(roll_out, gradient) for name, (roll_out, _) in contestants.items()}
-            for name, rates in _take_turns(works, options, device).items():
+            for name, rates in _take_turns(works, options).items():
                 row = {
                     "tier": tier, "model": name, "gradient": gradient, "parameters": contestants[name][1],
                     "imagined_steps_per_second": spread(rates), "starts": options.starts, "horizon": options.horizon,
@@ -73,14 +68,13 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     return 0
 
 
-def _take_turns(works: dict[str, Callable[[], None]], options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+def _take_turns(works: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, list[float]]:
     """Imagined steps a second of each round, after two that do not count."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for number in range(options.rounds + 2):
         for name, work in works.items():
             began = time.perf_counter()
             work()
-            synchronize(device)
             if number >= 2:
                 rates[name].append(options.starts * options.horizon / (time.perf_counter() - began))
     return rates
@@ -90,11 +84,11 @@ def _parameters(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def _ours(tier: str, options: argparse.Namespace, device: torch.device) -> tuple[Callable[[bool], None], int]:
+def _ours(tier: str, options: argparse.Namespace) -> tuple[Callable[[bool], None], int]:
     """(a roll-out, with or without gradient; parameters that it uses)."""
     config = preset(tier)
-    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, ACTIONS).to(device).eval().requires_grad_(False)
-    actor = Actor(policy_width(model), config.model.hidden_dim, ACTIONS).to(device)
+    model = DPGMMVariationalRecurrentAutoencoder.from_config(config, ACTIONS).eval().requires_grad_(False)
+    actor = Actor(policy_width(model), config.model.hidden_dim, ACTIONS)
     state = initial_state(model, options.starts)
 
     def roll_out(gradient: bool) -> None:

@@ -4,12 +4,13 @@ Actor: a normal with learnt scale, squashed by tanh. Critic: two-hot, with a slo
 climbs the lambda-return through the imagined frames, divided by the range of returns. Sources: Hafner et al., arXiv 1912.01603 (gradient
 through the model), arXiv 2301.04104 (two-hot critic, range of returns).
 
-TorchRL's `DreamerV3ActorLoss` is not taken: it rolls a TensorDict environment of `state` and `belief` frame by frame, which is not captured
-as one function of fixed shapes, and a `State` has more than two parts.
+TorchRL's `DreamerV3ActorLoss` is not taken: it rolls a TensorDict environment of `state` and `belief` frame by frame, which `Behaviour`
+could not capture as one CUDA graph, and a `State` has more than two parts.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,8 +59,8 @@ class Actor(nn.Module):
             return mean.tanh(), None
         noise = torch.randn_like(mean)
         raw = mean + std * noise
-        log_tanh = 2 * (0.6931471805599453 - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
-        log_prob = -0.5 * noise.square() - std.log() - 0.9189385332046727 - log_tanh
+        log_tanh = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
+        log_prob = -0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi) - log_tanh
         return raw.tanh(), log_prob.sum(-1)
 
 
@@ -86,11 +87,11 @@ class Imagined(NamedTuple):
     actions: Tensor  # [H, N, A]
     log_probs: Tensor  # [H, N]
     rewards: Tensor  # [H, N]
-    goes_on: Tensor  # [H, N], probabilities
+    continues: Tensor  # [H, N], probabilities
 
 
 def act_in_imagination(model: nn.Module, actor: Actor, state: State, horizon: int, sample: bool = True) -> Imagined:
-    """The actor's own roll-outs from N states before their actions; `sample`: from samples of the prior.
+    """The actor's own roll-outs from N states before their actions; `sample`: latents are samples of the prior.
 
     The actor reads features without gradient: an action is judged by what it brings, not by what it shows of the next.
     """
@@ -104,8 +105,8 @@ def act_in_imagination(model: nn.Module, actor: Actor, state: State, horizon: in
         log_probs.append(log_prob)
         after.append((acted.hidden, acted.latents))
     hidden, latents = (torch.stack(part) for part in zip(*after))
-    rewards, goes_on = model.outcomes.expected(model.outcomes(hidden, latents))
-    return Imagined(*map(torch.stack, (features, actions, log_probs)), rewards, goes_on)
+    rewards, continues = model.outcomes.expected(model.outcomes(hidden, latents))
+    return Imagined(*map(torch.stack, (features, actions, log_probs)), rewards, continues)
 
 
 def lambda_returns(rewards: Tensor, discounts: Tensor, values: Tensor, decay: float) -> Tensor:

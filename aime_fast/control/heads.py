@@ -16,7 +16,7 @@ class Outcome(NamedTuple):
     """Of N actions, or with other leading axes."""
 
     reward: Tensor  # logits [N, BINS]
-    goes_on: Tensor  # logit [N]
+    continues: Tensor  # logit [N]
 
 
 class OutcomeHeads(nn.Module):
@@ -44,11 +44,11 @@ class OutcomeHeads(nn.Module):
 
     def expected(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
         """(reward, probability that the episode goes on), each [...]."""
-        return self.two_hot.decode(outcome.reward), outcome.goes_on.sigmoid()
+        return self.two_hot.decode(outcome.reward), outcome.continues.sigmoid()
 
     def score(self, outcome: Outcome, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropies of reward and continuation, in nats, each [...]; reward and discount [...] as recorded."""
         return (
             self.two_hot.nll(outcome.reward, reward),
-            F.binary_cross_entropy_with_logits(outcome.goes_on, (discount > 0).to(outcome.goes_on.dtype), reduction="none"),
+            F.binary_cross_entropy_with_logits(outcome.continues, (discount > 0).to(outcome.continues.dtype), reduction="none"),
         )

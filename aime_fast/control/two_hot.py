@@ -31,8 +31,9 @@ class TwoHot(nn.Module):
         self.register_buffer("bins", torch.linspace(-LIMIT, LIMIT, BINS), persistent=False)
 
     def decode(self, logits: Tensor) -> Tensor:
-        """Logits [..., BINS] -> scalars [...]: symexp of the expected symlog."""
-        return symexp(logits.softmax(-1) @ self.bins.to(logits.dtype))
+        """Logits [..., BINS] -> scalars [...]: symexp of the expected symlog, which is below the mean where the scalar is uncertain."""
+        probabilities = logits.softmax(-1)  # in fp32 under autocast, where a matrix product would not be
+        return symexp((probabilities * self.bins.to(probabilities.dtype)).sum(-1))
 
     def nll(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy [...], in nats, of the two-hot target of scalars [...], which get no gradient."""

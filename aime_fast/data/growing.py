@@ -25,7 +25,7 @@ class GrowingReplay:
     Every episode is held out or not by its number alone, in the shares of the config, whatever comes after it.
 
     Args:
-        folder: `episode_00012.h5` and so on; it is created.
+        folder: `episode_0000012.h5` and so on; it is created.
         config: of the recordings; its fractions say how many are held out.
         attributes: of each file.
         next_number: of the next episode. Files from this number on, of a run that stopped later, are deleted.
@@ -54,7 +54,7 @@ class GrowingReplay:
         self.next_number += 1
 
     def oldest(self, frames: int) -> set[int]:
-        """Numbers of the oldest training episodes without which at most `frames` frames to train on are left, or one episode."""
+        """Numbers of the oldest training episodes: without them at most `frames` frames to train on are left, or one episode."""
         training = {number: path for number, path in self.files().items() if self.part(number) == "training"}
         left, kept = frames, set()
         for number, path in reversed(training.items()):

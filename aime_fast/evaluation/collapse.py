@@ -26,12 +26,12 @@ DISCRIMINATOR_WINS = 0.1
 # A pillar is unused where replacing its output costs less than this (`probes.py`). 0.1 dB is 2.3 % of the squared error; a hundredth of a
 # nat a token is 1 % in the probability of each; a ratio of 1.05 is 5 % of the squared error of the short films of validation.
 UNUSED_DB, UNUSED_NATS, UNUSED_RATIO = 0.1, 0.01, 1.05
+# dB by which reconstructions must beat the mean frame for these three to apply: what draws nothing has no use for any input.
+DRAWS = 1.0
 # Mean of an action in (-1, 1) over all imagined states: at 0.95 it is at its bound whatever is seen.
 FROZEN = 0.95
 # Values, as a multiple of what the largest reward in every step would give. 1.5 leaves room for one that was not imagined.
 DIVERGES = 1.5
-# dB by which reconstructions must beat the mean frame for these three to apply: what draws nothing has no use for any input.
-DRAWS = 1.0
 # One validation can be chance.
 PATIENCE = 2
 

@@ -56,8 +56,8 @@ def evaluate_outcomes(
 
     Returns:
         clips; reward_variance; squared_error by source (model, mean_reward, last_reward): a mean over clips for each step; ahead_to: the
-        last step up to which the model's error is below both baselines'; return_correlation over the first `RETURN_STEPS` steps
-        and over the horizon, None where a return does not vary.
+        last step up to which the model's error is below both baselines'; return_error (squared, by source) and return_correlation over the
+        first `RETURN_STEPS` steps and over the horizon, the latter None where a return does not vary.
     """
     device, frames = model.decoder.background.device, context + horizon
     cut = [
@@ -79,16 +79,18 @@ def evaluate_outcomes(
         MODEL: model_rewards, MEAN: torch.full_like(truth, mean_reward), LAST: rewards[:, context - 1 : context].expand_as(truth)
     }  # fmt: skip
     errors = {name: (guess - truth).square().mean(0) for name, guess in guesses.items()}
+    spans = dict.fromkeys((min(RETURN_STEPS, horizon), horizon))
     worse = (errors[MODEL] >= torch.minimum(errors[MEAN], errors[LAST])).nonzero()
     return {
         "clips": len(cut),
         "reward_variance": truth.var(unbiased=False).item(),
         "squared_error": {name: error.tolist() for name, error in errors.items()},
         "ahead_to": int(worse[0]) if len(worse) else horizon,
-        "return_correlation": {
-            f"{steps} steps": _correlation(model_rewards[:, :steps].sum(1), truth[:, :steps].sum(1))
-            for steps in dict.fromkeys((min(RETURN_STEPS, horizon), horizon))
+        "return_error": {
+            f"{steps} steps": {name: (guess - truth)[:, :steps].sum(1).square().mean().item() for name, guess in guesses.items()}
+            for steps in spans
         },
+        "return_correlation": {f"{steps} steps": _correlation(model_rewards[:, :steps].sum(1), truth[:, :steps].sum(1)) for steps in spans},
     }
 
 

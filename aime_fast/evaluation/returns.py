@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from aime_fast.config import DataConfig
-from aime_fast.control.policy import WorldModelPolicy
+from aime_fast.control.policy import FramePolicy
 from aime_fast.data.collectors import play_episodes
 from aime_fast.data.dataset import to_tensordict
 from aime_fast.evaluation.pictures import write_prediction
@@ -20,7 +20,7 @@ from aime_fast.runtime.files import replacing
 SEED_OFFSET = 1_000_000_007  # the seeds of these episodes are not those of training
 
 
-def play(policy: WorldModelPolicy, config: DataConfig, episodes: int, seed: int) -> list[TensorDict]:
+def play(policy: FramePolicy, config: DataConfig, episodes: int, seed: int) -> list[TensorDict]:
     """Whole episodes as TensorDicts [T] of the layout of `DMCVBDataset`."""
     played = play_episodes(config, lambda _: policy, SEED_OFFSET + seed)
     try:
@@ -30,7 +30,7 @@ def play(policy: WorldModelPolicy, config: DataConfig, episodes: int, seed: int)
 
 
 @torch.no_grad()
-def expected_rewards(policy: WorldModelPolicy, episode: TensorDict) -> torch.Tensor:
+def expected_rewards(policy: FramePolicy, episode: TensorDict) -> torch.Tensor:
     """The reward [T] that the heads expect of each action of an episode [T], from the frames up to it."""
     model = policy.model
     inferred = model.infer(episode["pixels"][None], episode["action"][None])
@@ -38,17 +38,17 @@ def expected_rewards(policy: WorldModelPolicy, episode: TensorDict) -> torch.Ten
     return model.outcomes.expected(outcome)[0][0]
 
 
-def summarise_returns(episodes: list[TensorDict], environment_steps: int) -> dict:
-    """returns of each episode, mean, standard_error (None of a single one), minimum, environment_steps for each action, episodes."""
+def summarise_returns(episodes: list[TensorDict], frame_skip: int) -> dict:
+    """returns of each episode, mean, standard_error (None of a single one), minimum, frame_skip, episodes."""
     returns = [float(episode["reward"].sum()) for episode in episodes]
     error = float(np.std(returns, ddof=1) / math.sqrt(len(returns))) if len(returns) > 1 else None
     return {
         "returns": returns, "mean": float(np.mean(returns)), "standard_error": error, "minimum": min(returns),
-        "frame_skip": environment_steps, "episodes": len(returns),
+        "frame_skip": frame_skip, "episodes": len(returns),
     }  # fmt: skip
 
 
-def write_returns(policy: WorldModelPolicy, episodes: list[TensorDict], out: Path, context: int, horizon: int) -> None:
+def write_returns(policy: FramePolicy, episodes: list[TensorDict], out: Path, context: int, horizon: int) -> None:
     """Writes returns.mp4, the middle of the first episode beside the model's prediction, and returns.png, its rewards."""
     from matplotlib.figure import Figure
 

@@ -48,7 +48,7 @@ class Behaviour:
 
     Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph.
 
-    Attributes: updates: made.
+    Attributes: update: `_learn`, as it is run.
     """
 
     def __init__(self, model: nn.Module, control: ControlConfig, captures: bool = False):
@@ -65,26 +65,20 @@ class Behaviour:
         self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
         self.range = torch.zeros((), device=device)
         self.faults = Faults(TERMS, device)
-        self._update = Captured(self._learn, device) if captures else self._learn
-        self.updates = 0
-
-    def update(self, pieces: Latents) -> dict[str, Tensor]:
-        """One update from pieces [B, BURN_IN + PER_PIECE] of episodes; one whose losses or gradients are not finite changes nothing.
-
-        Returns: scalars by name: losses and gradient norms; imagined_return, imagined_reward; entropy; range, of the returns; action_bias,
-        the largest mean of an action; value_size, the mean size of values; value_limit, the value of the largest reward in every step. A
-        captured update overwrites them at the next one.
-        """
-        self.updates += 1
-        return self._update(pieces)
+        self.update = Captured(self._learn, device) if captures else self._learn
 
     def _learn(self, pieces: Latents) -> dict[str, Tensor]:
-        """What `update` does; reads nothing back to the host."""
+        """One update from pieces [B, BURN_IN + PER_PIECE] of episodes; one whose losses or gradients are not finite changes nothing.
+
+        Returns: scalars by name, which a captured update overwrites at the next one: losses and gradient norms; imagined_return,
+        imagined_reward; entropy; range, of the returns; action_bias, the largest size of an action's mean over all states; value_size, the
+        mean size of values; value_limit, the value of the largest reward in every step.
+        """
         c = self.control
         imagined = act_in_imagination(self.model, self.actor, states_of(self.model, pieces), c.imagination_horizon)
-        discounts = c.discount * imagined.goes_on
+        discounts = c.discount * imagined.continues
         returns = lambda_returns(imagined.rewards, discounts, self.slow.value(imagined.features[1:]), c.return_decay)
-        weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # the chance that one comes so far
+        weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # discounted chance to come so far
         low, high = (returns.detach().flatten().quantile(share) for share in RANGE)
         found = (high - low).clamp_min(1.0)
         scale = torch.where(self.range == 0, found, self.range.lerp(found, RANGE_RATE))
@@ -108,10 +102,10 @@ class Behaviour:
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizers, range and the count of updates."""
+        """Weights, optimizers, range of returns and the count of updates not made."""
         return {
             "actor": self.actor.state_dict(), "critic": self.critic.state_dict(), "slow": self.slow.state_dict(),
-            "optimizers": [adam.state_dict() for adam in self._adams], "range": self.range, "updates": self.updates,
+            "optimizers": [adam.state_dict() for adam in self._adams], "range": self.range, "faults": self.faults.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,4 +115,4 @@ class Behaviour:
         for adam, saved in zip(self._adams, state["optimizers"]):
             adam.load_state_dict(saved)
         self.range.copy_(state["range"])
-        self.updates = state["updates"]
+        self.faults.load_state_dict(state["faults"])

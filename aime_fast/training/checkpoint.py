@@ -32,8 +32,8 @@ from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 FORMAT = 15
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
-# What a resumed run may change: how long, where and how it reports, never what is computed from which data; and the latent phase, which
-# is then run again.
+# What a resumed run may change: how long, where and how it reports, and who plays, never what is computed from which data; and the latent
+# phase, which is then run again.
 MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (

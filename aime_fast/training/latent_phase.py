@@ -125,7 +125,7 @@ class Kind(NamedTuple):
 class LatentPhase:
     """Trains `model` in place, with Adam at a cosine rate. An update whose loss or gradient is not finite changes nothing.
 
-    The weights that it trains move into memory of its own: if they are averages, no `EMA.update` may follow.
+    The weights that it trains move into memory of its own: if they are averages, no `EMA.update` may follow but after `EMA.adopt`.
 
     Args:
         model: in eval mode, without gradients; `close` leaves it so.

@@ -22,6 +22,7 @@ import torch
 from aime_fast.bounds import check
 from aime_fast.config import PICTURE_SHARE, Config, to_dict
 from aime_fast.control.policy import WorldModelPolicy
+from aime_fast.data import SequenceBatches
 from aime_fast.data.collectors import NoisePolicy, recording_attributes
 from aime_fast.data.environments import describe_task, probe_renderer
 from aime_fast.data.growing import GrowingReplay
@@ -33,6 +34,7 @@ from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
 from aime_fast.training.behaviour import BURN_IN, PER_PIECE, Behaviour
+from aime_fast.training.faults import Faults
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import CONTEXT, MEASURED, LatentPhase, LatentReplay, trained_modules
 from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
@@ -93,6 +95,10 @@ class OnlineTrainer:
                 checkpoint.check_same_config(resumed["config"], config)
         backend = probe_renderer()
         self.action_dim, self.longest, positions = describe_task(config.data)
+        check_control(config, self.longest)
+        folder = self.run_dir / "episodes"
+        if not run.resume and any(folder.glob("episode_*.h5")):
+            raise ConfigError(f"{folder} holds episodes of another run; name another folder with --run-dir, or move it away")
         seeds = config.control.seed_episodes * self.longest * config.data.frame_skip
         if config.control.environment_frames < seeds:
             raise ConfigError(
@@ -100,11 +106,14 @@ class OnlineTrainer:
                 f"{config.control.seed_episodes}, {seeds}; give more of the one or fewer of the other"
             )
         attributes = recording_attributes(config.data, run.seed, self.action_dim, positions, backend, "actor")
-        self.replay = GrowingReplay(self.run_dir / "episodes", config.data, attributes, resumed["episodes"] if resumed else 0)
-        self.planned, seed_steps = _planned_steps(config, self.longest)
+        self.replay = GrowingReplay(folder, config.data, attributes, resumed["episodes"] if resumed else 0)
+        self.picture_share = PICTURE_SHARE if config.data.stills and config.optim.picture_steps != 0 else 0.0
+        self.frames_per_step = config.data.batch_size * config.data.sequence_length * config.optim.accumulate
+        planned, seed_steps = _planned_steps(config, self.longest, self.frames_per_step)
+        self.planned_joint = max(1, round(planned * (1 - self.picture_share)))
         self.all_from = round(config.control.latent_updates * seed_steps)  # the actor imagines all frames from the first cycle on
         self.optim = dataclasses.replace(
-            config.optim, latent_phase_updates=max(1, round(config.control.latent_updates * self.planned)),
+            config.optim, latent_phase_updates=max(1, round(config.control.latent_updates * planned)),
             latent_phase_frames=config.control.imagination_horizon, ema_decay=config.control.average_decay,
         )  # fmt: skip
         torch.manual_seed(run.seed)
@@ -113,9 +122,10 @@ class OnlineTrainer:
         self.ema = self.training_step.ema.model
         self.captures = WAYS[self.compile].captured
         self.behaviour = Behaviour(self.ema, config.control, self.captures)
-        self.cycle = self.step = self.joint = self.frames = self.resumed_cycle = 0
+        self.cycle = self.step = self.joint = self.frames = self.skipped = 0
+        self.wanted = math.ceil(config.control.environment_frames / config.data.frame_skip)  # agent steps
         self.second = SecondPlayer(self.replay, run.seed) if config.control.plays_beside else None
-        self.acting: Path | None = None  # the checkpoint whose policy plays the next episodes beside
+        self.acting: str | None = None  # name of the checkpoint whose policy plays the next episodes beside; None: this process will
         self.seconds, self.latent_phase, self.logged = 0.0, {}, None
         self.returns: list[float] = []
         self.stop = StopSignals()
@@ -127,16 +137,20 @@ class OnlineTrainer:
 
         Raises: Interrupted after a signal: the run goes on after its last whole cycle. NonFiniteError, OSError as `DMCVBTrainer.train`.
         """
-        wanted = math.ceil(self.config.control.environment_frames / self.config.data.frame_skip)
         try:
             with self.stop:
-                self._open(wanted)
-                while self.frames < wanted:
+                self._open()
+                while self.frames < self.wanted:
                     began = time.perf_counter()
                     row = self._run_cycle()
                     self.seconds += time.perf_counter() - began
                     self.cycle += 1
-                    row |= {"time": self.seconds, "environment_frames": self.frames * self.config.data.frame_skip}
+                    played = self.frames * self.config.data.frame_skip
+                    row |= {"time": self.seconds, "environment_frames": played, "skipped_updates": self.skipped}
+                    self.console.line(
+                        f"cycle {self.cycle}, {played} environment frames, {self.step} steps, {self.seconds / 60:.1f} min: "
+                        + ", ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+                    )
                     for finding in self.watch.look(self.step, row):
                         self.console.line(str(finding))
                     self.logger.log(self.step, row | self.watch.flags())
@@ -145,127 +159,138 @@ class OnlineTrainer:
             return {"run_dir": self.run_dir, "checkpoint": self.saved, "step": self.step, "returns": self.returns}
         except _Stopped:
             raise Interrupted(
-                self.stop.signum, f"stopped in cycle {self.cycle}; saved {self.saved}; go on with the same command and --resume"
+                self.stop.signum,
+                f"stopped in cycle {self.cycle}, which is lost; {self._last_good()}; go on with the same command and --resume",
             ) from None
         finally:
             self._close()
 
     def _run_cycle(self) -> dict[str, float]:
         """One cycle; returns what is logged of it."""
+        control, data, optim = self.config.control, self.config.data, self.config.optim
         self._seed(0)
         played = self._play()
-        row = played.row(self.config.data.frame_skip)
         batches, validation = self.replay.batches(self.config.run.seed + self.cycle, self.device)
         try:
             if self.cycle == 0:
                 for model in (self.model, self.ema):
                     model.initialise_background(batches.mean_frame().to(self.device))
-                self.schedules = Schedules(self.optim, max(1.0, batches.steps_per_epoch), self.planned)
-            control, data = self.config.control, self.config.data
+                self.schedules = Schedules(self.optim, max(1.0, batches.steps_per_epoch / optim.accumulate), self.planned_joint)
             ratio = control.train_ratio if self.cycle else control.seed_train_ratio
-            steps = max(1, round(ratio * played.frames / (data.batch_size * data.sequence_length)))
-            for part, learn in enumerate((self._perceive, self._predict_and_act), 1):
-                self._seed(part)
-                row |= learn(batches, validation, steps)
+            steps = max(1, round(ratio * played.frames / self.frames_per_step))
+            row = played.row(data.frame_skip)
+            self._seed(1)
+            row |= self._perceive(batches, steps)
+            self._seed(2)
+            latents, measured = self._predict(batches, validation, steps)
+            self._seed(3)
+            row |= measured | self._act(latents, steps)
             self._seed(0)
-            few, spread = self.config.run.validation_batches, validation.one_pass(self.config.run.validation_batches)
-            measured = validate(
-                self.ema, spread, self.training_step.losses, self.model.encoder.background, self.config.model.codebook_size, few
-            )
-            row |= {f"validation/{name}": value for name, value in measured.items()}
+            row |= self._validate(validation)
         finally:
             batches.close()
             validation.close()
-        shown = {name: row[name] for name in SHOWN}
-        self.console.line(
-            f"cycle {self.cycle}, {self.frames * data.frame_skip} environment frames, {self.step} steps, {self.seconds / 60:.1f} min: "
-            + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        )
         return row
 
     def _play(self) -> Played:
         """The episodes of this cycle, which are in the replay then."""
-        control, data = self.config.control, self.config.data
+        control, seed = self.config.control, self.config.run.seed
         if self.cycle == 0:
-            noise = partial(NoisePolicy, data.policy, self.action_dim)
-            played = record(self.replay, noise, self.config.run.seed, control.seed_episodes, self._stop_if_asked)
-        elif self.second is None or self.cycle == 1:
+            noise = partial(NoisePolicy, self.config.data.policy, self.action_dim)
+            played = record(self.replay, noise, seed, control.seed_episodes, self._stop_if_asked)
+            if not played.rewards_differ:
+                self.console.line(
+                    "no reward of the seed episodes differs from another: nothing can be learnt; record more with --seed-episodes"
+                )
+        elif self.acting is None:
             policy = WorldModelPolicy(self.ema, self.behaviour.actor)
-            played = record(self.replay, lambda seed: policy, self.config.run.seed, control.cycle_episodes, self._stop_if_asked)
+            played = record(self.replay, lambda seed: policy, seed, self._episodes_left(), self._stop_if_asked)
         else:
-            if self.cycle == self.resumed_cycle:
-                self.second.begin(self.acting, control.cycle_episodes)
+            if not self.second.plays:  # the run has just been resumed
+                self.second.begin(self.run_dir / self.acting, self._episodes_left())
             played = self.second.finish(self._stop_if_asked)
-        if self.second is not None and self.cycle > 0:
-            self.acting = self.saved
-            self.second.begin(self.acting, control.cycle_episodes)
         self.frames += played.frames
+        self.acting = None
+        if self.second is not None and self.cycle > 0 and (left := self._episodes_left()):
+            self.acting = self.saved.name
+            self.second.begin(self.saved, left)
         self.returns = played.returns
-        if len(set(played.returns)) == 1:
-            same = f"every episode of cycle {self.cycle} has the return {played.returns[0]:g}"
-            self.console.line(f"{same}: without rewards that differ nothing is learnt; record more with --seed-episodes")
         return played
 
-    def _perceive(self, batches, validation, steps: int) -> dict[str, float]:
+    def _episodes_left(self) -> int:
+        """How many episodes the next cycle plays."""
+        return min(self.config.control.cycle_episodes, math.ceil(max(0, self.wanted - self.frames) / self.longest))
+
+    def _perceive(self, batches: SequenceBatches, steps: int) -> dict[str, float]:
         """Picture steps, then joint updates."""
-        began, pictures = time.perf_counter(), round(PICTURE_SHARE * steps) if self.config.data.stills else 0
+        began, pictures = time.perf_counter(), round(self.picture_share * steps)
         metrics = {}
         for made in range(steps):
             self._stop_if_asked()
-            batch = [next(batches)]
+            of_step = [next(batches) for _ in range(self.config.optim.accumulate)]
             if made < pictures:
-                given = self.schedules.picture(self.step)
-                update = self.training_step.learn_pictures
+                given, update = self.schedules.picture(self.step), self.training_step.learn_pictures
             else:
-                given = self.schedules.joint(self.joint)
-                update, self.joint = self.training_step, self.joint + 1
+                given, update = self.schedules.joint(self.joint), self.training_step
+                self.joint += 1
             on_device = {name: x if isinstance(x, bool) else torch.full((), x, device=self.device) for name, x in given.items()}
-            metrics |= update(batch, **on_device).to_dict()
+            metrics |= update(of_step, **on_device).to_dict()
             self.step += 1
-        report = self.training_step.faults.read()
-        if report.in_a_row >= MAX_SKIPS or (report.terms and self.config.run.on_nan == "stop"):
-            raise NonFiniteError(f"{', '.join(report.terms)} in cycle {self.cycle}: not finite; {self._last_good()}")
+        self.skipped = self._check(self.training_step.faults, "the world model", "a lower --learning-rate")
         seconds = time.perf_counter() - began
         numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
-        frames = steps * self.config.data.batch_size * self.config.data.sequence_length
-        return numbers | {"perceive/seconds": seconds, "perceive/frames_per_second": frames / seconds}
+        return numbers | {"perceive/seconds": seconds, "perceive/frames_per_second": steps * self.frames_per_step / seconds}
 
-    def _predict_and_act(self, batches, validation, steps: int) -> dict[str, float]:
-        """Infers all latents, then updates of the latent phase and of actor and critic."""
-        began, control = time.perf_counter(), self.config.control
+    def _predict(self, batches: SequenceBatches, validation: SequenceBatches, steps: int) -> tuple[LatentReplay, dict[str, float]]:
+        """Infers the latents of all episodes, then updates of the latent phase; returns (latents to train on, what is logged)."""
+        began = time.perf_counter()
         length = max(CONTEXT + self.optim.latent_phase_frames, BURN_IN + PER_PIECE)
         training, held_out = (LatentReplay(self.ema, part, length) for part in (batches, validation))
         inferred = time.perf_counter()
         phase = LatentPhase(self.ema, training, held_out, self.optim, self.config.run.seed, self.captures, self.all_from, LEAST_LATENT_RATE)
         if self.latent_phase:
             phase.load_state_dict(self.latent_phase)
-        for _ in range(round(control.latent_updates * steps)):
+        for _ in range(round(self.config.control.latent_updates * steps)):
             self._stop_if_asked()
             phase.update()
         phase.check()
-        measured = phase.measure()
+        measured = {f"latent_phase/{name}": value for name, value in phase.measure().items()}
         phase.close()
         self.latent_phase = phase.state_dict()
         self.training_step.ema.adopt(trained_modules(self.ema), trained_modules(self.model))
-        predicted = time.perf_counter()
+        explained = explained_reward(self.ema, held_out.draw(MEASURED, BURN_IN + PER_PIECE))
+        seconds = {"infer/seconds": inferred - began, "predict/seconds": time.perf_counter() - inferred}
+        return training, measured | {"validation/reward_explained": explained} | seconds
+
+    def _act(self, latents: LatentReplay, steps: int) -> dict[str, float]:
+        """Updates of actor and critic."""
+        began, control = time.perf_counter(), self.config.control
         totals: dict[str, torch.Tensor] = {}
-        count = max(1, round(control.policy_updates * steps))
-        self._seed(3)
+        count = round(control.policy_updates * steps)
         for _ in range(count):
             self._stop_if_asked()
-            pieces = training.draw(max(1, control.imagination_starts // PER_PIECE), BURN_IN + PER_PIECE)
+            pieces = latents.draw(math.ceil(control.imagination_starts / PER_PIECE), BURN_IN + PER_PIECE)
             for name, value in self.behaviour.update(pieces).items():
                 totals[name] = totals.get(name, 0.0) + value / count
-        report = self.behaviour.faults.read()
-        if report.in_a_row >= MAX_SKIPS:
-            raise NonFiniteError(f"behaviour: {', '.join(report.terms)} in cycle {self.cycle}: not finite; {self._last_good()}")
-        pieces = held_out.draw(MEASURED, BURN_IN + PER_PIECE)
-        return {
-            "validation/reward_explained": explained_reward(self.ema, pieces),
-            **{f"latent_phase/{name}": value for name, value in measured.items()},
-            **{f"behaviour/{name}": float(value) for name, value in totals.items()},
-            "infer/seconds": inferred - began, "predict/seconds": predicted - inferred, "act/seconds": time.perf_counter() - predicted,
-        }  # fmt: skip
+        self._check(self.behaviour.faults, "actor and critic", "a lower --actor-lr or --critic-lr")
+        return {f"behaviour/{name}": float(value) for name, value in totals.items()} | {"act/seconds": time.perf_counter() - began}
+
+    def _validate(self, validation: SequenceBatches) -> dict[str, float]:
+        """Measures of the averaged weights on held-out episodes."""
+        few = self.config.run.validation_batches
+        background, codes = self.model.encoder.background, self.config.model.codebook_size
+        measured = validate(self.ema, validation.one_pass(few), self.training_step.losses, background, codes, few)
+        return {f"validation/{name}": value for name, value in measured.items()}
+
+    def _check(self, faults: Faults, what: str, remedy: str) -> int:
+        """Updates skipped so far. Raises NonFiniteError where one was and the run is to stop at it, or too many in a row were."""
+        report = faults.read()
+        if report.in_a_row >= MAX_SKIPS or (report.terms and self.config.run.on_nan == "stop"):
+            raise NonFiniteError(
+                f"{what}, cycle {self.cycle}: {', '.join(report.terms) or 'many updates'} not finite; {self._last_good()}. Go on "
+                f"from there with --resume and {remedy}, or with --on-nan skip to pass over such updates"
+            )
+        return report.skipped
 
     def _seed(self, part: int) -> None:
         """Random numbers of a part of a cycle: the same whether or not the run was stopped before."""
@@ -284,7 +309,7 @@ class OnlineTrainer:
         state = {
             "epoch": 0.0, "cycle": self.cycle, "joint": self.joint, "frames": self.frames, "seconds": self.seconds,
             "returns": self.returns, "episodes": self.replay.next_number, "logged": self.logger.rows,
-            "acting": str(self.acting or ""), "latent_phase": None, "latents": self.latent_phase, "behaviour": self.behaviour.state_dict(),
+            "acting": self.acting, "latent_phase": None, "latents": self.latent_phase, "behaviour": self.behaviour.state_dict(),
             "updates_per_epoch": self.schedules.updates_per_epoch,
             "picture_steps": 0, "action_dim": self.action_dim, "config": to_dict(config),
             "split": {part: list(names) for part, names in self.replay.split(dropped)._asdict().items()},
@@ -302,15 +327,16 @@ class OnlineTrainer:
             self.behaviour.load_state_dict(state["behaviour"])
             self.cycle, self.joint, self.frames, self.step = (int(state[name]) for name in ("cycle", "joint", "frames", "step"))
             self.seconds, self.returns, self.latent_phase = float(state["seconds"]), list(state["returns"]), state["latents"]
-            self.logged, self.resumed_cycle, self.acting = state["logged"], self.cycle, Path(state["acting"])
-            if self.second is not None and self.cycle > 1 and not self.acting.is_file():
-                raise CheckpointError(
-                    f"--resume: {self.acting}, by whose policy the next episodes are played, is missing; add --no-plays-beside"
-                )
-            self.schedules = Schedules(self.optim, float(state["updates_per_epoch"]), self.planned)
+            self.logged, self.acting = state["logged"], state["acting"] if self.second is not None else None
+            self.schedules = Schedules(self.optim, float(state["updates_per_epoch"]), self.planned_joint)
+        if self.acting is not None and not (self.run_dir / self.acting).is_file():
+            raise CheckpointError(
+                f"--resume: {self.run_dir / self.acting}, whose policy plays the next episodes, is missing; add --no-plays-beside"
+            )
+        self.replay.drop(self.replay.oldest(self.config.control.replay_frames))  # the run may have ended between saving and this
 
-    def _open(self, wanted: int) -> None:
-        self.console = Console(wanted, self.frames, on_lost=self.stop.request)
+    def _open(self) -> None:
+        self.console = Console(self.wanted, self.frames, on_lost=self.stop.request)
         facts = {
             "compile": self.compile, "parameters": sum(p.numel() for p in self.model.parameters()), "from_step": self.step,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -321,7 +347,7 @@ class OnlineTrainer:
         replay(self.watch, read_rows(self.run_dir))
         skip = self.config.data.frame_skip
         self.console.line(
-            f"online: {self.config.data.domain} {self.config.data.task}, environment frames {self.frames * skip} to {wanted * skip}, "
+            f"online: {self.config.data.domain} {self.config.data.task}, environment frames {self.frames * skip} to {self.wanted * skip}, "
             f"{facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, into {self.run_dir}"
         )
 
@@ -332,10 +358,28 @@ class OnlineTrainer:
         self.lock.release()
 
 
-def _planned_steps(config: Config, longest: int) -> tuple[int, int]:
+def check_control(config: Config, longest: int) -> None:
+    """Raises ConfigError where an episode of `longest` agent steps is shorter than what is learnt from it, or too few checkpoints stay."""
+    horizon, frames = config.control.imagination_horizon, config.data.sequence_length
+    if max(CONTEXT + horizon, BURN_IN + PER_PIECE) > longest:
+        raise ConfigError(
+            f"--imagination-horizon {horizon}: with {CONTEXT} frames before it longer than an episode of {longest} agent steps; take a "
+            "smaller one, or a smaller --frame-skip"
+        )
+    if frames > longest:
+        raise ConfigError(
+            f"--sequence-length {frames}: longer than an episode of {longest} agent steps; take fewer, or a smaller --frame-skip"
+        )
+    if config.control.plays_beside and config.run.keep_checkpoints < 2:
+        raise ConfigError(
+            "--keep-checkpoints 1: with --plays-beside the next episodes are played by the last checkpoint but one; keep 2 or more"
+        )
+
+
+def _planned_steps(config: Config, longest: int, frames_per_step: int) -> tuple[int, int]:
     """Updates of the world model that the run will make, about, and those of its first cycle, where no episode ends early."""
     control, data = config.control, config.data
-    total, batch = control.environment_frames / data.frame_skip, data.batch_size * data.sequence_length
+    total = control.environment_frames / data.frame_skip
     seeds = min(total, control.seed_episodes * longest)
-    first = control.seed_train_ratio * seeds / batch
-    return max(1, round(first + control.train_ratio * (total - seeds) / batch)), round(first)
+    first = control.seed_train_ratio * seeds / frames_per_step
+    return max(1, round(first + control.train_ratio * (total - seeds) / frames_per_step)), round(first)

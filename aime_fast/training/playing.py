@@ -28,6 +28,7 @@ class Played(NamedTuple):
     returns: list[float]
     frames: int  # agent steps
     seconds: float
+    rewards_differ: bool  # whether any two rewards are not equal
 
     def row(self, frame_skip: int) -> dict[str, float]:
         """What is logged of them."""
@@ -41,7 +42,7 @@ def record(
     replay: GrowingReplay, make_policy: MakePolicy, seed: int, count: int, asked_to_stop: Callable[[], None] = lambda: None
 ) -> Played:
     """Plays `count` episodes and adds them to the replay. `asked_to_stop` is called between them, and may raise."""
-    began, returns, frames = time.perf_counter(), [], 0
+    began, returns, frames, rewards = time.perf_counter(), [], 0, set()
     episodes = play_episodes(replay.config, make_policy, seed, replay.next_number)
     try:
         for episode in islice(episodes, count):
@@ -49,9 +50,10 @@ def record(
             replay.add(episode)
             returns.append(float(episode["reward"].sum()))
             frames += len(episode["action"])
+            rewards |= {float(episode["reward"].min()), float(episode["reward"].max())}
     finally:
         episodes.close()
-    return Played(returns, frames, time.perf_counter() - began)
+    return Played(returns, frames, time.perf_counter() - began, len(rewards) > 1)
 
 
 def _record_beside(
@@ -63,7 +65,7 @@ def _record_beside(
 
 
 class SecondPlayer:
-    """A process that plays the next episodes into a replay. One that dies is started once more.
+    """A process that plays the next episodes into a replay. One that dies is started once more in each cycle.
 
     What it plays depends on the checkpoint, the numbers of the episodes and the seed alone, not on how fast it is.
 
@@ -75,6 +77,11 @@ class SecondPlayer:
         self._pool: ProcessPoolExecutor | None = None
         self._task: tuple[Any, ...] | None = None
         self._result: Future | None = None
+
+    @property
+    def plays(self) -> bool:
+        """Whether episodes were begun and not yet taken."""
+        return self._result is not None
 
     def begin(self, checkpoint: Path, count: int) -> None:
         """Begins to play `count` episodes, numbered from the replay's next one, by the policy of a checkpoint."""
@@ -91,6 +98,7 @@ class SecondPlayer:
                     time.sleep(POLL)
                 played = self._result.result()
                 self.replay.next_number += len(played.returns)
+                self._result = None
                 return played
             except BrokenProcessPool as error:
                 self.close()
@@ -114,4 +122,8 @@ class SecondPlayer:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin_worker, initargs=(os.getpid(),))
-        self._result = self._pool.submit(_record_beside, *self._task)
+        try:
+            self._result = self._pool.submit(_record_beside, *self._task)
+        except BrokenProcessPool:  # it died while it waited
+            self.close()
+            self._submit()

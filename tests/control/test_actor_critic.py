@@ -27,7 +27,7 @@ def test_lambda_returns_are_their_definition(decay):
             torch.testing.assert_close(found[t, n], after)
 
 
-def test_lambda_returns_of_no_decay_are_torchrls():
+def test_lambda_returns_are_torchrls():
     from torchrl.objectives.value.functional import td_lambda_return_estimate
 
     rewards, values = torch.rand(2, 6, 3, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_imagined_behaviour_is_a_loop_of_imagine():
     for t, action in enumerate(chosen[1:], 1):
         out, state = model.imagine(action, state)
         torch.testing.assert_close(imagined.rewards[t], out["rewards"])
-        torch.testing.assert_close(imagined.goes_on[t], out["continues"])
+        torch.testing.assert_close(imagined.continues[t], out["continues"])
         latents = imagined.features[t][:, model.recurrence.hidden_dim :][:, : model.latent_dim]
         torch.testing.assert_close(latents, out["latents"])
 

@@ -81,9 +81,9 @@ def test_a_roll_out_equals_a_loop_over_frames(model, critic, valued):
     state, weight, returns = unpack(start.reshape(-1)), 1.0, 0.0
     for t, action in enumerate(actions.flatten(1, 2)):
         acted = advance(model, state, action)
-        reward, goes_on = model.outcomes.expected(model.outcomes(acted.hidden, acted.latents))
+        reward, continues = model.outcomes.expected(model.outcomes(acted.hidden, acted.latents))
         _, state = predict(model, acted)
-        returns, weight = returns + weight * reward, weight * discount * goes_on
+        returns, weight = returns + weight * reward, weight * discount * continues
         for name in FIELDS:
             torch.testing.assert_close(out["next", name][:, :, t].flatten(0, 1), getattr(state, name))
     if valued:

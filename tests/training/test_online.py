@@ -15,6 +15,7 @@ from aime_fast.data import DMCVBDataset
 from aime_fast.data.growing import GrowingReplay
 from aime_fast.errors import CheckpointError, ConfigError, Interrupted
 from aime_fast.evaluate import EvaluateConfig, evaluate
+from aime_fast.report import ReportConfig, report
 from aime_fast.training.checkpoint import list_checkpoints
 from aime_fast.training.online import OnlineTrainer
 from aime_fast.training.policies import load_policy
@@ -28,7 +29,7 @@ def config_of(run_dir, **control):
     )  # fmt: skip
     return dataclasses.replace(
         base, data=dataclasses.replace(base.data, frame_skip=50), control=dataclasses.replace(base.control, **settings | control),
-        optim=dataclasses.replace(base.optim, latent_phase_frames=5, latent_phase_batch_size=8),
+        optim=dataclasses.replace(base.optim, latent_phase_batch_size=8),
         run=dataclasses.replace(base.run, run_dir=str(run_dir), device="cpu"),
     )  # fmt: skip
 
@@ -54,9 +55,10 @@ def test_it_plays_learns_and_records(whole):
     rows = [json.loads(line) for line in Path(whole.run.run_dir, "metrics.jsonl").read_text().splitlines()]
     assert [row["environment_frames"] for row in rows] == [3000, 4000, 5000]
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    files = sorted(path.name for path in (GrowingReplay(_folder(whole), whole.data, {}, 5)).folder.iterdir())
-    assert files == [f"episode_{number:07d}.h5" for number in range(5)]
-    assert rows[-1]["behaviour/actor"] != rows[-2]["behaviour/actor"]
+    assert sorted(path.name for path in _folder(whole).iterdir()) == [f"episode_{number:07d}.h5" for number in range(5)]
+    first, last = (torch.load(path, weights_only=True)["behaviour"] for path in list_checkpoints(whole.run.run_dir)[::2])
+    for part in ("actor", "critic", "slow"):
+        assert all(not torch.equal(value, first[part][name]) for name, value in last[part].items()), part
 
 
 def _folder(config):
@@ -73,7 +75,7 @@ def test_a_run_that_was_stopped_in_a_cycle_goes_on_as_if_it_had_not_been(whole, 
         return perceive(self, *arguments)
 
     monkeypatch.setattr(OnlineTrainer, "_perceive", stop_in_the_second)
-    with pytest.raises(Interrupted, match=r"cycle 1; saved .*--resume"):
+    with pytest.raises(Interrupted, match=r"cycle 1, which is lost; last good checkpoint: .*--resume"):
         OnlineTrainer(config).train()
     monkeypatch.undo()
     assert len(list(_folder(config).iterdir())) == 4  # the fourth episode is played again
@@ -95,7 +97,16 @@ def test_its_policy_is_loaded_plays_and_records(whole, tmp_path):
     result = evaluate(EvaluateConfig(whole.run.run_dir, returns=True, episodes=2, out=str(tmp_path), context=4, horizon=6, device="cpu"))
     (scores,) = result.values()
     assert scores["episodes"] == 2
-    assert scores["minimum"] == min(scores["returns"])
+    recorded = json.loads((tmp_path / "returns.json").read_text())
+    assert recorded["environment_frames"] == 5000
+    assert len(set(recorded["returns"])) == 2  # different episodes
+    plan = EvaluateConfig(
+        whole.run.run_dir, returns=True, episodes=1, policy="plan", out=str(tmp_path / "plan"), context=4, horizon=6, device="cpu"
+    )
+    assert next(iter(evaluate(plan).values()))["episodes"] == 1
+    text = report(ReportConfig(whole.run.run_dir, out=str(tmp_path / "report.html"), device="cpu")).read_text()
+    assert "return of the episodes of a cycle" in text
+    assert "no episodes without noise yet" in text  # the results above are elsewhere
     assert (tmp_path / "returns.mp4").stat().st_size > 0
     assert (tmp_path / "returns.png").stat().st_size > 0
     flags = ["--tier", "debug", "--frame-skip", "50", "--episodes", "1", "--out", str(tmp_path / "actor.h5"), "--no-progress"]
@@ -150,7 +161,9 @@ def test_the_replay_holds_out_by_number_and_drops_the_oldest(tmp_path):
         ({}, {"data": "demo.h5"}, "--data demo.h5: --online records its own episodes"),
         ({}, {"domain": "lqr", "task": "lqr_2_1"}, "its actions have no bounds"),
         ({"environment_frames": 100}, {}, "--environment-frames 100: fewer than those of --seed-episodes 3"),
-        ({"seed_episodes": 2}, {}, "seed.episodes"),
+        ({"seed_episodes": 2}, {}, "--seed-episodes 2: expected"),
+        ({"imagination_horizon": 15}, {}, "--imagination-horizon 15: with 8 frames before it longer than an episode of 20 agent steps"),
+        ({}, {"sequence_length": 30}, "--sequence-length 30: longer than an episode of 20 agent steps"),
     ],
 )
 def test_bad_settings_are_named_before_anything_is_recorded(tmp_path, control, data, message):
@@ -158,6 +171,28 @@ def test_bad_settings_are_named_before_anything_is_recorded(tmp_path, control, d
     with pytest.raises(Exception, match=message):
         OnlineTrainer(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_small_replay_goes_on_as_if_it_had_not_been_stopped_before_episodes_were_deleted(tmp_path, monkeypatch):
+    plain = config_of(tmp_path / "plain", replay_frames=25, environment_frames=6000)
+    OnlineTrainer(plain).train()
+    config = config_of(tmp_path / "stopped", replay_frames=25, environment_frames=6000)
+    drop, calls = GrowingReplay.drop, []
+
+    def die(self, numbers):
+        calls.append(numbers)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        drop(self, numbers)
+
+    monkeypatch.setattr(GrowingReplay, "drop", die)
+    with pytest.raises(KeyboardInterrupt):
+        OnlineTrainer(config).train()
+    monkeypatch.undo()
+    OnlineTrainer(resumed(config)).train()
+    assert {path.name for path in _folder(config).iterdir()} == {path.name for path in _folder(plain).iterdir()}
+    one, other = weights(plain), weights(config)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_run_on_recorded_data_has_no_policy(tmp_path):
