@@ -96,7 +96,8 @@ class SequenceProbes:
         share = weight / later.sum().clamp_min(1)
         own = mixture_log_prob(mean.float(), log_weights, means, logvars)
         other = predict_latents(model, outputs["posterior_mean"], context, other_actions, start, sample=False).prior
-        other = mixture_log_prob(mean.float(), other.log_weights.float(), other.means.float(), other.logvars.float())
+        alike = other.log_weights.exp().float().clamp_min(torch.finfo(weights.dtype).tiny).log()  # rounded as those of the outputs
+        other = mixture_log_prob(mean.float(), alike, other.means.float(), other.logvars.float())
         self._add("prior", -(own * later).sum() * share)
         self._add("prior_other_actions", -(other * later).sum() * share)
 
