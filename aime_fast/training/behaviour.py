@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from aime_fast.config import ControlConfig
 from aime_fast.control.actor_critic import Actor, Critic, act_in_imagination, lambda_returns
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.sequence import Latents, predict_latents
-from aime_fast.layers import starts
+from aime_fast.layers import previous, starts
 from aime_fast.runtime.cuda_graph import Captured
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
 from aime_fast.training.faults import Faults
+from aime_fast.training.latent_phase import LatentReplay
 
 BURN_IN = 8  # observed frames before the first state that is imagined from
 PER_PIECE = 8  # states of a piece of an episode
@@ -32,15 +34,25 @@ def policy_width(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def states_of(model: nn.Module, pieces: Latents, burn_in: int = BURN_IN) -> State:
-    """The states before the actions of all frames from `burn_in` on, of pieces [B, T]: N = B (T - burn_in) rows."""
-    batch, length = pieces.mean.shape[:2]
-    start = starts(None, batch, length, pieces.mean.device)
+def states_of(model: nn.Module, pieces: Latents, frames: slice) -> State:
+    """The states before the actions of some frames of pieces [B, T], whose recurrence begins empty: N = B x frames rows."""
+    start = starts(None, *pieces.mean.shape[:2], pieces.mean.device)
     known = predict_latents(model, pieces.mean, pieces.context, pieces.actions, start, sample=False)
-    before, now = slice(burn_in - 1, length - 1), slice(burn_in, length)
-    lstm, hidden = (x[:, before].flatten(0, 1) for x in (known.lstm, known.hidden))
-    latents, delta, context, attention = (x[:, now].flatten(0, 1) for x in (pieces.mean, known.delta, pieces.context, pieces.attention))
-    return State(lstm, hidden, latents, delta, torch.zeros_like(start[:, now]).flatten(), context, attention, cache=None)
+    before, seen = (previous(x, start) for x in (known.lstm, known.hidden)), torch.zeros_like(start)
+    of_frame = (*before, pieces.mean, known.delta, seen, pieces.context, pieces.attention)
+    return State(*(x[:, frames].flatten(0, 1) for x in of_frame), cache=None)
+
+
+def draw_starts(model: nn.Module, replay: LatentReplay, count: int) -> State:
+    """About `count` states to imagine from: three of four anywhere in an episode, after `BURN_IN` frames, the others in its first frames.
+
+    The policy meets an empty recurrence at the beginning of each episode it plays, and it alone decides whether a pole falls there.
+    """
+    pieces = math.ceil(count / PER_PIECE)
+    beginnings = max(1, pieces // 4)
+    anywhere = replay.draw(max(1, pieces - beginnings), BURN_IN + PER_PIECE)
+    drawn = (states_of(model, anywhere, slice(BURN_IN, None)), states_of(model, replay.draw_beginnings(beginnings, PER_PIECE), slice(None)))
+    return State(*(None if part[0] is None else torch.cat(part) for part in zip(*drawn)))
 
 
 class Behaviour:
@@ -67,15 +79,15 @@ class Behaviour:
         self.faults = Faults(TERMS, device)
         self.update = Captured(self._learn, device) if captures else self._learn
 
-    def _learn(self, pieces: Latents) -> dict[str, Tensor]:
-        """One update from pieces [B, BURN_IN + PER_PIECE] of episodes; one whose losses or gradients are not finite changes nothing.
+    def _learn(self, start: State) -> dict[str, Tensor]:
+        """One update from the states of `draw_starts`; one whose losses or gradients are not finite changes nothing.
 
         Returns: scalars by name, which a captured update overwrites at the next one: losses and gradient norms; imagined_return,
         imagined_reward; entropy; range, of the returns; action_bias, the largest size of an action's mean over all states; value_size, the
         mean size of values; value_limit, the value of the largest reward in every step.
         """
         c = self.control
-        imagined = act_in_imagination(self.model, self.actor, states_of(self.model, pieces), c.imagination_horizon)
+        imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon)
         discounts = c.discount * imagined.continues
         returns = lambda_returns(imagined.rewards, discounts, self.slow.value(imagined.features[1:]), c.return_decay)
         weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # discounted chance to come so far

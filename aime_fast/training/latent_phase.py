@@ -91,6 +91,12 @@ class LatentReplay:
         rows = first[:, None] + torch.arange(length, device=self.device)
         return Latents(*(part[rows] for part in self.frames))
 
+    def draw_beginnings(self, batch: int, length: int) -> Latents:
+        """The first `length` frames of `batch` random episodes, [B, length, ...]."""
+        first = self._lengths.cumsum(0) - self._lengths
+        chosen = first[torch.randint(len(first), (batch,), device=self.device)]
+        return Latents(*(part[chosen[:, None] + torch.arange(length, device=self.device)] for part in self.frames))
+
     @property
     def device(self) -> torch.device:
         """Of the frames."""

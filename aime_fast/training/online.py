@@ -33,7 +33,7 @@ from aime_fast.evaluation.validation import validate
 from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training import checkpoint
-from aime_fast.training.behaviour import BURN_IN, PER_PIECE, Behaviour
+from aime_fast.training.behaviour import BURN_IN, PER_PIECE, Behaviour, draw_starts
 from aime_fast.training.faults import Faults
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import CONTEXT, MEASURED, LatentPhase, LatentReplay, trained_modules
@@ -269,8 +269,8 @@ class OnlineTrainer:
         count = round(control.policy_updates * steps)
         for _ in range(count):
             self._stop_if_asked()
-            pieces = latents.draw(math.ceil(control.imagination_starts / PER_PIECE), BURN_IN + PER_PIECE)
-            for name, value in self.behaviour.update(pieces).items():
+            start = draw_starts(self.ema, latents, control.imagination_starts)
+            for name, value in self.behaviour.update(start).items():
                 totals[name] = totals.get(name, 0.0) + value / count
         self._check(self.behaviour.faults, "actor and critic", "a lower --actor-lr or --critic-lr")
         return {f"behaviour/{name}": float(value) for name, value in totals.items()} | {"act/seconds": time.perf_counter() - began}

@@ -11,7 +11,6 @@ from aime_fast.config import ControlConfig
 from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_returns, policy_features
 from aime_fast.imagination.frame import State, observe, step
 from aime_fast.imagination.sequence import infer_latents
-from aime_fast.training import behaviour
 from aime_fast.training.behaviour import Behaviour, policy_width, states_of
 from tests.models import make_batch, make_model
 
@@ -85,12 +84,14 @@ def test_states_of_pieces_are_those_that_observing_frame_by_frame_gives():
     model = make_model()
     video, actions = make_batch(model, 2, 6)
     pieces = infer_latents(model, video, actions, torch.zeros(2, 6), torch.ones(2, 6))
-    found = policy_features(states_of(model, pieces, burn_in=2)).unflatten(0, (2, 4))
+    found = policy_features(states_of(model, pieces, slice(None))).unflatten(0, (2, 6))
+    later = policy_features(states_of(model, pieces, slice(2, None))).unflatten(0, (2, 4))
+    torch.testing.assert_close(later, found[:, 2:])
+    assert not states_of(model, pieces, slice(None)).fresh.any()  # else the movement of the next frame would not count
     state, none = model.initial_state(2), torch.zeros(2, dtype=torch.bool)
     for t in range(6):
         seen = observe(model, video[:, t], state, none if t else ~none)
-        if t >= 2:
-            torch.testing.assert_close(found[:, t - 2], policy_features(seen))
+        torch.testing.assert_close(found[:, t], policy_features(seen))
         _, state = step(model, video[:, t], actions[:, t], state, none if t else ~none)
 
 
@@ -120,21 +121,21 @@ class Corridor(nn.Module):
     outcomes.expected = lambda outcome: (-((outcome[1] + 0.2 * outcome[0] - 0.5) ** 2).squeeze(-1), torch.ones(outcome[0].shape[:-1]))
 
 
+def anywhere() -> State:
+    latents, empty = torch.rand(64, 1) * 2 - 1, torch.zeros(64, 1)
+    return State(None, empty, latents, empty, torch.zeros(64, dtype=torch.bool), empty, None, None)
+
+
 def test_the_actor_finds_the_optimum_of_a_small_known_world(monkeypatch):
     for name in ("advance", "predict"):
         monkeypatch.setattr(f"aime_fast.control.actor_critic.{name}", getattr(Corridor, name))
 
-    def anywhere(model, pieces):
-        latents, empty = torch.rand(64, 1) * 2 - 1, torch.zeros(64, 1)
-        return State(None, empty, latents, empty, torch.zeros(64, dtype=torch.bool), empty, None, None)
-
-    monkeypatch.setattr(behaviour, "states_of", anywhere)
     torch.manual_seed(0)
     control = dataclasses.replace(ControlConfig(), actor_lr=3e-3, critic_lr=3e-3, policy_dim=32, discount=0.9, imagination_horizon=8)
     learner = Behaviour(Corridor(), control)
-    rewards = [learner.update(None)["imagined_reward"].item() for _ in range(300)]
+    rewards = [learner.update(anywhere())["imagined_reward"].item() for _ in range(300)]
     assert sum(rewards[-20:]) / 20 > 0.5 * sum(rewards[:5]) / 5  # rewards are below 0
-    state, reward = anywhere(None, None), None
+    state, reward = anywhere(), None
     for _ in range(8):
         action, _ = learner.actor(policy_features(state), sample=False)
         _, state = Corridor.predict(None, Corridor.advance(None, state, action))
@@ -148,9 +149,10 @@ def test_an_update_that_is_not_finite_changes_nothing():
     learner = Behaviour(model, dataclasses.replace(ControlConfig(), policy_dim=16, imagination_horizon=2))
     video, actions = (x.float() for x in make_batch(model, 2, 10))
     pieces = infer_latents(model, video, actions, torch.zeros(2, 10), torch.ones(2, 10))
-    learner.update(pieces)
+    start = states_of(model, pieces, slice(8, None))
+    learner.update(start)
     before = {name: value.clone() for name, value in learner.actor.state_dict().items()}, learner.range.clone()
-    learner.update(pieces._replace(mean=torch.full_like(pieces.mean, torch.nan)))
+    learner.update(start._replace(latents=torch.full_like(start.latents, torch.nan)))
     assert all(torch.equal(value, before[0][name]) for name, value in learner.actor.state_dict().items())
     assert torch.equal(learner.range, before[1])
     assert learner.faults.read().skipped == 1
