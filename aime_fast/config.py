@@ -199,7 +199,7 @@ class ControlConfig:
     train_ratio: Positive = 12.0  # frames of sequences that updates of the world model replay, for each new frame of an agent step
     seed_train_ratio: Positive = 12.0  # the same for the seed episodes
     latent_updates: Weight = 4.0  # updates of the latent phase for each of those
-    policy_updates: Weight = 5.0  # updates of actor and critic for each of those
+    policy_updates: Weight = 6.0  # updates of actor and critic for each of those
     replay_frames: Count = 1_000_000  # agent steps to train on that are kept; the oldest training episodes are deleted
     average_decay: OpenShare = 0.98  # of the weights' average that infers and acts, in place of --ema-decay: it must follow what is new
     imagination_starts: Count = 64  # states that an update of actor and critic imagines from, in pieces of 8
