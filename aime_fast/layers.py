@@ -127,6 +127,14 @@ def emphasise_last(linear: nn.Linear, count: int) -> None:
     linear.weight[:, -count:] *= ((linear.in_features - count) / count) ** 0.5
 
 
+@torch.no_grad()
+def near_zero(linear: nn.Linear) -> nn.Linear:
+    """Scales a new last layer down, so that it says nearly nothing until it has learnt; returns it."""
+    linear.weight *= 0.01
+    linear.bias.zero_()
+    return linear
+
+
 class Attention(nn.Module):
     """Multi-head attention of x [B, N, D] over `memory` [B, M, Dm] (or x itself); `rotary` adds positions in time.
 

@@ -217,7 +217,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         """Means over actions, in nats, of h [B, T, Dh] and latents [B, T, Z]; `brought` as for `infer_and_score`."""
         if brought is None:
             return dict.fromkeys(OUTCOMES, hidden.new_zeros((), dtype=full_precision(hidden).dtype))
-        scores = self.outcomes.score(self.outcomes(hidden, latents), *(x.reshape(hidden.shape[:2]) for x in brought))
+        scores = self.outcomes.score(hidden, latents, *(x.reshape(hidden.shape[:2]) for x in brought))
         return {name: score.mean() for name, score in zip(OUTCOMES, scores)}
 
     def _score_attention(self, inferred: Inference, video: Tensor, start: Tensor) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from aime_fast.config import PRESETS, preset
-from aime_fast.control.actor_critic import Actor, act_in_imagination
+from aime_fast.control.actor_critic import Actor, act_in_imagination, policy_width
 from aime_fast.imagination.frame import initial_state
-from aime_fast.training.behaviour import policy_width
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from profiling.machine import describe, title
 from profiling.rows import spread, write_rows

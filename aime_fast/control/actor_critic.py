@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aime_fast.control.two_hot import BINS, TwoHot
 from aime_fast.imagination.frame import State, advance, predict
-from aime_fast.layers import DELTA_SCALE
+from aime_fast.layers import DELTA_SCALE, near_zero
 
 LEAST_STD = 0.1  # of an action before tanh
 MOST_STD = 1.0
@@ -30,14 +30,15 @@ def policy_features(state: State) -> Tensor:
     return torch.cat([state.hidden, state.latents, DELTA_SCALE * state.delta, state.context], -1)
 
 
+def policy_width(model: nn.Module) -> int:
+    """The width of `policy_features`."""
+    return model.recurrence.hidden_dim + 2 * model.latent_dim + model.perceiver_io.context_dim
+
+
 def network(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Two layers with RMS norm and SiLU, and a last one that starts near zero."""
-    last = nn.Linear(width, outputs)
-    with torch.no_grad():
-        last.weight.mul_(0.01)
-        last.bias.zero_()
     layers = (nn.Linear(inputs, width), nn.RMSNorm(width), nn.SiLU(), nn.Linear(width, width), nn.RMSNorm(width), nn.SiLU())
-    return nn.Sequential(*layers, last)
+    return nn.Sequential(*layers, near_zero(nn.Linear(width, outputs)))
 
 
 class Actor(nn.Module):
@@ -105,7 +106,7 @@ def act_in_imagination(model: nn.Module, actor: Actor, state: State, horizon: in
         log_probs.append(log_prob)
         after.append((acted.hidden, acted.latents))
     hidden, latents = (torch.stack(part) for part in zip(*after))
-    rewards, continues = model.outcomes.expected(model.outcomes(hidden, latents))
+    rewards, continues = model.outcomes.expected(hidden, latents)
     return Imagined(*map(torch.stack, (features, actions, log_probs)), rewards, continues)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aime_fast.control.two_hot import BINS, TwoHot
-from aime_fast.layers import full_precision
+from aime_fast.layers import full_precision, near_zero
 
 
 class Outcome(NamedTuple):
@@ -31,10 +31,7 @@ class OutcomeHeads(nn.Module):
         super().__init__()
         width = max(1, hidden_dim // 2)
         self.trunk = nn.Sequential(nn.Linear(hidden_dim + latent_dim, width), nn.RMSNorm(width), nn.SiLU())
-        self.heads = nn.Linear(width, BINS + 1)
-        with torch.no_grad():
-            self.heads.weight.mul_(0.01)
-            self.heads.bias.zero_()
+        self.heads = near_zero(nn.Linear(width, BINS + 1))
         self.two_hot = TwoHot()
 
     def forward(self, hidden: Tensor, latents: Tensor) -> Outcome:
@@ -42,12 +39,14 @@ class OutcomeHeads(nn.Module):
         logits = full_precision(self.heads(self.trunk(torch.cat([hidden, latents.to(hidden.dtype)], -1))))
         return Outcome(logits[..., :-1], logits[..., -1])
 
-    def expected(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
-        """(reward, probability that the episode goes on), each [...]."""
+    def expected(self, hidden: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(reward, probability that the episode goes on), each [...], of h_t [..., Dh] and m_t [..., Z]."""
+        outcome = self(hidden, latents)
         return self.two_hot.decode(outcome.reward), outcome.continues.sigmoid()
 
-    def score(self, outcome: Outcome, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, hidden: Tensor, latents: Tensor, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropies of reward and continuation, in nats, each [...]; reward and discount [...] as recorded."""
+        outcome = self(hidden, latents)
         return (
             self.two_hot.nll(outcome.reward, reward),
             F.binary_cross_entropy_with_logits(outcome.continues, (discount > 0).to(outcome.continues.dtype), reduction="none"),

@@ -64,7 +64,7 @@ class LatentStep(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         flat = tensordict.select(*self.in_keys).reshape(-1)
         acted = advance(self.model, unpack(flat), flat["action"])
-        reward, continues = self.model.outcomes.expected(self.model.outcomes(acted.hidden, acted.latents))
+        reward, continues = self.model.outcomes.expected(acted.hidden, acted.latents)
         _, after = predict(self.model, acted)
         out = pack(after, flat["weight"] * self.discount * continues.unsqueeze(-1))
         out["reward"] = flat["weight"] * reward.unsqueeze(-1)

@@ -29,7 +29,7 @@ def imagine_rewards(model: nn.Module, observations: Tensor, actions: Tensor, fut
         _, state = imagine_latents(model, action, state)
         after.append((state.hidden, state.latents))
     hidden, latents = (torch.stack(part, 1) for part in zip(*after))
-    return model.outcomes.expected(model.outcomes(hidden, latents))[0]
+    return model.outcomes.expected(hidden, latents)[0]
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def explained_reward(model: nn.Module, pieces: Latents) -> float:
     """Share of the variance of rewards that the heads explain, of inferred pieces [B, T] of episodes: 1 exact, 0 as the mean."""
     start = starts(None, *pieces.mean.shape[:2], pieces.mean.device)
     hidden = predict_latents(model, pieces.mean, pieces.context, pieces.actions, start, sample=False).hidden
-    expected, _ = model.outcomes.expected(model.outcomes(hidden, pieces.mean))
+    expected, _ = model.outcomes.expected(hidden, pieces.mean)
     error, variance = (expected - pieces.reward).square().mean(), pieces.reward.var(unbiased=False)
     return (1 - error / variance.clamp_min(1e-12)).item()
 

@@ -34,8 +34,7 @@ def expected_rewards(policy: FramePolicy, episode: TensorDict) -> torch.Tensor:
     """The reward [T] that the heads expect of each action of an episode [T], from the frames up to it."""
     model = policy.model
     inferred = model.infer(episode["pixels"][None], episode["action"][None])
-    outcome = model.outcomes(inferred.hidden, inferred.posterior.mean.unflatten(0, inferred.hidden.shape[:2]))
-    return model.outcomes.expected(outcome)[0][0]
+    return model.outcomes.expected(inferred.hidden, inferred.posterior.mean.unflatten(0, inferred.hidden.shape[:2]))[0][0]
 
 
 def summarise_returns(episodes: list[TensorDict], frame_skip: int) -> dict:

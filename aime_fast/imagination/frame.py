@@ -134,7 +134,7 @@ def imagine(
     log_attention = model.attention.prior(state.attention, state.hidden, state.latents).log_attention
     after = after._replace(attention=log_attention.exp())
     decoded = model.decoder(after.latents, after.attention)
-    rewards, continues = model.outcomes.expected(model.outcomes(after.hidden, after.latents))
+    rewards, continues = model.outcomes.expected(after.hidden, after.latents)
     out = dict(
         reconstructions=model.decoder.likelihood.mean(decoded), latents=after.latents, mixture_weights=prior.log_weights.exp(),
         attention=after.attention, rewards=rewards, continues=continues,

@@ -73,8 +73,8 @@ def imagine_and_score(
     latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
     if targets.brought is not None:
-        outcome = model.outcomes(torch.stack(hidden), torch.stack(imagined))
-        scores["outcome"] = sum(model.outcomes.score(outcome, *(_after(x, first, frames) for x in targets.brought)))
+        brought = (_after(x, first, frames) for x in targets.brought)
+        scores["outcome"] = sum(model.outcomes.score(torch.stack(hidden), torch.stack(imagined), *brought))
     if not attends:
         return scores, imagined, None
     attended()
@@ -135,8 +135,7 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
     prior = predicted.prior
     log_prob = mixture_log_prob(latents[:, : start.shape[1]].flatten(0, 1), prior.log_weights, prior.means, prior.logvars)
-    outcome = model.outcomes(predicted.hidden, observed.mean)
-    scored = sum(model.outcomes.score(outcome, observed.reward, observed.discount))
+    scored = sum(model.outcomes.score(predicted.hidden, observed.mean, observed.reward, observed.discount))
     terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean(), "outcome": scored.mean()}
     if attends:
         before = previous(observed.attention, start, model.attention.uniform(1)).flatten(0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.config import ControlConfig
-from aime_fast.control.actor_critic import Actor, Critic, act_in_imagination, lambda_returns
+from aime_fast.control.actor_critic import Actor, Critic, act_in_imagination, lambda_returns, policy_width
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.sequence import Latents, predict_latents
 from aime_fast.layers import previous, starts
@@ -26,11 +26,6 @@ CLIP = 1.0  # largest gradient norm, of the actor and of the critic
 RANGE = (0.05, 0.95)  # quantiles of the returns between which their range is taken
 RANGE_RATE = 0.01  # of its moving average
 TERMS = ("actor", "critic", "gradient_norm/actor", "gradient_norm/critic")
-
-
-def policy_width(model: nn.Module) -> int:
-    """F of `policy_features`."""
-    return model.recurrence.hidden_dim + 2 * model.latent_dim + model.perceiver_io.context_dim
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from aime_fast.config import Config, DataConfig
-from aime_fast.control.actor_critic import Actor, Critic
+from aime_fast.control.actor_critic import Actor, Critic, policy_width
 from aime_fast.control.planner import PlanningPolicy
 from aime_fast.control.policy import WorldModelPolicy
 from aime_fast.errors import CheckpointError, ConfigError
-from aime_fast.training.behaviour import policy_width
 from aime_fast.training.checkpoint import fitting, load_model
 
 SAME = ("domain", "task", "image_size", "frame_skip", "render_quality")  # settings in which a policy and what it plays must agree
@@ -28,10 +28,7 @@ def load_policy(
     model, config, info = load_model(run_or_checkpoint, device)
     if info["actor"] is None:
         raise CheckpointError(f"{info['checkpoint']}: this run has no policy; train one with: python -m aime_fast.train --online")
-    actor = Actor(policy_width(model), config.control.policy_dim, model.action_dim)
-    with fitting(info["checkpoint"]):
-        actor.load_state_dict(info["actor"])
-    actor.to(device).requires_grad_(False)
+    actor = _restored(Actor(policy_width(model), config.control.policy_dim, model.action_dim), "actor", info, device)
     return WorldModelPolicy(model.requires_grad_(False), actor, sample), config, info
 
 
@@ -47,12 +44,16 @@ def load_planning_policy(
         raise CheckpointError(f"{info['checkpoint']}: this run's episodes are synthetic, so there is no simulator to plan in")
     critic = None
     if info["critic"] is not None:
-        critic = Critic(policy_width(model), config.control.policy_dim)
-        with fitting(info["checkpoint"]):
-            critic.load_state_dict(info["critic"])
-        critic.to(device).requires_grad_(False)
+        critic = _restored(Critic(policy_width(model), config.control.policy_dim), "critic", info, device)
     torch.manual_seed(seed)
     return PlanningPolicy(model.requires_grad_(False), critic, discount=config.control.discount), config, info
+
+
+def _restored(module: nn.Module, name: str, info: dict[str, Any], device: torch.device | str) -> nn.Module:
+    """A module with the weights that a checkpoint has under this name, on the device, without gradients."""
+    with fitting(info["checkpoint"]):
+        module.load_state_dict(info[name])
+    return module.to(device).requires_grad_(False)
 
 
 def check_fits(run: str, policy_of: DataConfig, plays: DataConfig) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from aime_fast.config import ControlConfig
-from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_returns, policy_features
+from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_returns, policy_features, policy_width
 from aime_fast.imagination.frame import State, observe, step
 from aime_fast.imagination.sequence import infer_latents
-from aime_fast.training.behaviour import Behaviour, policy_width, states_of
+from aime_fast.training.behaviour import Behaviour, states_of
 from tests.models import make_batch, make_model
 
 
@@ -70,7 +70,7 @@ def test_imagined_behaviour_is_a_loop_of_imagine():
 
     imagined = act_in_imagination(model, Recording(), seen, 4, sample=False)
     _, state = step(model, video[:, 1], chosen[0], before, none)
-    torch.testing.assert_close(imagined.rewards[0], model.outcomes.expected(model.outcomes(state.hidden, state.latents))[0])
+    torch.testing.assert_close(imagined.rewards[0], model.outcomes.expected(state.hidden, state.latents)[0])
     for t, action in enumerate(chosen[1:], 1):
         out, state = model.imagine(action, state)
         torch.testing.assert_close(imagined.rewards[t], out["rewards"])
@@ -115,10 +115,10 @@ class Corridor(nn.Module):
         latents = state.latents + 0.2 * state.hidden
         return None, state._replace(latents=latents, delta=latents - state.latents)
 
-    def outcomes(self, hidden, latents):
-        return hidden, latents
-
-    outcomes.expected = lambda outcome: (-((outcome[1] + 0.2 * outcome[0] - 0.5) ** 2).squeeze(-1), torch.ones(outcome[0].shape[:-1]))
+    class outcomes:
+        @staticmethod
+        def expected(hidden, latents):
+            return -((latents + 0.2 * hidden - 0.5) ** 2).squeeze(-1), torch.ones(hidden.shape[:-1])
 
 
 def anywhere() -> State:

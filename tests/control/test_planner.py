@@ -10,10 +10,9 @@ from models import ACTIONS
 from tensordict import TensorDict
 from torch import nn
 
-from aime_fast.control.actor_critic import Critic, policy_features
+from aime_fast.control.actor_critic import Critic, policy_features, policy_width
 from aime_fast.control.planner import FIELDS, PlanningPolicy, make_latent_environment, unpack
 from aime_fast.imagination.frame import advance, initial_state, predict
-from aime_fast.training.behaviour import policy_width
 
 SMALL = {"horizon": 3, "candidates": 8, "iterations": 2, "top_k": 3}
 
@@ -21,11 +20,8 @@ SMALL = {"horizon": 3, "candidates": 8, "iterations": 2, "top_k": 3}
 class NearGoal(nn.Module):
     """Minus the squared distance of a position, the first number of h, from 1: as outcome heads, and as a critic."""
 
-    def forward(self, hidden, latents):
-        return self.value(hidden)
-
-    def expected(self, reward):
-        return reward, torch.ones_like(reward)
+    def expected(self, hidden, latents):
+        return self.value(hidden), torch.ones_like(hidden[..., 0])
 
     def value(self, features):
         return -(features[..., 0] - 1).square()
@@ -34,8 +30,8 @@ class NearGoal(nn.Module):
 class Nothing(NearGoal):
     """No action earns anything."""
 
-    def forward(self, hidden, latents):
-        return torch.zeros_like(hidden[..., 0])
+    def expected(self, hidden, latents):
+        return torch.zeros_like(hidden[..., 0]), torch.ones_like(hidden[..., 0])
 
 
 def slider(model, lag: bool):
@@ -81,7 +77,7 @@ def test_a_roll_out_equals_a_loop_over_frames(model, critic, valued):
     state, weight, returns = unpack(start.reshape(-1)), 1.0, 0.0
     for t, action in enumerate(actions.flatten(1, 2)):
         acted = advance(model, state, action)
-        reward, continues = model.outcomes.expected(model.outcomes(acted.hidden, acted.latents))
+        reward, continues = model.outcomes.expected(acted.hidden, acted.latents)
         _, state = predict(model, acted)
         returns, weight = returns + weight * reward, weight * discount * continues
         for name in FIELDS:

@@ -8,12 +8,12 @@ import torch
 from tensordict import TensorDict
 
 from aime_fast.config import preset
-from aime_fast.control.actor_critic import Actor, policy_features
+from aime_fast.control.actor_critic import Actor, policy_features, policy_width
 from aime_fast.control.policy import WorldModelPolicy
 from aime_fast.data.collectors import play_episodes
 from aime_fast.data.dataset import to_tensordict
 from aime_fast.imagination.sequence import infer_latents
-from aime_fast.training.behaviour import policy_width, states_of
+from aime_fast.training.behaviour import states_of
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
 

@@ -11,11 +11,8 @@ from tests.models import make_batch, make_model
 class Reading:
     """Heads that read the action out of h, which `Remembering` puts there."""
 
-    def __call__(self, hidden, latents):
-        return hidden[..., 0]
-
-    def expected(self, outcome):
-        return outcome, torch.ones_like(outcome)
+    def expected(self, hidden, latents):
+        return hidden[..., 0], torch.ones_like(hidden[..., 0])
 
 
 class Remembering(torch.nn.Module):
