@@ -200,7 +200,7 @@ class ControlConfig:
     seed_train_ratio: Positive = 12.0  # the same for the seed episodes
     latent_updates: Weight = 4.0  # updates of the latent phase for each of those
     policy_updates: Weight = 6.0  # updates of actor and critic for each of those
-    replay_frames: Count = 1_000_000  # agent steps to train on that are kept; the oldest training episodes are deleted
+    replay_frames: Count = 1_000_000  # agent steps to train on, at most; the oldest training episodes are deleted
     average_decay: OpenShare = 0.98  # of the weights' average that infers and acts, in place of --ema-decay: it must follow what is new
     imagination_starts: Count = 64  # states that an update of actor and critic imagines from, in pieces of 8
     imagination_horizon: Count = 15  # actions imagined from each; as many frames does the latent phase imagine

@@ -121,7 +121,7 @@ class PlanningPolicy(FramePolicy):
         model: world model in eval mode, without gradients.
         critic: on the same device, of the value after the planned actions; None: nothing counts after them.
         planner: cem, the mean of the best candidates; mppi, their mean weighted by exp(temperature * return).
-        horizon: planned actions. candidates, iterations: sequences imagined at once, and how often. top_k: the best, kept of them.
+        horizon: planned actions. candidates, iterations: sequences imagined at once, and how often. top_k: the best of them.
         discount: of a reward one action later.
         temperature: of mppi.
 

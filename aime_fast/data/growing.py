@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 import torch
 
@@ -17,6 +16,13 @@ from aime_fast.data.dataset import DMCVBDataset
 from aime_fast.data.split import Split
 from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError
+
+
+class Known(NamedTuple):
+    """Of an episode."""
+
+    identity: str  # as of `DMCVBDataset`
+    frames: int
 
 
 class GrowingReplay:
@@ -35,6 +41,7 @@ class GrowingReplay:
 
     def __init__(self, folder: Path, config: DataConfig, attributes: Mapping[str, Any], next_number: int = 0):
         self.folder, self.config, self.attributes, self.next_number = folder, config, attributes, next_number
+        self._known: dict[int, Known] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for number, path in self._found().items():
             if number >= next_number:
@@ -53,17 +60,25 @@ class GrowingReplay:
             writer.write(episode)
         self.next_number += 1
 
+    def known(self) -> dict[int, Known]:
+        """What is known of the episodes that are there, by number. A file is opened once. Raises DataError if one is damaged."""
+        files = self.files()
+        if new := [number for number in files if number not in self._known]:
+            source = DMCVBDataset([files[number] for number in new], 1)
+            self._known |= dict(zip(new, map(Known, source.identities, source.lengths)))
+            source.close()
+        return {number: self._known[number] for number in files}
+
     def oldest(self, frames: int) -> set[int]:
         """Numbers of the oldest training episodes: without them at most `frames` frames to train on are left, or one episode."""
-        training = {number: path for number, path in self.files().items() if self.part(number) == "training"}
-        left, kept = frames, set()
-        for number, path in reversed(training.items()):
-            with h5py.File(path, "r") as file:
-                left -= len(file["episode_00000/action"])
-            if left < 0 and kept:
+        training = {number: known.frames for number, known in self.known().items() if self.part(number) == "training"}
+        left, staying = frames, set()
+        for number, length in reversed(training.items()):
+            left -= length
+            if left < 0 and staying:
                 break
-            kept.add(number)
-        return set(training) - kept
+            staying.add(number)
+        return set(training) - staying
 
     def drop(self, numbers: set[int]) -> None:
         """Deletes episodes."""
@@ -82,12 +97,10 @@ class GrowingReplay:
 
     def split(self, without: Collection[int] = ()) -> Split:
         """The identities of the episodes that are there, but for some. Raises DataError where a part of the split is empty."""
-        source = DMCVBDataset(str(self.folder), 1)
         identities: dict[str, list[str]] = {name: [] for name in Split._fields}
-        for number, name in zip(self.files(), source.identities):
+        for number, known in self.known().items():
             if number not in without:
-                identities[self.part(number)].append(name)
-        source.close()
+                identities[self.part(number)].append(known.identity)
         if empty := [name for name, found in identities.items() if not found]:
             raise DataError(f"{self.folder}: no episode is there for {', '.join(empty)}; record more with --seed-episodes")
         return Split(**{name: tuple(found) for name, found in identities.items()})

@@ -127,13 +127,12 @@ class OnlineTrainer:
         self.second = SecondPlayer(self.replay, run.seed) if config.control.plays_beside else None
         self.acting: str | None = None  # name of the checkpoint whose policy plays the next episodes beside; None: this process will
         self.seconds, self.latent_phase, self.logged = 0.0, {}, None
-        self.returns: list[float] = []
         self.stop = StopSignals()
         if resumed is not None:
             self._load(resumed)
 
     def train(self) -> dict:
-        """Runs until `environment_frames` were played. Returns `run_dir`, `checkpoint`, `returns` (of the last episodes) and `step`.
+        """Runs until `environment_frames` were played. Returns `run_dir`, `checkpoint` and `step`.
 
         Raises: Interrupted after a signal: the run goes on after its last whole cycle. NonFiniteError, OSError as `DMCVBTrainer.train`.
         """
@@ -156,7 +155,7 @@ class OnlineTrainer:
                     self.logger.log(self.step, row | self.watch.flags())
                     self.console.advance(self.frames)
                     self._save()
-            return {"run_dir": self.run_dir, "checkpoint": self.saved, "step": self.step, "returns": self.returns}
+            return {"run_dir": self.run_dir, "checkpoint": self.saved, "step": self.step}
         except _Stopped:
             raise Interrupted(
                 self.stop.signum,
@@ -214,7 +213,6 @@ class OnlineTrainer:
         if self.second is not None and self.cycle > 0 and (left := self._episodes_left()):
             self.acting = self.saved.name
             self.second.begin(self.saved, left)
-        self.returns = played.returns
         return played
 
     def _episodes_left(self) -> int:
@@ -308,10 +306,10 @@ class OnlineTrainer:
         config = dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, data=str(self.replay.folder)))
         state = {
             "epoch": 0.0, "cycle": self.cycle, "joint": self.joint, "frames": self.frames, "seconds": self.seconds,
-            "returns": self.returns, "episodes": self.replay.next_number, "logged": self.logger.rows,
+            "episodes": self.replay.next_number, "logged": self.logger.rows,
             "acting": self.acting, "latent_phase": None, "latents": self.latent_phase, "behaviour": self.behaviour.state_dict(),
             "updates_per_epoch": self.schedules.updates_per_epoch,
-            "picture_steps": 0, "action_dim": self.action_dim, "config": to_dict(config),
+            "action_dim": self.action_dim, "config": to_dict(config),
             "split": {part: list(names) for part, names in self.replay.split(dropped)._asdict().items()},
             **self.training_step.state_dict(),
         }  # fmt: skip
@@ -326,7 +324,7 @@ class OnlineTrainer:
             self.training_step.load_state_dict(state)
             self.behaviour.load_state_dict(state["behaviour"])
             self.cycle, self.joint, self.frames, self.step = (int(state[name]) for name in ("cycle", "joint", "frames", "step"))
-            self.seconds, self.returns, self.latent_phase = float(state["seconds"]), list(state["returns"]), state["latents"]
+            self.seconds, self.latent_phase = float(state["seconds"]), state["latents"]
             self.logged, self.acting = state["logged"], state["acting"] if self.second is not None else None
             self.schedules = Schedules(self.optim, float(state["updates_per_epoch"]), self.planned_joint)
         if self.acting is not None and not (self.run_dir / self.acting).is_file():
