@@ -168,6 +168,11 @@ def read_latest(run_dir: str | Path, device: torch.device | str = "cpu", report=
     raise CheckpointError(f"{run_dir}: every checkpoint is damaged; start again in another --run-dir")
 
 
+def last_good(saved: Path | None, run_dir: Path) -> str:
+    """For messages: the checkpoint that a run which fails can go on from."""
+    return f"last good checkpoint: {saved}" if saved else f"no checkpoint has been saved yet in {run_dir}"
+
+
 def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
     """The newest whole checkpoint and its state if a run is to go on and there is one; (None, None) for a run that starts.
 

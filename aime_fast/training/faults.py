@@ -50,6 +50,9 @@ class FaultReport(NamedTuple):
     terms: tuple[str, ...]  # what was not finite there, in the order of computation; empty where nothing happened
 
 
+MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
+
+
 class Faults:
     """Counts updates that were not made, on the device, and records the bad terms of the first one since the last `read`.
 

@@ -30,22 +30,22 @@ from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFinit
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.outcomes import explained_reward
 from aime_fast.evaluation.validation import validate
+from aime_fast.runtime.compile_cache import save_compiled
 from aime_fast.runtime.lock import FolderLock
-from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
+from aime_fast.runtime.machine import WAYS
 from aime_fast.training import checkpoint
 from aime_fast.training.behaviour import BURN_IN, PER_PIECE, Behaviour, draw_starts
-from aime_fast.training.faults import Faults
+from aime_fast.training.faults import MAX_SKIPS, Faults
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import CONTEXT, MEASURED, LatentPhase, LatentReplay, trained_modules
-from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
+from aime_fast.training.logging import Console, Logger, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
 from aime_fast.training.playing import Played, SecondPlayer, record
 from aime_fast.training.schedules import Schedules
-from aime_fast.training.settings import default_run_dir
-from aime_fast.training.step import TrainingStep
+from aime_fast.training.settings import default_run_dir, prepare_machine
+from aime_fast.training.step import TrainingStep, on_device
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 
-MAX_SKIPS = 20  # updates that were not finite, in a row
 LEAST_LATENT_RATE = 0.2  # of the latent phase, as a share of its first: there are new episodes to the end
 SHOWN = ("play/return", "behaviour/imagined_return", "behaviour/entropy", "validation/reward_explained", "validation/psnr")
 
@@ -69,15 +69,7 @@ class OnlineTrainer:
         check(config)
         if config.data.data is not None:
             raise ConfigError(f"--data {config.data.data}: --online records its own episodes; leave it out, or train without --online")
-        self.device = choose_device(run.device)
-        choose_kernels(run.kernels)
-        choose_tf32(run.tf32, run.precision)
-        self.compile = choose_compile(run.compile, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        check_loggers(run.logger)
-        if run.threads is not None:
-            torch.set_num_threads(run.threads)
+        self.device, self.compile = prepare_machine(run)
         self.run_dir = Path(run.run_dir or default_run_dir(config))
         self.lock = FolderLock(self.run_dir)
         try:
@@ -155,11 +147,13 @@ class OnlineTrainer:
                     self.logger.log(self.step, row | self.watch.flags())
                     self.console.advance(self.frames)
                     self._save()
+                if self.config.run.compile_cache is not None:
+                    save_compiled(self.config.run.compile_cache)
             return {"run_dir": self.run_dir, "checkpoint": self.saved, "step": self.step}
         except _Stopped:
+            last = checkpoint.last_good(self.saved, self.run_dir)
             raise Interrupted(
-                self.stop.signum,
-                f"stopped in cycle {self.cycle}, which is lost; {self._last_good()}; go on with the same command and --resume",
+                self.stop.signum, f"stopped in cycle {self.cycle}, which is lost; {last}; go on with the same command and --resume"
             ) from None
         finally:
             self._close()
@@ -226,14 +220,11 @@ class OnlineTrainer:
         for made in range(steps):
             self._stop_if_asked()
             of_step = [next(batches) for _ in range(self.config.optim.accumulate)]
-            if made < pictures:
-                given, update = self.schedules.picture(self.step), self.training_step.learn_pictures
-            else:
-                given, update = self.schedules.joint(self.joint), self.training_step
-                self.joint += 1
-            on_device = {name: x if isinstance(x, bool) else torch.full((), x, device=self.device) for name, x in given.items()}
-            metrics |= update(of_step, **on_device).to_dict()
+            given = self.schedules.picture(self.step) if made < pictures else self.schedules.joint(self.joint)
+            update = self.training_step.learn_pictures if made < pictures else self.training_step
+            metrics |= update(of_step, **on_device(given, self.device)).to_dict()
             self.step += 1
+            self.joint += made >= pictures
         self.skipped = self._check(self.training_step.faults, "the world model", "a lower --learning-rate")
         seconds = time.perf_counter() - began
         numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
@@ -284,9 +275,10 @@ class OnlineTrainer:
         """Updates skipped so far. Raises NonFiniteError where one was and the run is to stop at it, or too many in a row were."""
         report = faults.read()
         if report.in_a_row >= MAX_SKIPS or (report.terms and self.config.run.on_nan == "stop"):
+            last, terms = checkpoint.last_good(self.saved, self.run_dir), ", ".join(report.terms) or "many updates"
             raise NonFiniteError(
-                f"{what}, cycle {self.cycle}: {', '.join(report.terms) or 'many updates'} not finite; {self._last_good()}. Go on "
-                f"from there with --resume and {remedy}, or with --on-nan skip to pass over such updates"
+                f"{what}, cycle {self.cycle}: {terms} not finite; {last}. Go on from there with --resume and {remedy}, or with --on-nan "
+                "skip to pass over such updates"
             )
         return report.skipped
 
@@ -297,9 +289,6 @@ class OnlineTrainer:
     def _stop_if_asked(self) -> None:
         if self.stop.signum is not None:
             raise _Stopped
-
-    def _last_good(self) -> str:
-        return f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
 
     def _save(self) -> None:
         dropped = self.replay.oldest(self.config.control.replay_frames)

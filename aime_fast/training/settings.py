@@ -8,11 +8,30 @@ from typing import Any
 
 import torch
 
-from aime_fast.config import PICTURE_SHARE, Config, preset, to_dict
+from aime_fast.config import PICTURE_SHARE, Compile, Config, RunConfig, preset, to_dict
 from aime_fast.data import DMCVBDataset, collect
 from aime_fast.errors import ConfigError
+from aime_fast.runtime.compile_cache import load_compiled
+from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training.checkpoint import MAY_CHANGE, flatten
+from aime_fast.training.logging import check_loggers
 from kernels.backend import kernels_on
+
+
+def prepare_machine(run: RunConfig) -> tuple[torch.device, Compile]:
+    """Sets what holds for the whole process, as the settings say; returns (device, how an update is run). Raises ConfigError."""
+    device = choose_device(run.device)
+    choose_kernels(run.kernels)
+    choose_tf32(run.tf32, run.precision)
+    compile = choose_compile(run.compile, device)
+    if run.compile_cache is not None:
+        load_compiled(run.compile_cache)
+    if device.type == "cpu":
+        keep_freed_memory()
+    check_loggers(run.logger)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    return device, compile
 
 
 def training_length(config: Config) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ remain. They are captured, but never compiled.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,11 @@ class Gradients(NamedTuple):
 
     tasks: Tensor | None = None  # [n, P], a row for each task
     discriminator: Tensor | None = None  # [1, Pd]
+
+
+def on_device(given: Mapping[str, float | bool], device: torch.device) -> dict[str, Tensor | bool]:
+    """What `Schedules` gives an update, its numbers as scalar tensors on the device."""
+    return {name: x if isinstance(x, bool) else torch.full((), x, device=device) for name, x in given.items()}
 
 
 class TrainingStep:

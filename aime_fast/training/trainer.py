@@ -17,20 +17,27 @@ from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
-from aime_fast.runtime.compile_cache import load_compiled, save_compiled
+from aime_fast.runtime.compile_cache import save_compiled
 from aime_fast.runtime.lock import FolderLock
-from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
+from aime_fast.runtime.machine import WAYS
 from aime_fast.training import checkpoint
+from aime_fast.training.faults import MAX_SKIPS
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
-from aime_fast.training.logging import Console, Logger, check_loggers, write_run_files
+from aime_fast.training.logging import Console, Logger, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
 from aime_fast.training.schedules import CheckpointDue, Every, Schedules
-from aime_fast.training.settings import check_pictures, collected_data, default_run_dir, picture_steps, run_facts, training_length
-from aime_fast.training.step import TrainingStep
+from aime_fast.training.settings import (
+    check_pictures,
+    collected_data,
+    default_run_dir,
+    picture_steps,
+    prepare_machine,
+    run_facts,
+    training_length,
+)
+from aime_fast.training.step import TrainingStep, on_device
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
-
-MAX_SKIPS = 20  # consecutive updates that --on-nan skip may skip: after so many a run does not recover
 
 
 class DMCVBTrainer:
@@ -64,18 +71,8 @@ class DMCVBTrainer:
         run = config.run
         check(config)
         length = training_length(config)
-        self.device = choose_device(run.device)
-        choose_kernels(run.kernels)
-        choose_tf32(run.tf32, run.precision)
-        self.compile = choose_compile(run.compile, self.device)
-        if run.compile_cache is not None:
-            load_compiled(run.compile_cache)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        check_loggers(run.logger)
+        self.device, self.compile = prepare_machine(run)
         check_pictures(config)
-        if run.threads is not None:
-            torch.set_num_threads(run.threads)
         self.run_dir = Path(run.run_dir or default_run_dir(config))
         self.lock = FolderLock(self.run_dir)
         try:
@@ -179,10 +176,9 @@ class DMCVBTrainer:
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.optim.accumulate)]
         made = self.step - self.picture_steps  # joint updates
-        update = self.training_step.learn_pictures if made < 0 else self.training_step
         given = self.schedules.picture(self.step) if made < 0 else self.schedules.joint(made)
-        on_device = {name: x if isinstance(x, bool) else torch.full((), x, device=self.device) for name, x in given.items()}
-        metrics = update(batches, **on_device)
+        update = self.training_step.learn_pictures if made < 0 else self.training_step
+        metrics = update(batches, **on_device(given, self.device))
         self.seconds += time.perf_counter() - began
         self.step += 1
         self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches)
@@ -205,7 +201,7 @@ class DMCVBTrainer:
                 f"{', '.join(report.terms)} at step {step}: not finite (seen at step {self.step}; --log-every 1 --compile off also tells "
                 "which tensor and element)"
             )
-        last = self._last_good()
+        last = checkpoint.last_good(self.saved, self.run_dir)
         if self.config.run.on_nan == "stop":
             raise NonFiniteError(
                 f"{error}; the update was not made; {last}. Go on from there with --resume, adding --on-nan skip to pass over "
@@ -215,9 +211,6 @@ class DMCVBTrainer:
         self.console.line(f"skipped the update: {error}")
         if report.in_a_row >= MAX_SKIPS:
             raise NonFiniteError(f"{error}; {report.in_a_row} updates in a row were skipped, the run will not recover; {last}")
-
-    def _last_good(self) -> str:
-        return f"last good checkpoint: {self.saved}" if self.saved else f"no checkpoint has been saved yet in {self.run_dir}"
 
     def _log(self, metrics: TensorDict) -> None:
         began = time.perf_counter()
@@ -347,7 +340,7 @@ class DMCVBTrainer:
         try:
             checkpoint.check_finite(state, self.step)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {self._last_good()}") from None
+            raise NonFiniteError(f"{error}; {checkpoint.last_good(self.saved, self.run_dir)}") from None
         # While updates are skipped the weights may be bad, though finite: every earlier checkpoint stays.
         keep = self.config.run.keep_checkpoints if not self.is_skipping else self.step + 1
         self.saved, self.saved_step = checkpoint.save_checkpoint(self.run_dir, self.step, state, keep), self.step
