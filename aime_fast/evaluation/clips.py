@@ -84,6 +84,7 @@ class Clips:
     context: int
     episodes: Tensor  # int64 [N], which episode each clip is of
     positions: Tensor | None = None  # [N, F, n, 2], pixels
+    rewards: Tensor | None = None  # [N, F], of each action
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -94,13 +95,13 @@ class Clips:
         return self.pixels.shape[1] - self.context
 
     def __getitem__(self, rows: slice) -> Clips:
-        positions = None if self.positions is None else self.positions[rows]
-        return Clips(self.pixels[rows], self.actions[rows], self.context, self.episodes[rows], positions)
+        positions, rewards = (None if x is None else x[rows] for x in (self.positions, self.rewards))
+        return Clips(self.pixels[rows], self.actions[rows], self.context, self.episodes[rows], positions, rewards)
 
     def to(self, device: torch.device) -> Clips:
         """The clips on a device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Clips(self.pixels.to(device), self.actions.to(device), self.context, self.episodes, positions)
+        positions, rewards = (None if x is None else x.to(device) for x in (self.positions, self.rewards))
+        return Clips(self.pixels.to(device), self.actions.to(device), self.context, self.episodes, positions, rewards)
 
 
 def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_episode: int) -> Clips:
@@ -108,7 +109,7 @@ def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_ep
 
     Clips overlap where an episode is too short for that many side by side.
 
-    Args: episodes with `pixels` uint8 [T, 3, H, W], `action` [T, A] and, all or none, `positions` [T, n, 2].
+    Args: episodes with `pixels` uint8 [T, 3, H, W], `action` [T, A] and, all or none, `positions` [T, n, 2], `reward` [T, 1].
 
     Raises ValueError: context or horizon below 1, or every episode is shorter than a clip.
     """
@@ -122,8 +123,10 @@ def cut_clips(episodes: Iterable[TensorDict], context: int, horizon: int, per_ep
         for i in range(count):
             first = round(i * (length - frames) / max(count - 1, 1))
             owners.append(number)
-            clips.append(episode[first : first + frames].select("pixels", "action", "positions", strict=False).clone())
+            clips.append(episode[first : first + frames].select("pixels", "action", "positions", "reward", strict=False).clone())
     if not clips:
         raise ValueError(f"--context {context} --horizon {horizon}: the longest held-out episode has {longest} frames, ask for fewer")
     cut = torch.stack(clips)
-    return Clips(cut["pixels"], cut["action"], context, torch.tensor(owners), cut.get("positions", None))
+    positions, rewards = cut.get("positions", None), cut.get("reward", None)
+    rewards = None if rewards is None else rewards.squeeze(-1)
+    return Clips(cut["pixels"], cut["action"], context, torch.tensor(owners), positions, rewards)

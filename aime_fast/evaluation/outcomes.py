@@ -6,13 +6,10 @@ model does not see. Nothing is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
-from aime_fast.evaluation.clips import spread
+from aime_fast.evaluation.clips import Clips
 from aime_fast.imagination.frame import imagine_latents, state_after
 from aime_fast.imagination.sequence import Latents, predict_latents
 from aime_fast.layers import starts
@@ -42,16 +39,13 @@ def explained_reward(model: nn.Module, pieces: Latents) -> float:
     return (1 - error / variance.clamp_min(1e-12)).item()
 
 
-def evaluate_outcomes(
-    model: nn.Module, episodes: Sequence[TensorDict], mean_reward: float, context: int, horizon: int, per_episode: int, batch: int = 16
-) -> dict:
+def evaluate_outcomes(model: nn.Module, clips: Clips, mean_reward: float, batch: int = 16) -> dict:
     """Errors of predicted rewards, step by step.
 
     Args:
         model: in eval mode.
-        episodes: with `pixels` uint8 [T, 3, H, W], `action` [T, A], `reward` [T, 1].
+        clips: with rewards.
         mean_reward: of the training episodes.
-        context, horizon, per_episode: of the clips, as in `cut_clips`.
         batch: clips at once.
 
     Returns:
@@ -59,21 +53,14 @@ def evaluate_outcomes(
         last step up to which the model's error is below both baselines'; return_error (squared, by source) and return_correlation over the
         first `RETURN_STEPS` steps and over the horizon, the latter None where a return does not vary.
     """
-    device, frames = model.decoder.background.device, context + horizon
-    cut = [
-        episode[first : first + frames].select("pixels", "action", "reward")
-        for episode in episodes
-        for first in spread(per_episode, len(episode) - frames + 1)
-        if len(episode) >= frames
-    ]
-    if not cut:
+    if not len(clips):
         return {"clips": 0}
-    predicted = []
-    for first in range(0, len(cut), batch):
-        part = torch.stack(cut[first : first + batch]).to(device)
-        pixels, actions = part["pixels"][:, :context], part["action"]
-        predicted.append(imagine_rewards(model, pixels, actions[:, :context], actions[:, context:]).double().cpu())
-    rewards = torch.stack([clip["reward"] for clip in cut]).squeeze(-1).double().cpu()
+    context, horizon, predicted = clips.context, clips.horizon, []
+    for first in range(0, len(clips), batch):
+        part = clips[first : first + batch].to(model.decoder.background.device)
+        rewards = imagine_rewards(model, part.pixels[:, :context], part.actions[:, :context], part.actions[:, context:])
+        predicted.append(rewards.double().cpu())
+    rewards = clips.rewards.double().cpu()
     truth, model_rewards = rewards[:, context:], torch.cat(predicted)
     guesses = {
         MODEL: model_rewards, MEAN: torch.full_like(truth, mean_reward), LAST: rewards[:, context - 1 : context].expand_as(truth)
@@ -82,7 +69,7 @@ def evaluate_outcomes(
     spans = dict.fromkeys((min(RETURN_STEPS, horizon), horizon))
     worse = (errors[MODEL] >= torch.minimum(errors[MEAN], errors[LAST])).nonzero()
     return {
-        "clips": len(cut),
+        "clips": len(clips),
         "reward_variance": truth.var(unbiased=False).item(),
         "squared_error": {name: error.tolist() for name, error in errors.items()},
         "ahead_to": int(worse[0]) if len(worse) else horizon,

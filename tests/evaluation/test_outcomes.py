@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from aime_fast.evaluation.clips import cut_clips
 from aime_fast.evaluation.outcomes import evaluate_outcomes, imagine_rewards
 from tests.models import make_batch, make_model
 
@@ -47,7 +48,7 @@ def test_errors_are_of_the_steps_after_the_context_beside_both_baselines(model):
     video, actions = make_batch(model, 2, 12)
     pixels = ((video + 1) * 127.5).round().to(torch.uint8)
     episodes = [TensorDict({"pixels": p, "action": a, "reward": a[:, :1]}, batch_size=[12]) for p, a in zip(pixels, actions)]
-    found = evaluate_outcomes(model, episodes, 0.25, context=4, horizon=6, per_episode=2)
+    found = evaluate_outcomes(model, cut_clips(episodes, context=4, horizon=6, per_episode=2), 0.25)
     assert found["clips"] == 4
     assert max(found["squared_error"]["model"]) < 1e-12
     assert found["ahead_to"] == 6
@@ -60,5 +61,7 @@ def test_errors_are_of_the_steps_after_the_context_beside_both_baselines(model):
     assert found["return_error"]["6 steps"]["mean_reward"] == pytest.approx((at - 0.25).sum(1).square().mean().item())
 
 
-def test_without_an_episode_that_is_long_enough_nothing_is_measured(model):
-    assert evaluate_outcomes(model, [], 0.0, 4, 6, 2) == {"clips": 0}
+def test_without_a_clip_nothing_is_measured(model):
+    video, actions = make_batch(model, 1, 10)
+    episode = TensorDict({"pixels": video[0], "action": actions[0], "reward": actions[0, :, :1]}, batch_size=[10])
+    assert evaluate_outcomes(model, cut_clips([episode], 4, 6, 1)[:0], 0.0) == {"clips": 0}
