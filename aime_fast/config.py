@@ -208,6 +208,7 @@ class ControlConfig:
     return_decay: Share = 0.95  # lambda of the returns
     actor_entropy: Weight = 3e-2  # weight of the actor's entropy, beside returns divided by their range
     actor_lr: Annotated[float, Bound(0, 1)] = 3e-4  # Adam
+    actor_decay: OpenShare = 0.998  # of the actor's average, which is scored: a few cycles
     critic_lr: Annotated[float, Bound(0, 1)] = 1e-3  # Adam
     critic_decay: OpenShare = 0.95  # of the critic's average, which completes returns
     policy_dim: Width = 256  # width of actor and critic

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from aime_fast.layers import previous, starts
 from aime_fast.runtime.cuda_graph import Captured
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
+from aime_fast.training.ema import EMA
 from aime_fast.training.faults import Faults
 from aime_fast.training.latent_phase import LatentReplay
 
@@ -51,11 +51,14 @@ def draw_starts(model: nn.Module, replay: LatentReplay, count: int) -> State:
 
 
 class Behaviour:
-    """Actor, critic and its slow average, their optimizers and the range of returns.
+    """Actor and critic, their averages, their optimizers and the range of returns.
+
+    The actor plays in training; its average is the policy that comes out: what an actor earns in whole episodes changes from one cycle to
+    the next by hundreds, since a small lean that no roll-out of a second tells of drives a cart off in ten.
 
     Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph.
 
-    Attributes: update: `_learn`, as it is run.
+    Attributes: update: `_learn`, as it is run; averages: `EMA` of the actor and of the critic, whose second completes returns.
     """
 
     def __init__(self, model: nn.Module, control: ControlConfig, captures: bool = False):
@@ -64,9 +67,9 @@ class Behaviour:
         width = policy_width(model)
         self.actor = Actor(width, control.policy_dim, model.action_dim).to(device)
         self.critic = Critic(width, control.policy_dim).to(device)
-        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self._arenas = [Arena(module.parameters()) for module in (self.actor, self.critic)]
-        self._slow = Arena(self.slow.parameters())
+        of_averages = zip((self.actor, self.critic), (control.actor_decay, control.critic_decay), self._arenas)
+        self.averages = [EMA(module, decay, (arena,)) for module, decay, arena in of_averages]
         self._rows = [GradientRows(arena, 1) for arena in self._arenas]
         self._adams = [Adam(arena.flat) for arena in self._arenas]
         self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
@@ -84,7 +87,7 @@ class Behaviour:
         c = self.control
         imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon)
         discounts = c.discount * imagined.continues
-        returns = lambda_returns(imagined.rewards, discounts, self.slow.value(imagined.features[1:]), c.return_decay)
+        returns = lambda_returns(imagined.rewards, discounts, self.averages[1].model.value(imagined.features[1:]), c.return_decay)
         weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # discounted chance to come so far
         low, high = (returns.detach().flatten().quantile(share) for share in RANGE)
         found = (high - low).clamp_min(1.0)
@@ -99,7 +102,8 @@ class Behaviour:
         for adam, gradient, norm, rate in zip(self._adams, gradients, norms, self._rates):
             adam.update(gradient * clip_factor(norm, CLIP), rate, finite)
         self.range.copy_(torch.where(finite, scale, self.range))
-        self._slow.flat.lerp_(self._arenas[1].flat, (1 - c.critic_decay) * finite)
+        for average in self.averages:
+            average.update(finite)
         return measured | {
             "imagined_return": returns.detach().mean(), "imagined_reward": imagined.rewards.detach().mean(),
             "entropy": -imagined.log_probs.detach().mean(), "range": self.range.clone(),
@@ -111,15 +115,22 @@ class Behaviour:
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizers, range of returns and the count of updates not made."""
         return {
-            "actor": self.actor.state_dict(), "critic": self.critic.state_dict(), "slow": self.slow.state_dict(),
+            **{name: module.state_dict() for name, module in self._modules().items()},
+            "averaged": [average.updates for average in self.averages],
             "optimizers": [adam.state_dict() for adam in self._adams], "range": self.range, "faults": self.faults.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for name in ("actor", "critic", "slow"):
-            getattr(self, name).load_state_dict(state[name])
+        for name, module in self._modules().items():
+            module.load_state_dict(state[name])
+        for average, updates in zip(self.averages, state["averaged"]):
+            average.updates.copy_(updates)
         for adam, saved in zip(self._adams, state["optimizers"]):
             adam.load_state_dict(saved)
         self.range.copy_(state["range"])
         self.faults.load_state_dict(state["faults"])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        actor, critic = (average.model for average in self.averages)
+        return {"actor": self.actor, "critic": self.critic, "average_actor": actor, "average_critic": critic}

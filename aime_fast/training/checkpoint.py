@@ -29,7 +29,7 @@ from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 # 10: the spread of roll-outs; 11: a context that recalls; 12: tokens of drawn pictures: no weights of others fit;
 # 13: a latent phase with Adam on the device; 14: GroupNorm and SiLU in one layer; 15: heads of reward and
 # continuation
-FORMAT = 15
+FORMAT = 16
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
 # What a resumed run may change: how long, where and how it reports, and who plays, never what is computed from which data; and the latent
@@ -248,7 +248,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
     Returns:
         (model in eval mode, its Config, info) where info holds `checkpoint` (Path), `step`, `epoch`, `action_dim`, `ema`,
         `split` (`data.split.Split`), `latent_phase_updates`, those of the latent phase that the weights went through, and of an online run
-        `actor` and `critic`, their weights (else None), and `environment_frames` (else 0).
+        `actor`, `average_actor` and `critic`, their weights (else None), and `environment_frames` (else 0).
 
     Raises:
         CheckpointError: nothing there, damaged, or of another version (of which the names or shapes of weights may tell).
@@ -267,7 +267,7 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
         info = {"checkpoint": path, "step": state["step"], "epoch": state["epoch"], "action_dim": state["action_dim"], "ema": ema}
         info["split"] = saved_split(state)
         info["latent_phase_updates"] = _phase_updates(phase)
-        info |= {name: state["behaviour"][name] if "behaviour" in state else None for name in ("actor", "critic")}
+        info |= {name: state["behaviour"][name] if "behaviour" in state else None for name in ("actor", "average_actor", "critic")}
         info["environment_frames"] = state.get("frames", 0) * config.data.frame_skip
     return model.to(device).eval(), config, info
 

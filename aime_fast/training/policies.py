@@ -21,14 +21,16 @@ SAME = ("domain", "task", "image_size", "frame_skip", "render_quality")  # setti
 def load_policy(
     run_or_checkpoint: str | Path, device: torch.device | str = "cpu", sample: bool = False
 ) -> tuple[WorldModelPolicy, Config, dict[str, Any]]:
-    """(policy, config, info) as `load_model` gives the last two; `sample`: with the noise that it collects with.
+    """(policy, config, info) as `load_model` gives the last two: the average of the actor, without noise; `sample`: the actor that plays
+    in training, with its noise.
 
     Raises CheckpointError as `load_model`, and where the run has no policy.
     """
     model, config, info = load_model(run_or_checkpoint, device)
     if info["actor"] is None:
         raise CheckpointError(f"{info['checkpoint']}: this run has no policy; train one with: python -m aime_fast.train --online")
-    actor = _restored(Actor(policy_width(model), config.control.policy_dim, model.action_dim), "actor", info, device)
+    name = "actor" if sample else "average_actor"
+    actor = _restored(Actor(policy_width(model), config.control.policy_dim, model.action_dim), name, info, device)
     return WorldModelPolicy(model.requires_grad_(False), actor, sample), config, info
 
 

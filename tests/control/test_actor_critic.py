@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -135,12 +136,13 @@ def test_the_actor_finds_the_optimum_of_a_small_known_world(monkeypatch):
     learner = Behaviour(Corridor(), control)
     rewards = [learner.update(anywhere())["imagined_reward"].item() for _ in range(300)]
     assert sum(rewards[-20:]) / 20 > 0.5 * sum(rewards[:5]) / 5  # rewards are below 0
-    state, reward = anywhere(), None
-    for _ in range(8):
-        action, _ = learner.actor(policy_features(state), sample=False)
-        _, state = Corridor.predict(None, Corridor.advance(None, state, action))
-        reward = -((state.latents - 0.5) ** 2).mean()
-    assert reward > -0.005
+    for actor in (learner.actor, learner.averages[0].model):
+        state, reward = anywhere(), None
+        for _ in range(8):
+            action, _ = actor(policy_features(state), sample=False)
+            _, state = Corridor.predict(None, Corridor.advance(None, state, action))
+            reward = -((state.latents - 0.5) ** 2).mean()
+        assert reward > -0.005
     assert learner.faults.read().skipped == 0
 
 
@@ -151,8 +153,11 @@ def test_an_update_that_is_not_finite_changes_nothing():
     pieces = infer_latents(model, video, actions, torch.zeros(2, 10), torch.ones(2, 10))
     start = states_of(model, pieces, slice(8, None))
     learner.update(start)
-    before = {name: value.clone() for name, value in learner.actor.state_dict().items()}, learner.range.clone()
+    before = copy.deepcopy(learner.state_dict())
     learner.update(start._replace(latents=torch.full_like(start.latents, torch.nan)))
-    assert all(torch.equal(value, before[0][name]) for name, value in learner.actor.state_dict().items())
-    assert torch.equal(learner.range, before[1])
+    after = learner.state_dict()
+    for name in ("actor", "critic", "average_actor", "average_critic"):
+        assert all(torch.equal(value, before[name][part]) for part, value in after[name].items()), name
+    assert torch.equal(after["range"], before["range"])
+    assert all(map(torch.equal, after["averaged"], before["averaged"]))
     assert learner.faults.read().skipped == 1
