@@ -9,6 +9,7 @@ latent, delta and context where a roll-out begins: the posterior gets one throug
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Targets(NamedTuple):
     latents: Tensor  # [B, T, Z], samples of the posterior
     attention: Tensor  # [B, T, Ha, Wa]
     actions: Tensor  # [B, T, A]
-    brought: tuple[Tensor, Tensor] | None = None  # reward and discount [B, T] of each action
+    brought: tuple[Tensor, Tensor] | None = None  # reward and discount [S, T] of each action of the first S sequences
 
 
 def imagine_and_score(
@@ -49,8 +50,8 @@ def imagine_and_score(
     Args: first int64 [1], on the device: a captured graph may choose another at each replay; attends: predict attention too; sample: the
     imagined latents, where they are not the means of the likeliest components.
 
-    Returns: (scores in nats, `latent`, where it attends `attention`, and `outcome` where the targets have one: [frames, B] each; the
-    imagined latents [B, Z] of each frame; the log of the predicted maps [frames, B, Ha, Wa], None where it does not attend).
+    Returns: (scores in nats, `latent` and where it attends `attention`, [frames, B] each, and `outcome` [frames, S] where the targets have
+    one; the imagined latents [B, Z] of each frame; the log of the predicted maps [frames, B, Ha, Wa], None where it does not attend).
     """
     priors, imagined, hidden, log_maps = [], [], [], []
 
@@ -73,8 +74,9 @@ def imagine_and_score(
     latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
     if targets.brought is not None:
-        brought = (_after(x, first, frames) for x in targets.brought)
-        scores["outcome"] = sum(model.outcomes.score(torch.stack(hidden), torch.stack(imagined), *brought))
+        reward, discount = (_after(x, first, frames) for x in targets.brought)
+        known = (torch.stack(part)[:, : reward.shape[1]] for part in (hidden, imagined))
+        scores["outcome"] = sum(model.outcomes.score(*known, reward, discount))
     if not attends:
         return scores, imagined, None
     attended()
@@ -113,7 +115,9 @@ def pixel_overshooting(
     return dict(zip(OVERSHOOT, ((score.flatten() * share).sum() for score in (recon, scores["latent"], scores["attention"]))))
 
 
-def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attends: bool, sample: bool = False) -> dict[str, Tensor]:
+def latent_overshooting(
+    model: nn.Module, inferred: Latents, frames: int, attends: bool, sample: bool = False, outcome_share: float = 1.0
+) -> dict[str, Tensor]:
     """Scores `frames` imagined frames after a random one, the same for the whole batch, and observed frames predicted from the one before.
 
     The latter are as many as may come before the last roll-out that fits, and one more; where it attends, all.
@@ -121,11 +125,11 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     The slots' seeds, which read h, are trained towards those that were inferred: attention moves little as the recurrence changes.
 
     Args: inferred, each sequence of one episode; frames, from 1 to T - 1; attends: score attention too, at more than the cost of
-    all the rest; sample: the imagined latents.
+    all the rest; sample: the imagined latents; outcome_share: of the sequences whose reward and continuation are scored.
 
-    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; of reward and continuation `outcome` and, where
-    nothing is sampled, `outcome_rolled_out`; where it attends `attention`, `attention_rolled_out` and `seeds`. All but the last are nats
-    a frame.
+    Returns: scalars, to be added: of the latent `one_step`, `sticks` and `rolled_out`; of reward and continuation, unless of none,
+    `outcome` and, where nothing is sampled, `outcome_rolled_out`; where it attends `attention`, `attention_rolled_out` and `seeds`. All
+    but the last are nats a frame.
     """
     batch, length = inferred.mean.shape[:2]
     latents = sample_latents(inferred.mean, inferred.logvar, True)
@@ -135,8 +139,10 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     predicted = predict_latents(model, observed.mean, observed.context, observed.actions, start, sample=True)
     prior = predicted.prior
     log_prob = mixture_log_prob(latents[:, : start.shape[1]].flatten(0, 1), prior.log_weights, prior.means, prior.logvars)
-    scored = sum(model.outcomes.score(predicted.hidden, observed.mean, observed.reward, observed.discount))
-    terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean(), "outcome": scored.mean()}
+    terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean()}
+    if scored := math.ceil(outcome_share * batch):
+        parts = (predicted.hidden, observed.mean, observed.reward, observed.discount)
+        terms["outcome"] = sum(model.outcomes.score(*(x[:scored] for x in parts))).mean()
     if attends:
         before = previous(observed.attention, start, model.attention.uniform(1)).flatten(0, 1)
         attention = model.attention.prior(before, predicted.hidden_before, predicted.latents_before)
@@ -148,7 +154,9 @@ def latent_overshooting(model: nn.Module, inferred: Latents, frames: int, attend
     lstm, hidden, mean, delta, context, attention = (_at(x, first) for x in parts)
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
-    brought = None if sample else (inferred.reward, inferred.discount)  # what was recorded is not what a sample brings
+    brought = None
+    if scored and not sample:  # what was recorded is not what a sample brings
+        brought = inferred.reward[:scored], inferred.discount[:scored]
     targets = Targets(latents, inferred.attention, inferred.actions, brought)
     scores, *_ = imagine_and_score(model, state, first, frames, targets, attends, sample)
     names = {"latent": "rolled_out", "outcome": "outcome_rolled_out", "attention": "attention_rolled_out"}

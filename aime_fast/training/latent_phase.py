@@ -43,6 +43,8 @@ AT_ONCE = 1000  # frames of an episode inferred at once, at most
 BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
 # Of a loss, as they are computed.
 TERMS = ("one_step", "sticks", "outcome", "attention", "seeds", "rolled_out", "outcome_rolled_out", "attention_rolled_out")
+OUTCOMES = ("outcome", "outcome_rolled_out")
+OUTCOME_SHARE = 1 / 8  # of the pieces whose outcomes are scored, where nobody acts by them: of all, an update would take 15 % longer
 GRADIENT = "gradient"
 
 
@@ -139,6 +141,8 @@ class LatentPhase:
         optim: its fields `latent_phase_*` are read.
         seed: of all random numbers.
         captures: each kind of update is a CUDA graph, and the host learns of what is not finite in `check` alone.
+        outcome_weight: of the outcomes' terms; 0: they are not computed.
+        outcome_share: of the pieces whose outcomes are scored.
         all_from: updates after which all frames are imagined; None: `ALL_FROM` of all updates.
         least_rate: share of the learning rate below which it does not fall.
 
@@ -147,11 +151,12 @@ class LatentPhase:
 
     def __init__(
         self, model: nn.Module, training: LatentReplay, held_out: LatentReplay, optim: OptimConfig, seed: int = 0, captures: bool = False,
-        all_from: int | None = None, least_rate: float = 0.0,
+        outcome_weight: float = 1.0, outcome_share: float = OUTCOME_SHARE, all_from: int | None = None, least_rate: float = 0.0,
     ):  # fmt: skip
         self.model, self.training, self.held_out, self.seed = model, training, held_out, seed
         self.made, self.updates = 0, optim.latent_phase_updates
         self.batch, self.frames = optim.latent_phase_batch_size, optim.latent_phase_frames
+        self.outcome_weight, self.outcome_share = outcome_weight, outcome_share if outcome_weight else 0.0
         self.learning_rate, self.least_rate = optim.latent_phase_learning_rate, least_rate
         self.all_from = ALL_FROM * self.updates if all_from is None else all_from
         self.modules = trained_modules(model).requires_grad_(True)
@@ -180,8 +185,9 @@ class LatentPhase:
 
     def _learn(self, kind: Kind, pieces: Latents, rate: Tensor) -> None:
         """An update from pieces [B, CONTEXT + frames, ...] at a learning rate, a scalar; reads nothing back to the host."""
-        terms = latent_overshooting(self.model, pieces, *kind)
-        gradient = self._row.gather({"latent phase": sum(terms.values())})[0]
+        terms = latent_overshooting(self.model, pieces, *kind, self.outcome_share)
+        loss = sum(self.outcome_weight * term if name in OUTCOMES else term for name, term in terms.items())
+        gradient = self._row.gather({"latent phase": loss})[0]
         norm = torch.linalg.vector_norm(gradient)
         finite = self.faults.record({name: term.detach() for name, term in terms.items()} | {GRADIENT: norm})
         self.optimizer.update(gradient * clip_factor(norm, CLIP), rate, finite)
@@ -245,6 +251,7 @@ def train_latent_phase(
     save: Callable[[], None],
     stopped: Callable[[], bool],
     captures: bool = False,
+    outcome_weight: float = 1.0,
 ) -> None:
     """A latent phase on `model`, in place.
 
@@ -259,7 +266,7 @@ def train_latent_phase(
         due: whether to save after so many updates.
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
-        captures: see `LatentPhase`.
+        captures, outcome_weight: see `LatentPhase`.
     """
     modules, length = trained_modules(model), CONTEXT + optim.latent_phase_frames
     now = {name: value.clone() for name, value in modules.state_dict().items()}
@@ -271,7 +278,7 @@ def train_latent_phase(
         return
     finally:
         modules.load_state_dict(now)
-    phase = LatentPhase(model, *replays, optim, seed, captures)
+    phase = LatentPhase(model, *replays, optim, seed, captures, outcome_weight)
     if state["progress"]:
         phase.load_state_dict(state["progress"])
     should_report = Every(max(1, phase.updates // REPORTS))

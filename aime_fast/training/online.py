@@ -236,7 +236,10 @@ class OnlineTrainer:
         length = max(CONTEXT + self.optim.latent_phase_frames, BURN_IN + PER_PIECE)
         training, held_out = (LatentReplay(self.ema, part, length) for part in (batches, validation))
         inferred = time.perf_counter()
-        phase = LatentPhase(self.ema, training, held_out, self.optim, self.config.run.seed, self.captures, self.all_from, LEAST_LATENT_RATE)
+        phase = LatentPhase(
+            self.ema, training, held_out, self.optim, self.config.run.seed, self.captures, self.config.loss.lambda_outcome, 1.0,
+            self.all_from, LEAST_LATENT_RATE,
+        )  # fmt: skip
         if self.latent_phase:
             phase.load_state_dict(self.latent_phase)
         for _ in range(round(self.config.control.latent_updates * steps)):

@@ -300,7 +300,7 @@ class DMCVBTrainer:
 
         train_latent_phase(
             self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self.checkpoint_due, save,
-            lambda: stop.signum is not None, WAYS[self.compile].captured,
+            lambda: stop.signum is not None, WAYS[self.compile].captured, self.config.loss.lambda_outcome,
         )  # fmt: skip
 
     def _place(self) -> str:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import make_batch, make_model
 from torch import nn
 
 from aime_fast.config import ControlConfig
@@ -13,7 +14,6 @@ from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_ret
 from aime_fast.imagination.frame import State, observe, step
 from aime_fast.imagination.sequence import infer_latents
 from aime_fast.training.behaviour import Behaviour, states_of
-from tests.models import make_batch, make_model
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.95, 1.0])

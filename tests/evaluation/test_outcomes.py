@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import make_batch, make_model
 from tensordict import TensorDict
 
 from aime_fast.evaluation.clips import cut_clips
 from aime_fast.evaluation.outcomes import evaluate_outcomes, imagine_rewards
-from tests.models import make_batch, make_model
 
 
 class Reading:

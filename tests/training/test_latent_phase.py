@@ -19,7 +19,7 @@ from aime_fast.imagination.sequence import infer_latents
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 from aime_fast.training import DMCVBTrainer
 from aime_fast.training.checkpoint import load_model
-from aime_fast.training.latent_phase import CONTEXT, LatentPhase, LatentReplay
+from aime_fast.training.latent_phase import CONTEXT, OUTCOMES, LatentPhase, LatentReplay
 
 TAUGHT = ("recurrence.", "prior.", "outcomes.", "attention.prior.", "attention.posterior.seed.")
 
@@ -94,11 +94,11 @@ def test_what_the_updates_of_a_phase_imagine(monkeypatch):
     replays = [LatentReplay(model, batches, 18) for batches in (training, validation)]
     imagined, sampled, attended = [], [], []
 
-    def score(model, pieces, frames, attends, sample=False):
+    def score(model, pieces, frames, attends, sample=False, outcome_share=1.0):
         assert pieces.mean.shape[1] == CONTEXT + frames
         for made, what in ((imagined, frames), (sampled, sample), (attended, attends)):
             made.append(what)
-        return latent_overshooting(model, pieces, frames, attends, sample)
+        return latent_overshooting(model, pieces, frames, attends, sample, outcome_share)
 
     monkeypatch.setattr("aime_fast.training.latent_phase.latent_overshooting", score)
     phase = LatentPhase(model, *replays, dataclasses.replace(config.optim, latent_phase_frames=10))
@@ -111,6 +111,39 @@ def test_what_the_updates_of_a_phase_imagine(monkeypatch):
     assert {sample for sample, attends in zip(sampled, attended) if attends} == {False, True}
     phase.measure()
     assert (imagined[-1], sampled[-1], attended[-1]) == (10, False, True)
+    phase.close()
+    for batches in (training, validation):
+        batches.close()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_outcomes_of_a_share_of_the_pieces_are_scored(share):
+    model = make_model()
+    video, actions = make_batch(model, 4, 12)
+    pieces = infer_latents(model, video, actions, torch.rand(4, 12).double(), torch.ones(4, 12).double())
+    scored, unknown = round(4 * share), pieces.reward.clone()
+    unknown[scored:] = torch.nan  # where a reward is not scored, nothing reads it
+    torch.manual_seed(0)
+    terms = latent_overshooting(model, pieces._replace(reward=unknown), 3, attends=False, outcome_share=share)
+    assert (set(terms) & set(OUTCOMES)) == (set(OUTCOMES) if scored else set())
+    assert all(term.isfinite() for term in terms.values())
+    torch.manual_seed(0)
+    whole = latent_overshooting(model, pieces, 3, attends=False)
+    for name in set(terms) - (set(OUTCOMES) if share < 1 else set()):
+        torch.testing.assert_close(terms[name], whole[name])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_weight_of_outcomes_holds_in_the_phase(weight):
+    config = config_of(Path(), latent_phase_updates=2)
+    training, validation = make_batches(config.data, 0)
+    model = make_model().float().requires_grad_(False)
+    before = model.outcomes.heads.weight.clone()
+    phase = LatentPhase(model, LatentReplay(model, training, 11), LatentReplay(model, validation, 11), config.optim, outcome_weight=weight)
+    for _ in range(2):
+        phase.update()
+    assert torch.equal(model.outcomes.heads.weight, before) == (weight == 0)
+    assert phase.measure()["outcome"] > 0  # is measured all the same
     phase.close()
     for batches in (training, validation):
         batches.close()
