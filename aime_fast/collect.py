@@ -32,6 +32,7 @@ class Collection:
     render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
     policy: str  # random, ou, swing, mixed (see train --help), or an online run or checkpoint, whose actor then acts with its noise
     workers: int  # collector processes
+    plan: bool = False  # with a run as --policy: choose each action by planning in its world model, by TorchRL's CEM (slow)
     seed: int = 0  # seed of initial states and actions
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
     overwrite: bool = False  # replace an existing file, and drop the episodes of a collection that ended early
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     acts = options.policy not in get_args(NoiseKind)
     shared = {name: getattr(options, name) for name in shared} | ({"policy": data.policy} if acts else {})
     config: DataConfig = dataclasses.replace(data, **shared)
-    make_policy = _policy_of(options.policy, config) if acts else None
+    if options.plan and not acts:
+        raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
+    make_policy = _policy_of(options.policy, config, options.plan) if acts else None
     out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
 
     from aime_fast.data import DMCVBDataset, collect
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if left.exists() and not (options.overwrite or options.resume):
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
-        name = options.policy if acts else None
+        name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
         collect(config, options.seed, out, options.progress, options.resume, make_policy, name)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "render_quality")}
@@ -81,15 +84,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return out
 
 
-def _policy_of(run: str, config: DataConfig) -> MakePolicy:
-    """The actor of an online run, once for each worker. Raises ConfigError or CheckpointError where it cannot play."""
+def _policy_of(run: str, config: DataConfig, plans: bool) -> MakePolicy:
+    """The actor of an online run, or a planner in a run's world model, once for each worker.
+
+    Raises ConfigError or CheckpointError where it cannot play.
+    """
     if not Path(run).exists():
         raise ConfigError(f"--policy {run}: expected {', '.join(get_args(NoiseKind))}, or the folder or checkpoint of an online run")
-    from aime_fast.training.policies import check_fits, load_policy, make_recording_policy
+    from aime_fast.training.policies import check_fits, load_planning_policy, load_policy, make_planning_policy, make_recording_policy
 
-    _, trained, _ = load_policy(run)
+    _, trained, _ = (load_planning_policy if plans else load_policy)(run)
     check_fits(run, trained.data, config)
-    return partial(make_recording_policy, run)
+    return partial(make_planning_policy if plans else make_recording_policy, run)
 
 
 if __name__ == "__main__":

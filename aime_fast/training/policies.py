@@ -72,3 +72,9 @@ def make_recording_policy(run: str, seed: int) -> WorldModelPolicy:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     return load_policy(run, sample=True)[0]
+
+
+def make_planning_policy(run: str, seed: int) -> PlanningPolicy:
+    """As `make_recording_policy`, a planner in the run's world model."""
+    torch.set_num_threads(1)
+    return load_planning_policy(run, seed=seed)[0]

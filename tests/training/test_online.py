@@ -113,6 +113,12 @@ def test_its_policy_is_loaded_plays_and_records(whole, tmp_path):
     collect([*flags, "--policy", whole.run.run_dir])
     recorded = DMCVBDataset(tmp_path / "actor.h5", 5)
     assert recorded.attributes["policy"] == whole.run.run_dir
+    collect([*flags[:-2], str(tmp_path / "plan.h5"), "--no-progress", "--policy", whole.run.run_dir, "--plan"])
+    planned = DMCVBDataset(tmp_path / "plan.h5", 5)
+    assert planned.attributes["policy"] == f"plan in {whole.run.run_dir}"
+    assert not torch.equal(planned[0]["action"], recorded[0]["action"])
+    with pytest.raises(ConfigError, match="--plan --policy ou: noise does not plan"):
+        collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", "ou", "--plan"])
     with pytest.raises(ConfigError, match=r"--policy .*frame-skip 50, not 8; pass --frame-skip 50"):
         collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", whole.run.run_dir])
     with pytest.raises(ConfigError, match="--policy nowhere: expected random, ou, swing, mixed, or the folder"):
