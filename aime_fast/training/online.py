@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from aime_fast.data import SequenceBatches
 from aime_fast.data.collectors import NoisePolicy, recording_attributes
 from aime_fast.data.environments import describe_task, probe_renderer
 from aime_fast.data.growing import GrowingReplay
+from aime_fast.data.replay import replay_bytes
 from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.outcomes import explained_reward
@@ -88,6 +91,8 @@ class OnlineTrainer:
         backend = probe_renderer()
         self.action_dim, self.longest, positions = describe_task(config.data)
         check_control(config, self.longest)
+        self.wanted = math.ceil(config.control.environment_frames / config.data.frame_skip)  # agent steps
+        check_room(config, self.wanted, self.action_dim)
         folder = self.run_dir / "episodes"
         if not run.resume and any(folder.glob("episode_*.h5")):
             raise ConfigError(f"{folder} holds episodes of another run; name another folder with --run-dir, or move it away")
@@ -115,7 +120,6 @@ class OnlineTrainer:
         self.captures = WAYS[self.compile].captured
         self.behaviour = Behaviour(self.ema, config.control, self.captures)
         self.cycle = self.step = self.joint = self.frames = self.skipped = 0
-        self.wanted = math.ceil(config.control.environment_frames / config.data.frame_skip)  # agent steps
         self.second = SecondPlayer(self.replay, run.seed) if config.control.plays_beside else None
         self.acting: str | None = None  # name of the checkpoint whose policy plays the next episodes beside; None: this process will
         self.seconds, self.latent_phase, self.logged = 0.0, {}, None
@@ -363,6 +367,18 @@ def check_control(config: Config, longest: int) -> None:
     if config.control.plays_beside and config.run.keep_checkpoints < 2:
         raise ConfigError(
             "--keep-checkpoints 1: with --plays-beside the next episodes are played by the last checkpoint but one; keep 2 or more"
+        )
+
+
+def check_room(config: Config, wanted: int, action_dim: int) -> None:
+    """Raises ConfigError where the unpacked episodes of a run of `wanted` agent steps will not fit into the temporary folder's disk."""
+    folder, data = Path(tempfile.gettempdir()), config.data
+    frames = min(wanted, config.control.replay_frames + math.ceil(wanted * data.validation_fraction))
+    needed, free = replay_bytes(frames, data.image_size, action_dim), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"--replay-frames {config.control.replay_frames}: {frames} agent steps need {needed / 2**30:.3g} GiB unpacked, {folder} has "
+            f"{free / 2**30:.3g} free; give fewer, or set TMPDIR to a folder on a disk with more room"
         )
 
 

@@ -167,6 +167,7 @@ def test_the_replay_holds_out_by_number_and_drops_the_oldest(tmp_path):
         ({}, {"data": "demo.h5"}, "--data demo.h5: --online records its own episodes"),
         ({}, {"domain": "lqr", "task": "lqr_2_1"}, "its actions have no bounds"),
         ({"environment_frames": 100}, {}, "--environment-frames 100: fewer than those of --seed-episodes 3"),
+        ({"environment_frames": 10**9, "replay_frames": 10**9}, {"frame_skip": 1}, "--replay-frames 1000000000: .* agent steps need"),
         ({"seed_episodes": 2}, {}, "--seed-episodes 2: expected"),
         ({"imagination_horizon": 15}, {}, "--imagination-horizon 15: with 8 frames before it longer than an episode of 20 agent steps"),
         ({}, {"sequence_length": 30}, "--sequence-length 30: longer than an episode of 20 agent steps"),
