@@ -25,6 +25,10 @@ class CheckpointError(UserError, ValueError):
     """No usable checkpoint where one is needed."""
 
 
+class RankError(UserError, RuntimeError):
+    """Another process of the same run has ended or does not answer."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """A tensor holds nan or infinity. The message names it, the step, how many elements, and where the first one is."""
 

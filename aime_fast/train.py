@@ -6,9 +6,12 @@ after SIGHUP or a closed terminal, 141 when nobody reads the output any more; 1 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from aime_fast.cli import parse_config, run_command
+from aime_fast.config import Config
+from aime_fast.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,16 +19,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config("python -m aime_fast.train", "Train AIME. Without --data the tier's data is collected first.", argv)
     from aime_fast.evaluate import EvaluateConfig, evaluate
     from aime_fast.report import ReportConfig, report
-    from aime_fast.training import DMCVBTrainer, OnlineTrainer
+    from aime_fast.runtime import ranks
+    from aime_fast.training import OnlineTrainer
 
+    if config.control.online and ranks.launched():
+        raise ConfigError("--online plays and learns in one process; start it without a launcher")
     if config.control.online:
         result = OnlineTrainer(config).train()
         print(f"\nrun         {result['run_dir']}\ncheckpoint  {result['checkpoint']}")
         evaluate(EvaluateConfig(str(result["run_dir"]), returns=True, episodes=config.control.return_episodes, device=config.run.device))
+    elif (result := train_as_launched(config)) is None:
+        return
     else:
-        result = DMCVBTrainer(config).train()
         print_result(result)
     report(ReportConfig(str(result["run_dir"]), device=config.run.device))
+
+
+def train_as_launched(config: Config) -> dict | None:
+    """Trains, alone or as one of the processes that a launcher started; None where another one of them leads."""
+    from aime_fast.runtime import ranks
+    from aime_fast.runtime.machine import choose_device
+    from aime_fast.training import DMCVBTrainer
+
+    if ranks.restarted():
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
+    with ranks.joined(choose_device(ranks.local_device(config.run.device))):
+        result = DMCVBTrainer(config).train()
+        return result if ranks.leads() else None
 
 
 def print_result(result: dict) -> None:

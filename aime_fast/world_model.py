@@ -39,7 +39,7 @@ from aime_fast.multi_task_learning.loss_aggregator import OUTCOMES
 from aime_fast.perceiver_io import CausalPerceiverIO
 from aime_fast.perceiver_io.context import PerceptionCache
 from aime_fast.perceiver_io.tokenizer import Tokens
-from aime_fast.runtime import streams
+from aime_fast.runtime import ranks, streams
 from aime_fast.runtime.roll_out import RollOut, match_layout
 from aime_fast.runtime.spans import span
 from aime_fast.temporal_dynamics import LSTMLayer
@@ -252,7 +252,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     def _share(self, batch: int, share: float) -> slice:
         """The sequences of a batch that a dear task sees: in training a share of them, at least one; else all."""
-        return slice(max(1, round(share * batch)) if self.training else batch)
+        return slice(max(1, round(share * batch * ranks.size())) // ranks.size() if self.training else batch)
 
     def forward_sequence(self, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
         """`infer_and_score`, with the same arguments, as a TensorDict without batch size. Raises ValueError for pixels out of range too."""
@@ -273,7 +273,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         shape, flat = start.shape, video.flatten(0, 1)
         with span("encoder_decoder: encoder"):
             posterior = self.encoder(flat, context.flatten(0, 1))
-            latents = sample_latents(posterior.mean, posterior.logvar, self.training)
+            latents = sample_latents(*(x.unflatten(0, shape) for x in (posterior.mean, posterior.logvar)), self.training).flatten(0, 1)
         means = posterior.mean.unflatten(0, shape)
         delta, hidden, lstm, hidden_before, latents_before, prior = predict_latents(self, means, context, actions, start, self.training)
 
@@ -296,7 +296,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         """
         if not self.training or self.attention_dropout == 0:
             return attention
-        dropped = torch.rand(shape[0], 1, device=attention.device) < self.attention_dropout
+        dropped = ranks.rand(shape[0], 1, device=attention.device) < self.attention_dropout
         return torch.where(dropped.expand(shape).reshape(-1, 1, 1), self.attention.uniform(1).to(attention.dtype), attention)
 
     def discriminator_loss(

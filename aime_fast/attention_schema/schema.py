@@ -12,6 +12,7 @@ from aime_fast.attention_schema.posterior import AttentionPosterior
 from aime_fast.attention_schema.prior import AttentionPrior
 from aime_fast.config import ModelConfig
 from aime_fast.layers import full_precision, grid_coordinates, outside_autocast
+from aime_fast.runtime import ranks
 
 LOG_FLOOR = 1e-8  # keeps log A finite where a map is zero
 
@@ -61,7 +62,7 @@ class AttentionSchema(nn.Module):
             predicted = torch.einsum("bthw,btchw->btc", before.detach(), movement)
         error = F.smooth_l1_loss(predicted, target, reduction="none", beta=0.05).sum(-1)
         weight = (~start).to(error.dtype)
-        return (error * weight).sum() / weight.sum().clamp_min(1.0)
+        return (error * weight).sum() / ranks.mean(weight.sum()).clamp_min(1.0)
 
 
 def attention_kl(attention: Tensor, log_prior: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aime_fast.runtime import ranks
+
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 of any shape to float32 in [-1, 1]: 0 becomes -1, 255 becomes 1, both exactly."""
@@ -30,7 +32,7 @@ def augment(pixels: Tensor, max_shift: float, max_zoom: float, generator: torch.
     frames = normalise(pixels)
     if not (max_shift or max_zoom):
         return frames
-    noise = torch.rand(b, 3, device=pixels.device, generator=generator) * 2 - 1  # [B, 3] in [-1, 1)
+    noise = ranks.draw(lambda whole: torch.rand(whole, device=pixels.device, generator=generator), (b, 3)) * 2 - 1  # [B, 3] in [-1, 1)
     scale = 1 + max_zoom * noise[:, 0]  # of the sampling grid: above 1 it reaches beyond the image and zooms out
     shift = 2 * max_shift * noise[:, 1:]  # [B, 2], in grid units: the image is 2 wide
     zeros = torch.zeros_like(scale)

@@ -27,6 +27,7 @@ from aime_fast.data.split import Split, find_episodes, split_episodes
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
 from aime_fast.errors import DataError
+from aime_fast.runtime.ranks import Ranks
 
 
 def make_batches(
@@ -35,6 +36,7 @@ def make_batches(
     device: torch.device | str = "cpu",
     split: Split | None = None,
     parts: Sequence[str] = ("training", "validation"),
+    share: Ranks = Ranks(),  # noqa: B008
 ) -> tuple[SequenceBatches, ...]:
     """Batches of parts of `config.data`: an HDF5 file, a folder of them, or "synthetic".
 
@@ -44,6 +46,7 @@ def make_batches(
         device: of the batches; `config.replay` says whether all frames are stored there too (`replay.replay_on_device`).
         split: that of a run, whose very episodes are taken, in its order; None splits the data by `split_episodes`.
         parts: of the split.
+        share: of each batch, that this process takes.
     Returns:
         one for each of `parts`; no episode is in two. `split` of each names the episodes of all parts.
     Raises:
@@ -70,6 +73,7 @@ def make_batches(
                 resident=resident,
                 stills=config.stills > 0,
                 split=split,
+                share=share,
             )
             for episodes in chosen
         )
@@ -120,6 +124,7 @@ class SequenceBatches:
         stills: whether a batch has `stills`; those of `one_pass` and `episode` have none.
         split: of the source, for the records of a run.
         resident: store the frames on `device` instead of in a memory map on the host; the batches are bit-identical.
+        share: of B that this process takes of every batch of the endless iterator; B and the order are those of all together.
     Attributes:
         episodes: indices into the source. lengths: frames of each. steps_per_epoch: batches of every epoch.
         action_dim, image_size: A; H = W. resident, split: as passed.
@@ -140,7 +145,9 @@ class SequenceBatches:
         resident: bool = False,
         stills: bool = False,
         split: Split | None = None,
+        share: Ranks = Ranks(),  # noqa: B008
     ):
+        self.share = share
         self.episodes, self.split, self.stills = list(episodes), split, stills
         self.action_dim, self.image_size = source.action_dim, source.image_size
         self.device = torch.device(device)
@@ -159,7 +166,7 @@ class SequenceBatches:
 
     def __next__(self) -> TensorDict:
         replay = self._open_replay()
-        make = partial(_prepare, replay, self._windows, self.stills)
+        make = partial(_prepare, replay, self._windows, self.stills, self.share)
         if self.prefetch < 1:
             prepared = make(self._consumed)
         else:
@@ -241,7 +248,10 @@ class SequenceBatches:
         return self._replay
 
 
-def _prepare(replay: Replay, windows: Windows, stills: bool, number: int) -> Any:
+def _prepare(replay: Replay, windows: Windows, stills: bool, share: Ranks, number: int) -> Any:
     # Not a method: the thread would hold a reference to the SequenceBatches, whose finaliser stops the thread.
-    rows = windows.batch(number)
-    return replay.prepare(torch.cat([rows, windows.stills(number)]) if stills else rows)
+    rows = share.own(windows.batch(number))
+    if stills:
+        frames = share.own(windows.stills(number).flatten())  # frame by frame: an update may take half of them
+        rows = torch.cat([rows, frames.view(rows.shape)])
+    return replay.prepare(rows)

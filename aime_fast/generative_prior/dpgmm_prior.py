@@ -16,6 +16,7 @@ from aime_fast.encoder_decoder.encoder import MEAN_BOUND, bounded_logvar
 from aime_fast.generative_prior.gamma_posterior import GammaPosterior
 from aime_fast.generative_prior.stick_breaking import AdaptiveStickBreaking
 from aime_fast.layers import DELTA_SCALE, MLP, full_precision
+from aime_fast.runtime import ranks
 
 OFFSET_STD = 0.1  # standard deviation of the initial biases of the components' offsets
 LEAST_VARIANCE = 1e-6  # of a sample where the noise of q(z) is all that a component has: the root of 0 has an infinite gradient
@@ -26,8 +27,8 @@ class PriorNoise(NamedTuple):
     """The random numbers of samples of the prior, for N frames or with other leading axes."""
 
     sticks: Tensor  # [N, K-1], uniform
-    choice: Tensor  # [N, K], Gumbel
-    latents: Tensor  # [N, Z], normal
+    choice: Tensor | None = None  # [N, K], Gumbel
+    latents: Tensor | None = None  # [N, Z], normal
 
 
 class Mixture(NamedTuple):
@@ -48,13 +49,13 @@ class Mixture(NamedTuple):
         if not sample:
             chosen = self.log_weights.argmax(-1)
         else:
-            gumbel = -torch.empty_like(self.log_weights).exponential_().log() if noise is None else noise.choice
+            gumbel = -ranks.exponential_like(self.log_weights).log() if noise is None else noise.choice
             chosen = (self.log_weights + gumbel).argmax(-1)
         index = chosen[:, None, None].expand(-1, 1, self.means.shape[-1])
         mean = self.means.gather(1, index)[:, 0]
         if not sample:
             return mean
-        normal = torch.randn_like(mean) if noise is None else noise.latents
+        normal = ranks.randn_like(mean) if noise is None else noise.latents
         variance = self.logvars.gather(1, index)[:, 0].exp() - inferred_variance
         return mean + normal * variance.clamp_min(LEAST_VARIANCE).sqrt()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
+from aime_fast.runtime import ranks
 from kernels.kumaraswamy import kumaraswamy_beta_kl, kumaraswamy_log_mean, kumaraswamy_mean_sticks, kumaraswamy_sticks
 
 LOG_BOUND = 5.0  # log a and log b stay in [-5, 5]
@@ -57,6 +58,12 @@ class AdaptiveStickBreaking(nn.Module):
             nn.init.normal_(self.parameters_head.weight, std=0.1 / math.sqrt(input_dim))
             self.parameters_head.bias.copy_(torch.cat([torch.zeros_like(start), start]))
 
+    def uniform(self, shape: torch.Size, like: Tensor, dim: int = 0) -> Tensor:
+        """Randoms in [0, 1) [*shape, K-1] for samples, on the device of `like`; axis `dim` of the shape is the sequences of a batch."""
+        return ranks.rand(
+            *shape, self.max_components - 1, dim=dim, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)
+        )
+
     def forward(
         self,
         features: Tensor,
@@ -69,7 +76,7 @@ class AdaptiveStickBreaking(nn.Module):
         """Mixture weights for features [..., F].
 
         Args:
-            u: uniform randoms in [0, 1] [..., K-1]; drawn on the device when left out.
+            u: uniform randoms in [0, 1] [..., K-1]; those of `uniform` when left out, [B, K-1].
             sample: False takes the mean of each stick instead of a sample.
             alpha, log_alpha, kl: prior of the sticks and the method, see `kernels.kumaraswamy.kumaraswamy_sticks`; [..., 1] or [..., K-1].
         """
@@ -81,7 +88,7 @@ class AdaptiveStickBreaking(nn.Module):
             divergence = None if alpha is None else kumaraswamy_beta_kl(log_a, log_b, alpha, log_alpha, kl)
             return StickBreakingOutput(log_pi, log_a, log_b, None, divergence)
         if u is None:
-            u = torch.rand(log_a.shape, dtype=log_a.dtype, device=log_a.device)
+            u = self.uniform(features.shape[:-1], log_a)
         sticks = kumaraswamy_sticks(log_a, log_b, u, alpha, log_alpha, kl)
         return StickBreakingOutput(sticks.log_pi, log_a, log_b, sticks.v, sticks.kl)
 

@@ -22,7 +22,7 @@ from aime_fast.imagination.sequence import Inference, Latents, predict_latents, 
 from aime_fast.layers import previous, starts
 from aime_fast.multi_task_learning.loss_aggregator import OVERSHOOT
 from aime_fast.multi_task_learning.losses import mixture_log_prob
-from aime_fast.runtime import streams
+from aime_fast.runtime import ranks, streams
 
 BURN_IN = 3  # frames up to the first state, where the sequence is long enough: the fewest that show speed and its change
 SEED_WEIGHT = 10.0  # of the squared error of the slots' seeds
@@ -69,7 +69,8 @@ def imagine_and_score(
         hidden.append(state.hidden)
     # Of all frames at once: on a processor so small an operator costs as much as one of all.
     features = torch.stack([prior.features for prior in priors])
-    log_weights = model.prior.sticks(features, sample=sample).log_pi
+    uniform = model.prior.sticks.uniform(features.shape[:-1], features, dim=1) if sample else None
+    log_weights = model.prior.sticks(features, uniform, sample).log_pi
     means = torch.stack([prior.means for prior in priors])
     latents = _after(targets.latents, first, frames)
     scores = {"latent": -mixture_log_prob(latents, log_weights, means, model.prior.spread(features).unsqueeze(-2))}
@@ -108,7 +109,7 @@ def pixel_overshooting(
     truth = _after(video, first, frames).flatten(0, 1)  # [frames * B, 3, H, W]
     in_episode = (~_after(start, first, frames)).cumprod(0)  # [frames, B], 0 from the next episode on
     weight = in_episode.flatten().to(scores["latent"].dtype)
-    share = weight / weight.sum().clamp_min(1.0)
+    share = weight / ranks.mean(weight.sum()).clamp_min(1.0)
     decoded = model.decoder(torch.cat(imagined), log_attention.exp().flatten(0, 1))
     recon = model.decoder.likelihood.nll(decoded, truth)
     # One by one: gradients of a term taken from a stack of all would pass, as zeros, through all others.
@@ -140,9 +141,11 @@ def latent_overshooting(
     prior = predicted.prior
     log_prob = mixture_log_prob(latents[:, : start.shape[1]].flatten(0, 1), prior.log_weights, prior.means, prior.logvars)
     terms = {"one_step": -log_prob.mean(), "sticks": prior.kl_hierarchical.mean()}
-    if scored := math.ceil(outcome_share * batch):
+    whole = math.ceil(outcome_share * batch * ranks.size())  # sequences whose outcomes are scored, of which this rank may have fewer
+    scored = len(range(ranks.rank(), whole, ranks.size()))
+    if whole:
         parts = (predicted.hidden, observed.mean, observed.reward, observed.discount)
-        terms["outcome"] = sum(model.outcomes.score(*(x[:scored] for x in parts))).mean()
+        terms["outcome"] = sum(model.outcomes.score(*(x[:scored] for x in parts))).mean(1).sum() * ranks.size() / whole
     if attends:
         before = previous(observed.attention, start, model.attention.uniform(1)).flatten(0, 1)
         attention = model.attention.prior(before, predicted.hidden_before, predicted.latents_before)
@@ -155,12 +158,15 @@ def latent_overshooting(
     fresh = torch.zeros(batch, dtype=torch.bool, device=start.device)
     state = State(lstm, hidden, mean, delta, fresh, context, attention, cache=None)
     brought = None
-    if scored and not sample:  # what was recorded is not what a sample brings
+    if whole and not sample:  # what was recorded is not what a sample brings
         brought = inferred.reward[:scored], inferred.discount[:scored]
     targets = Targets(latents, inferred.attention, inferred.actions, brought)
     scores, *_ = imagine_and_score(model, state, first, frames, targets, attends, sample)
     names = {"latent": "rolled_out", "outcome": "outcome_rolled_out", "attention": "attention_rolled_out"}
-    return terms | {names[name]: score.mean() for name, score in scores.items()}
+    terms |= {names[name]: score.mean() for name, score in scores.items() if name != "outcome"}
+    if "outcome" in scores:
+        terms[names["outcome"]] = scores["outcome"].mean(0).sum() * ranks.size() / whole
+    return terms
 
 
 def _first_frame(length: int, frames: int, device: torch.device) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from aime_fast.attention_schema.posterior import AttentionMaps
 from aime_fast.attention_schema.prior import PredictedAttention
 from aime_fast.encoder_decoder.encoder import Posterior
-from aime_fast.generative_prior.dpgmm_prior import Mixture
+from aime_fast.generative_prior.dpgmm_prior import Mixture, PriorNoise
 from aime_fast.layers import DELTA_SCALE, delta_from, previous
+from aime_fast.runtime import ranks
 from aime_fast.runtime.spans import span
 
 
@@ -75,15 +76,16 @@ def predict_latents(model: nn.Module, latents: Tensor, context: Tensor, actions:
     hidden_before, delta_before = (previous(x, start).flatten(0, 1) for x in (hidden, delta))
     with span("generative_prior: prior"):
         given = context if model.prior_context == "current" else previous(context, start)
-        prior = model.prior(hidden_before, given.flatten(0, 1), before.flatten(0, 1), delta_before, sample=sample)
+        noise = PriorNoise(sticks=model.prior.sticks.uniform(hidden.shape[:2], hidden).flatten(0, 1)) if sample else None
+        prior = model.prior(hidden_before, given.flatten(0, 1), before.flatten(0, 1), delta_before, sample, noise)
     return LatentPrediction(delta, hidden, lstm, hidden_before, before.flatten(0, 1), prior)
 
 
 def sample_latents(mean: Tensor, logvar: Tensor, sample: bool) -> Tensor:
-    """z [..., Z]: a reparameterised sample, or the mean. The KL is always taken at a sample: at the mean it is off by Z/2 nats."""
+    """z [B, ..., Z]: a reparameterised sample, or the mean. The KL is always taken at a sample: at the mean it is off by Z/2 nats."""
     if not sample:
         return mean
-    return mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    return mean + ranks.randn_like(mean) * (0.5 * logvar).exp()
 
 
 def recurrent_input(latents: Tensor, delta: Tensor, context: Tensor, actions: Tensor) -> Tensor:

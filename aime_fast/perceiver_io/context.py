@@ -19,6 +19,7 @@ from aime_fast.config import Compile, ModelConfig
 from aime_fast.layers import DELTA_SCALE, TransformerBlock, episode_mask, full_precision, grid_positions, starts
 from aime_fast.perceiver_io.predictor import PerceiverTokenPredictor
 from aime_fast.perceiver_io.tokenizer import Tokens, VQPTTokenizer
+from aime_fast.runtime import ranks
 from aime_fast.runtime.roll_out import RollOut, match_layout
 from aime_fast.runtime.spans import span
 
@@ -186,12 +187,12 @@ class CausalPerceiverIO(nn.Module):
 
     def learn_context(self, context: Tensor) -> None:
         """Update the mean context by those of a batch, [B, T, Dc]. Imagined frames read it, perhaps on another stream than `score`."""
-        self.mean_context.lerp_(context.detach().mean((0, 1)).to(self.mean_context.dtype), 1 - MEAN_DECAY)
+        self.mean_context.lerp_(ranks.mean(context.detach().mean((0, 1))).to(self.mean_context.dtype), 1 - MEAN_DECAY)
 
     def learn(self, tokens: Tokens) -> None:
         """Update codebook and mean code by the tokens of a batch, when nothing reads the old ones any more."""
         vectors = self.tokenizer.embed(tokens.codes).flatten(2, 3).flatten(0, 1)
-        self.mean_code.lerp_(vectors.mean(0).to(self.mean_code.dtype), 1 - MEAN_DECAY)
+        self.mean_code.lerp_(ranks.mean(vectors.mean(0)).to(self.mean_code.dtype), 1 - MEAN_DECAY)
         self.tokenizer.learn(tokens)
 
     def extract_context(self, video: Tensor, is_init: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
 from aime_fast.layers import MLP, Attention, emphasise_last, full_precision, grid_positions
+from aime_fast.runtime import ranks
 
 PICTURED = 0.75  # share of the training sequences whose tokens are predicted given those of a picture
 
@@ -153,22 +154,23 @@ class PerceiverTokenPredictor(nn.Module):
         weight = (~start[:, 1:])[..., None, None, None].expand(target.shape).to(context.dtype)
         drawn = None if drawn is None else drawn[:, 1:]
         if self.training:
-            shown = torch.rand(len(given), device=given.device) >= self.hidden_share
+            shown = ranks.rand(len(given), device=given.device) >= self.hidden_share
             if drawn is not None:
-                pictured = shown & (torch.rand(len(given), device=given.device) < PICTURED)
+                pictured = shown & (ranks.rand(len(given), device=given.device) < PICTURED)
             if isinstance(own_tokens, Tensor) or own_tokens > 0:
                 given = self._mix_in_own(given, context, actions, start, own_tokens, drawn, pictured)
-            noise = torch.rand(given.shape, device=tokens.device)
-            given = torch.where(noise < self.corruption, torch.randint_like(given, self.codes), given)
+            noise = ranks.rand(*given.shape, device=tokens.device)
+            others = ranks.draw(lambda whole: torch.randint(self.codes, whole, device=tokens.device), given.shape)
+            given = torch.where(noise < self.corruption, others, given)
             if context_of is not None:
                 context = context_of(given, start[:, :-1])
             if self.partial is not None:
-                ratio = torch.cos(0.5 * math.pi * torch.rand(target.shape[:2], device=tokens.device))
-                masked = torch.rand(target.shape, device=tokens.device) < ratio[..., None, None, None]
+                ratio = torch.cos(0.5 * math.pi * ranks.rand(*target.shape[:2], device=tokens.device))
+                masked = ranks.rand(*target.shape, device=tokens.device) < ratio[..., None, None, None]
                 partial = torch.where(masked, self.mask_token, target)
                 weight = weight * masked
         logits = full_precision(self(given, context, actions[:, :-1], partial, drawn, shown, pictured))
-        total = weight.sum().clamp_min(1.0)
+        total = ranks.mean(weight.sum()).clamp_min(1.0)
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
         return (nll * weight.flatten()).sum() / total, (accuracy * weight).sum() / total
@@ -191,7 +193,7 @@ class PerceiverTokenPredictor(nn.Module):
         drawn = None if drawn is None else drawn[:, : length - 1]
         context = context[:, : length - 1].detach()
         own = self(given[:, :-1], context, actions[:, : length - 1], None, drawn, None, pictured).argmax(-1)
-        chosen = (torch.rand(own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
+        chosen = (ranks.rand(*own.shape[:2], device=own.device) < share) & ~start[:, 1:length]
         return torch.cat([given[:, :1], torch.where(chosen[..., None, None, None], own, given[:, 1:])], dim=1)
 
     def sample(

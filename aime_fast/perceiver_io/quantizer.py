@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.config import ModelConfig
+from aime_fast.runtime import ranks
 from kernels import vq
 
 
@@ -57,7 +58,7 @@ class VectorQuantizer(nn.Module):
         """x [N, Q, d] -> `Quantized`."""
         vectors, codes, commitment = vq.vector_quantize(x, self.codebook)
         with torch.no_grad():
-            counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
+            counts = ranks.total(vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1))
             perplexity, usage = vq.codebook_usage(counts)
         return Quantized(vectors, codes, commitment, perplexity, usage)
 
@@ -73,19 +74,37 @@ class VectorQuantizer(nn.Module):
         return -share.log()[head, codes].mean(-1)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """At the first call, set every code to a vector of x [N, Q, d]."""
-        u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
-        state = vq.initialise_codebook(x, self.codebook, self.cluster_size, self.embedding_sum, self.initialised, u, self.dead_threshold)
+    def initialise(self, x: Tensor, sequences: int) -> None:
+        """At the first call, set every code to a vector of x [N, Q, d], the rows of so many sequences."""
+        fresh = self._candidates(x, sequences)
+        state = vq.initialise_codebook(fresh, self.codebook, self.cluster_size, self.embedding_sum, self.initialised, self.dead_threshold)
         for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum, self.initialised), state):
             buffer.copy_(value)
 
     @torch.no_grad()
-    def learn(self, x: Tensor, codes: Tensor) -> None:
-        """Update the codebook by a batch x [N, Q, d] and its codes int64 [N, Q]."""
-        u = torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
-        *state, _ = vq.codebook_update(
-            x, codes, self.codebook, self.cluster_size, self.embedding_sum, u, self.decay, self.eps, self.dead_threshold
-        )
+    def learn(self, x: Tensor, codes: Tensor, sequences: int) -> None:
+        """Update the codebook by a batch x [N, Q, d], the rows of so many sequences, and its codes int64 [N, Q]."""
+        averages, settings = (self.codebook, self.cluster_size, self.embedding_sum), (self.decay, self.eps, self.dead_threshold)
+        if ranks.size() == 1:
+            *state, _ = vq.codebook_update(x, codes, *averages, self._uniform(x), *settings)
+        else:  # in three parts: what ranks have counted and added is to be known before the averages move
+            fresh = self._candidates(x, sequences)
+            counts, sums = (ranks.total(part) for part in vq.code_statistics(x, codes, self.codebook))
+            *state, _ = vq.move_codebook(counts, sums, fresh, *averages, *settings)
         for buffer, value in zip((self.codebook, self.cluster_size, self.embedding_sum), state):
             buffer.copy_(value)
+
+    def _uniform(self, x: Tensor) -> Tensor:
+        return torch.rand(self.codebook.shape[:2], device=x.device, dtype=self.codebook.dtype)
+
+    def _candidates(self, x: Tensor, sequences: int) -> Tensor:
+        """A random row of the batch for each code, [Q|1, V, d]: of x [N, Q, d], or, where ranks share it, of the rank that has the row."""
+        u, groups, size = self._uniform(x), self.codebook.shape[0], ranks.size()
+        pool = vq.pool_rows(x.to(self.codebook.dtype), groups)  # [Q|1, R, d]
+        place = (u * (pool.shape[1] * size)).long().clamp_max(pool.shape[1] * size - 1)
+        of_sequence = pool.shape[1] // sequences
+        sequence, row = place // of_sequence, place % of_sequence
+        mine = sequence % size == ranks.rank()
+        index = torch.where(mine, sequence // size * of_sequence + row, 0)
+        found = pool.gather(1, index.unsqueeze(2).expand(-1, -1, pool.shape[2]))
+        return found if size == 1 else ranks.total(torch.where(mine.unsqueeze(2), found, 0.0))

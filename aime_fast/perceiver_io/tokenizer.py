@@ -128,7 +128,7 @@ class VQPTTokenizer(nn.Module):
             caches.append(after)
         vectors = rearrange(self.to_codes(x), "n (q d) h w -> (n h w) q d", q=self.quantizer.heads)
         if learn:
-            self.quantizer.initialise(vectors.detach())
+            self.quantizer.initialise(vectors.detach(), batch)
         quantized = self.quantizer(vectors)
         grid = dict(b=batch, t=frames, h=self.grid, w=self.grid)
         return Tokens(
@@ -139,7 +139,7 @@ class VQPTTokenizer(nn.Module):
 
     def learn(self, tokens: Tokens) -> None:
         """Update the codebook by the tokens of a batch."""
-        self.quantizer.learn(tokens.vectors, tokens.codes.flatten(0, -2))
+        self.quantizer.learn(tokens.vectors, tokens.codes.flatten(0, -2), len(tokens.codes))
 
     def encode(self, video: Tensor, is_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """video [B, T, 3, H, W], uint8 or in [-1, 1] -> (tokens int64 [B, T, Ht, Wt, Q], vq_loss scalar, perplexity scalar)."""

@@ -24,6 +24,7 @@ from aime_fast.data import SequenceBatches
 from aime_fast.errors import ConfigError, NonFiniteError
 from aime_fast.imagination.overshooting import latent_overshooting
 from aime_fast.imagination.sequence import Latents, infer_latents
+from aime_fast.runtime import ranks
 from aime_fast.runtime.cuda_graph import Graphs
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
@@ -86,8 +87,11 @@ class LatentReplay:
         self._lengths = self.lengths.to(self.device)
 
     def draw(self, batch: int, length: int) -> Latents:
-        """`batch` random pieces of `length` frames of an episode, [B, length, ...]; every place of every episode is as likely."""
-        place = torch.randint(int((self.lengths - length + 1).sum()), (batch,), device=self.device)
+        """`batch` random pieces of `length` frames of an episode, [B, length, ...]; every place of every episode is as likely.
+
+        Where ranks share a batch, B is this one's share of it.
+        """
+        place = ranks.own(torch.randint(int((self.lengths - length + 1).sum()), (batch,), device=self.device)).contiguous()
         episode = torch.searchsorted((self._lengths - length + 1).cumsum(0), place, right=True)
         first = place + episode * (length - 1)  # so many frames of each episode before begin no piece
         rows = first[:, None] + torch.arange(length, device=self.device)
@@ -172,7 +176,7 @@ class LatentPhase:
         falling = max(self.least_rate, 0.5 * (1 + math.cos(math.pi * min(1.0, self.made / self.updates))))
         rate = torch.full((), self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling, device=self.training.device)
         kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
-        with self._random_numbers(self.made + 1):
+        with self._random_numbers(self.made + 1), ranks.sharing():
             pieces = self.training.draw(max(1, self.batch // 4) if kind.attends else self.batch, CONTEXT + kind.frames)
             learn = partial(self._learn, kind)
             if self.graphs is not None:
@@ -187,9 +191,9 @@ class LatentPhase:
         """An update from pieces [B, CONTEXT + frames, ...] at a learning rate, a scalar; reads nothing back to the host."""
         terms = latent_overshooting(self.model, pieces, *kind, self.outcome_share)
         loss = sum(self.outcome_weight * term if name in OUTCOMES else term for name, term in terms.items())
-        gradient = self._row.gather({"latent phase": loss})[0]
+        gradient = ranks.average_(self._row.gather({"latent phase": loss})[0])
         norm = torch.linalg.vector_norm(gradient)
-        finite = self.faults.record({name: term.detach() for name, term in terms.items()} | {GRADIENT: norm})
+        finite = self.faults.record(ranks.means({name: term.detach() for name, term in terms.items()}) | {GRADIENT: norm})
         self.optimizer.update(gradient * clip_factor(norm, CLIP), rate, finite)
 
     def check(self) -> None:

@@ -202,6 +202,20 @@ class Console:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Silence:
+    """Console and logger of a process that does not lead its run."""
+
+    rows, lost = 0, False
+
+    def say(self, *_: Any) -> None:
+        """Nothing."""
+
+    line = advance = log = picture = say
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resumed: bool, report: Report = print) -> None:
     """`config.yaml` (every setting) and `run.json` (what the run really uses: versions, machine, commit, command line, `facts`).
 

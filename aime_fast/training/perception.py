@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aime_fast.layers import delta_from, previous, starts
 from aime_fast.multi_task_learning import LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import TERMS
+from aime_fast.runtime import ranks
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
@@ -75,7 +76,7 @@ class PerceptionUpdates:
             terms = score_perception(self.model, video, actions, starts(is_init, *video.shape[:2], video.device))
         terms = {name: term for name, term in terms.items() if name in TERMS}
         loss = self.losses.perceiver(terms)
-        gradient = self._row.gather({"perception": loss})[0]
+        gradient = ranks.average_(self._row.gather({"perception": loss})[0])
         norm = torch.linalg.vector_norm(gradient)
         made = torch.isfinite(norm)
         self.optimizer.update(gradient * clip_factor(norm, self.clip), learning_rate * self.learning_rate_scale, made)

@@ -11,6 +11,7 @@ import torch
 from aime_fast.config import PICTURE_SHARE, Compile, Config, RunConfig, preset, to_dict
 from aime_fast.data import DMCVBDataset, collect
 from aime_fast.errors import ConfigError
+from aime_fast.runtime import ranks
 from aime_fast.runtime.compile_cache import load_compiled
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training.checkpoint import MAY_CHANGE, flatten
@@ -20,7 +21,7 @@ from kernels.backend import kernels_on
 
 def prepare_machine(run: RunConfig) -> tuple[torch.device, Compile]:
     """Sets what holds for the whole process, as the settings say; returns (device, how an update is run). Raises ConfigError."""
-    device = choose_device(run.device)
+    device = choose_device(ranks.local_device(run.device))
     choose_kernels(run.kernels)
     choose_tf32(run.tf32, run.precision)
     compile = choose_compile(run.compile, device)
@@ -59,6 +60,23 @@ def check_pictures(config: Config) -> None:
         raise ConfigError(
             f"--picture-steps {config.optim.picture_steps}: these steps learn from single frames; add --stills 2, or give --picture-steps 0"
         )
+
+
+def check_shares(config: Config, size: int) -> None:
+    """Raises ConfigError where so many processes cannot share what an update sees evenly."""
+    data, model, optim = config.data, config.model, config.optim
+    counted = {f"--batch-size {data.batch_size}": data.batch_size}
+    for name in ("decoded", "auxiliary"):
+        share = max(model.decoded_share, model.auxiliary_share) if name == "decoded" else model.auxiliary_share
+        counted[f"the {name} share of it"] = max(1, round(share * data.batch_size))
+    if data.stills:
+        frames = data.batch_size * data.sequence_length
+        counted[f"the {frames} single frames of a batch, in {data.stills} updates"] = frames / data.stills
+    if optim.latent_phase_updates != 0:
+        counted[f"--latent-phase-batch-size {optim.latent_phase_batch_size}"] = optim.latent_phase_batch_size
+        counted["a quarter of it"] = max(1, optim.latent_phase_batch_size // 4)
+    if uneven := [f"{what} ({count:g})" for what, count in counted.items() if count % size]:
+        raise ConfigError(f"{size} processes cannot share evenly: {', '.join(uneven)}; start fewer, or change these")
 
 
 def picture_steps(config: Config, total_steps: int, resumed: dict[str, Any] | None) -> int:

@@ -12,6 +12,9 @@ averages move by zero, buffers that the forward pass learns (codebooks) are rest
 updates and remembers which terms were not finite, to be read when it suits the caller. Updates on single frames (`stills.py`) and of
 the perceiver alone (`perception.py`) stand for themselves: each is made or not, and those before an update that is not made
 remain. They are captured, but never compiled.
+
+Several processes make one update together, each with its share of the batches (`runtime.ranks`): gradients and scalars are averaged
+between the two halves, and everything after that is the same in each.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from aime_fast.data import augment, normalise
 from aime_fast.errors import NonFiniteError
 from aime_fast.multi_task_learning import RGB, LossAggregator
 from aime_fast.multi_task_learning.loss_aggregator import BESIDE, TASKS, TERMS
-from aime_fast.runtime import streams
+from aime_fast.runtime import ranks, streams
 from aime_fast.runtime.machine import WAYS, Compile
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
@@ -157,7 +160,8 @@ class TrainingStep:
         given = Warmups(beta, own_tokens, overshoot)
         warmups = Warmups(*(x if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in given))
         kind = Kind(train_discriminator, adversarial)
-        metrics, self._evidence, self._gradients = self.execution(kind, inputs, learning_rate, warmups)
+        with ranks.sharing():
+            metrics, self._evidence, self._gradients = self.execution(kind, inputs, learning_rate, warmups)
         return TensorDict(metrics, batch_size=[])
 
     def learn_pictures(self, batches: Sequence[TensorDict], learning_rate: Tensor, perceives: bool = True) -> TensorDict:
@@ -170,7 +174,8 @@ class TrainingStep:
         whether all were made.
         """
         inputs = [{key: batch[key] for key in (*BATCH_KEYS, "stills")} for batch in batches]
-        metrics, self._evidence = self.execution.pictures(perceives, inputs, learning_rate)
+        with ranks.sharing():
+            metrics, self._evidence = self.execution.pictures(perceives, inputs, learning_rate)
         self._gradients = Gradients()
         return TensorDict(metrics, batch_size=[])
 
@@ -183,7 +188,7 @@ class TrainingStep:
             scalars.append(self._learn_stills(batch, learning_rate, attends=False))
             if perceives:
                 scalars[-1] |= self._learn_perception(batch, learning_rate)
-        metrics = {name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in scalars[0]}
+        metrics = ranks.means({name: sum(of_batch[name] for of_batch in scalars) / len(batches) for name in scalars[0]})
         finite = self.faults.record(metrics)
         self.ema.update(finite)
         evidence = [{"batch": batch, "output": {}, "loss": metrics} for batch in batches]
@@ -211,6 +216,8 @@ class TrainingStep:
             scalars |= {name: value if len(batches) == 1 else value / len(batches) for name, value in of_stills.items()}
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
+        # Before RGB, which is not linear: balanced gradients of parts of a batch do not add up to the balanced gradient of the batch.
+        metrics, _ = ranks.means(metrics), [ranks.average_(rows) for rows in gradients if rows is not None]
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
         return metrics | {"beta": warmups.beta, "learning_rate": learning_rate}, evidence, gradients
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aime_fast.config import LossConfig
 from aime_fast.imagination.sequence import sample_latents
-from aime_fast.runtime import streams
+from aime_fast.runtime import ranks, streams
 from aime_fast.runtime.spans import span
 from aime_fast.training.adam import Adam, clip_factor
 from aime_fast.training.arena import Arena, GradientRows
@@ -81,7 +81,7 @@ class StillUpdates:
             with span("encoder_decoder: stills"), autocast:
                 recon, kl = score_stills(self.model, part, lambda i=i: maps().tensor_split(self.batches)[i])
             loss = (self.losses.lambda_recon * recon + self.losses.beta * kl) / part[0].numel()
-            gradient = self._row.gather({"stills": loss})[0]
+            gradient = ranks.average_(self._row.gather({"stills": loss})[0])
             norm = torch.linalg.vector_norm(gradient)
             self.optimizer.update(gradient * clip_factor(norm, self.clip), learning_rate, torch.isfinite(norm))
             scalars.append(torch.stack([recon.detach(), kl.detach(), norm]))

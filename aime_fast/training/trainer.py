@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from aime_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
 from aime_fast.evaluation.pictures import write_prediction, write_samples
 from aime_fast.evaluation.validation import validate
+from aime_fast.runtime import ranks
 from aime_fast.runtime.compile_cache import save_compiled
 from aime_fast.runtime.lock import FolderLock
 from aime_fast.runtime.machine import WAYS
@@ -24,11 +26,12 @@ from aime_fast.training import checkpoint
 from aime_fast.training.faults import MAX_SKIPS
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
-from aime_fast.training.logging import Console, Logger, write_run_files
+from aime_fast.training.logging import Console, Logger, Silence, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
 from aime_fast.training.schedules import CheckpointDue, Every, Schedules
 from aime_fast.training.settings import (
     check_pictures,
+    check_shares,
     collected_data,
     default_run_dir,
     picture_steps,
@@ -73,27 +76,30 @@ class DMCVBTrainer:
         length = training_length(config)
         self.device, self.compile = prepare_machine(run)
         check_pictures(config)
+        check_shares(config, ranks.of_run().size)
         self.run_dir = Path(run.run_dir or default_run_dir(config))
-        self.lock = FolderLock(self.run_dir)
+        self.lock = FolderLock(self.run_dir) if ranks.leads() else None
         try:
             self._prepare(config, length)
         except BaseException:
-            self.lock.release(discard=True)
+            if self.lock is not None:
+                self.lock.release(discard=True)
             raise
 
     def _prepare(self, config: Config, length: dict[str, float | None]) -> None:
         """Data, model and state, of the start or of the checkpoint to go on from."""
         run = config.run
         self.saved_step: int | None = None  # of the newest checkpoint, `saved`
-        self.saved, resumed = checkpoint.find_resume(self.run_dir, run.resume)
-        data = dataclasses.replace(config.data, data=config.data.data or str(collected_data(config)))
+        with ranks.leader_first():
+            self.saved, resumed = checkpoint.find_resume(self.run_dir, run.resume)
+            data = dataclasses.replace(config.data, data=config.data.data or str(collected_data(config)))
         self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
         if resumed is not None:
             with checkpoint.fitting(self.saved):
                 checkpoint.check_same_config(resumed["config"], config)
 
         split = None if resumed is None else saved_split(resumed)
-        self.batches, self.validation = make_batches(config.data, run.seed, self.device, split)
+        self.batches, self.validation = make_batches(config.data, run.seed, self.device, split, share=ranks.of_run())
         self.updates_per_epoch = max(1.0, self.batches.steps_per_epoch / config.optim.accumulate)
         self.total_steps = length["steps"] or max(1, round(length["epochs"] * self.updates_per_epoch))
         with checkpoint.fitting(self.saved):
@@ -117,7 +123,7 @@ class DMCVBTrainer:
         self.latent_phase: dict | None = None  # settings of the last latent phase, its progress, the weights that it changes, before it
         self.skipped, self.is_skipping = 0, False  # updates not made; whether the last one was not
         self.checkpoint_due = CheckpointDue(run.checkpoint_every, run.checkpoint_minutes, first=max(1, run.log_every))
-        self.stop = StopSignals()
+        self.stop, self.stopping = StopSignals(), False  # `stopping`: a signal has come to any process of the run, as all have agreed
         self.console = self.logger = None
         self.logged: int | None = None  # rows of metrics.jsonl when the checkpoint was saved
         if resumed is not None:
@@ -142,11 +148,11 @@ class DMCVBTrainer:
                 self._open()
                 if self.step < self.total_steps:
                     self._undo_latent_phase()
-                while self.step < self.total_steps and stop.signum is None:
+                while self.step < self.total_steps and not self._agree_to_stop():
                     metrics = self._update()
                     last, saves = self.step == self.total_steps, self.checkpoint_due(self.step)
                     reads = any(should(self.step) for should in (self.should_check_faults, should_validate, should_sample))
-                    if last or saves or reads or stop.signum is not None:
+                    if last or saves or reads:
                         self._check_faults()
                     if last or should_log(self.step):
                         self._log(metrics)
@@ -156,13 +162,15 @@ class DMCVBTrainer:
                         self._sample()
                     if saves and not self.is_skipping:
                         self._save()
-                if self.saved_step != self.step and not (stop.signum and self.is_skipping and self.saved):
+                if self.stopping:
+                    self._check_faults()
+                if self.saved_step != self.step and not (self.stopping and self.is_skipping and self.saved):
                     self._save()
-                if run.compile_cache is not None:
+                if run.compile_cache is not None and ranks.leads():
                     save_compiled(run.compile_cache)
-                if stop.signum is None:
-                    self._train_latent_phase(stop)
-            if stop.signum is not None:
+                if not self.stopping:
+                    self._train_latent_phase()
+            if self.stopping:
                 why = " since the output cannot be written any more" if self.console.lost else ""
                 raise Interrupted(
                     stop.signum, f"stopped after {self._place()}{why}; saved {self.saved}; go on with the same command and --resume"
@@ -170,6 +178,13 @@ class DMCVBTrainer:
             return self._finish()
         finally:
             self._close()
+
+    def _agree_to_stop(self) -> bool:
+        """Whether a stop signal has come to any process of the run; all are to ask as often."""
+        self.stopping = ranks.anywhere(self.stop.signum is not None)
+        if self.stopping:
+            self.stop.request(signal.SIGTERM)  # where the signal came to another process
+        return self.stopping
 
     def _update(self) -> TensorDict:
         """One update of the weights. With CUDA it returns before the device is done."""
@@ -181,7 +196,7 @@ class DMCVBTrainer:
         metrics = update(batches, **on_device(given, self.device))
         self.seconds += time.perf_counter() - began
         self.step += 1
-        self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches)
+        self.frames += sum(batch["pixels"].shape[:2].numel() for batch in batches) * ranks.of_run().size
         self.console.advance(self.step)
         return metrics
 
@@ -252,6 +267,8 @@ class DMCVBTrainer:
         return measured
 
     def _sample(self) -> None:
+        if not ranks.leads():
+            return
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
             pictures = write_samples(self.ema, self.validation.episode(0), self.run_dir / "samples", self.step)
         for name, path in pictures.items():
@@ -262,7 +279,7 @@ class DMCVBTrainer:
         optim = dataclasses.asdict(self.optim)
         return {"step": self.step, **{name: value for name, value in optim.items() if name.startswith("latent_phase_")}}
 
-    def _train_latent_phase(self, stop: StopSignals) -> None:
+    def _train_latent_phase(self) -> None:
         """Runs what is left of the latent phase on the averaged weights. One of other settings is undone first, and so is one given up."""
         optim, began, wanted = self.optim, time.perf_counter(), self._wanted_latent_phase()
         if self.latent_phase is not None and self.latent_phase["made"] != wanted:
@@ -300,7 +317,7 @@ class DMCVBTrainer:
 
         train_latent_phase(
             self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self.checkpoint_due, save,
-            lambda: stop.signum is not None, WAYS[self.compile].captured, self.config.loss.lambda_outcome,
+            self._agree_to_stop, WAYS[self.compile].captured, self.config.loss.lambda_outcome,
         )  # fmt: skip
 
     def _place(self) -> str:
@@ -317,9 +334,10 @@ class DMCVBTrainer:
     def _finish(self) -> dict:
         measured = self._validate()
         video = self.run_dir / "prediction.mp4"
-        episodes = (self.validation.episode(i) for i in range(min(4, len(self.validation.episodes))))
-        with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
-            write_prediction(self.ema, episodes, video, self.device)
+        if ranks.leads():
+            episodes = (self.validation.episode(i) for i in range(min(4, len(self.validation.episodes))))
+            with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
+                write_prediction(self.ema, episodes, video, self.device)
         return {"run_dir": self.run_dir, "checkpoint": self.saved, "video": video, "step": self.step, "validation": measured}
 
     def _save(self) -> None:
@@ -343,7 +361,9 @@ class DMCVBTrainer:
             raise NonFiniteError(f"{error}; {checkpoint.last_good(self.saved, self.run_dir)}") from None
         # While updates are skipped the weights may be bad, though finite: every earlier checkpoint stays.
         keep = self.config.run.keep_checkpoints if not self.is_skipping else self.step + 1
-        self.saved, self.saved_step = checkpoint.save_checkpoint(self.run_dir, self.step, state, keep), self.step
+        if ranks.leads():
+            self.saved = checkpoint.save_checkpoint(self.run_dir, self.step, state, keep)
+        self.saved_step = self.step
         self.checkpoint_due.saved()
 
     def _load(self, state: dict) -> None:
@@ -363,12 +383,18 @@ class DMCVBTrainer:
         self.checkpoint_due.saved()
 
     def _open(self) -> None:
+        self.watch = Watch(self.config.model.latent_dim, self.config.model.max_components)
+        self.frames, self.frames_since = 0, self.seconds
+        if not ranks.leads():
+            self.console = self.logger = Silence()
+            return
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         facts = {
             "compile": self.compile,
             "replay": "device" if self.batches.resident else "host",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "from_step": self.step,
+            "processes": ranks.of_run().size,
             "picture_steps": self.picture_steps,
             **run_facts(self.config, self.device),
         }
@@ -376,11 +402,11 @@ class DMCVBTrainer:
         write_run_files(self.run_dir, self.config, facts, self.saved is not None, self.console.line)
         point = ResumePoint(self.step, self.logged, finished=self.step >= self.total_steps)
         self.logger = Logger(self.run_dir, self.config, point, self.console.line)
-        self.watch = Watch(self.config.model.latent_dim, self.config.model.max_components)
         replay(self.watch, read_rows(self.run_dir))
-        self.frames, self.frames_since = 0, self.seconds
         self.console.line(
-            f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}, steps {self.step} to "
+            f"training {facts['parameters'] / 1e6:.1f} M parameters on {facts['device']}"
+            + (f" and in {facts['processes'] - 1} more processes" if facts["processes"] > 1 else "")
+            + f", steps {self.step} to "
             f"{self.total_steps} ({self.updates_per_epoch:g} an epoch), into {self.run_dir}"
             + (f"; to step {self.picture_steps} encoder, decoder and perceiver alone" if self.step < self.picture_steps else "")
         )
@@ -391,7 +417,8 @@ class DMCVBTrainer:
         for opened in (self.console, self.logger, self.batches, self.validation):
             if opened is not None:
                 opened.close()
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def _cuda(self) -> list[int]:
         return [self.device.index or 0] if self.device.type == "cuda" else []

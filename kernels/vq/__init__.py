@@ -12,23 +12,31 @@ from kernels.backend import use_triton
 from kernels.vq.reference import (
     DEAD_THRESHOLD,
     EPS,
+    candidate_rows,
     check_shapes,
     code_histogram,
+    code_statistics,
     codebook_update_reference,
     codebook_usage,
     initialise_codebook,
     loss_dtype,
+    move_codebook,
+    pool_rows,
     vector_quantize_reference,
 )
 
 __all__ = [
     "DEAD_THRESHOLD",
     "EPS",
+    "candidate_rows",
     "code_histogram",
+    "code_statistics",
     "codebook_update",
     "codebook_update_reference",
     "codebook_usage",
     "initialise_codebook",
+    "move_codebook",
+    "pool_rows",
     "vector_quantize",
     "vector_quantize_reference",
 ]

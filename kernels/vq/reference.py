@@ -111,10 +111,15 @@ def codebook_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
     return perplexity, (counts > 0).to(counts.dtype).mean()
 
 
-def _candidate_rows(x: Tensor, candidates_u: Tensor) -> Tensor:
-    """Rows of the batch picked by uniform randoms [Q|1, V] -> [Q|1, V, d]."""
+def pool_rows(x: Tensor, groups: int) -> Tensor:
+    """The rows that each codebook is made of: x [N, Q, d] -> [Q, N, d], or [1, N * Q, d] where there is one group."""
     rows, heads, width = x.shape
-    pool = x.reshape(1, rows * heads, width) if candidates_u.shape[0] == 1 else x.transpose(0, 1)  # [G, R, d]
+    return x.reshape(1, rows * heads, width) if groups == 1 else x.transpose(0, 1)
+
+
+def candidate_rows(x: Tensor, candidates_u: Tensor) -> Tensor:
+    """Rows of the batch picked by uniform randoms [Q|1, V] -> [Q|1, V, d]."""
+    pool, width = pool_rows(x, candidates_u.shape[0]), x.shape[2]
     index = (candidates_u * pool.shape[1]).long().clamp_max(pool.shape[1] - 1)  # [G, V]
     return pool.gather(1, index.unsqueeze(2).expand(-1, -1, width))
 
@@ -156,19 +161,36 @@ def codebook_update_reference(
     dead_threshold: float = DEAD_THRESHOLD,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.vq.codebook_update` in plain PyTorch."""
+    fresh = candidate_rows(x.to(codebook.dtype), candidates_u)
+    return move_codebook(*code_statistics(x, codes, codebook), fresh, codebook, cluster_size, embedding_sum, decay, eps, dead_threshold)
+
+
+@torch.no_grad()
+def code_statistics(x: Tensor, codes: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """What `move_codebook` needs to know of a batch x [N, Q, d] with codes int64 [N, Q]: (counts int64 [Q|1, V], sums [Q|1, V, d]).
+
+    Those of parts of a batch add up to those of the batch.
+    """
     check_shapes(x, codebook)
     groups, size, _ = codebook.shape
-    x = x.to(codebook.dtype)
-    histogram = code_histogram(codes, size, groups == 1)
+    return code_histogram(codes, size, groups == 1), code_sums(x.to(codebook.dtype), codes, groups, size)
+
+
+@torch.no_grad()
+def move_codebook(
+    histogram: Tensor, sums: Tensor, fresh: Tensor, codebook: Tensor, cluster_size: Tensor, embedding_sum: Tensor, decay: float, eps: float,
+    dead_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The second half of `codebook_update`: from `code_statistics` of a batch and `fresh` [Q|1, V, d], the rows that replace dead codes."""
+    size = codebook.shape[1]
     cluster_size = torch.lerp(histogram.to(codebook.dtype), cluster_size, decay)
-    embedding_sum = torch.lerp(code_sums(x, codes, groups, size), embedding_sum, decay)
+    embedding_sum = torch.lerp(sums, embedding_sum, decay)
 
     total = cluster_size.sum(1, keepdim=True)  # [Q|1, 1]
     smoothed = (cluster_size + eps) / (total + size * eps) * total  # positive while the head is in use; the sum stays `total`
     codebook = embedding_sum / smoothed.unsqueeze(2)
 
     dead = cluster_size < dead_threshold  # [Q|1, V]
-    fresh = _candidate_rows(x, candidates_u)
     return (
         torch.where(dead.unsqueeze(2), fresh, codebook),
         torch.where(dead, dead_threshold, cluster_size),
@@ -179,13 +201,7 @@ def codebook_update_reference(
 
 @torch.no_grad()
 def initialise_codebook(
-    x: Tensor,
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embedding_sum: Tensor,
-    initialised: Tensor,
-    candidates_u: Tensor,
-    initial_size: float = DEAD_THRESHOLD,
+    fresh: Tensor, codebook: Tensor, cluster_size: Tensor, embedding_sum: Tensor, initialised: Tensor, initial_size: float = DEAD_THRESHOLD
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fill the codebook with random rows of the first batch; later calls return their inputs.
 
@@ -194,18 +210,14 @@ def initialise_codebook(
     fast. A row that was drawn twice loses every tie to the lower index, falls below the dead threshold and is replaced.
 
     Args:
-        x, codebook, cluster_size, embedding_sum, candidates_u: as in `kernels.vq.codebook_update`.
+        fresh: random rows of the batch [Q|1, V, d], as `candidate_rows` gives them.
+        codebook, cluster_size, embedding_sum: as in `kernels.vq.codebook_update`.
         initialised: bool scalar on the device.
         initial_size: average count given to every code; use the dead threshold.
 
     Returns:
         codebook, cluster_size, embedding_sum, initialised: the same shapes and dtypes.
-
-    Raises:
-        ValueError: the shapes of x and the codebook do not fit each other.
     """
-    check_shapes(x, codebook)
-    fresh = _candidate_rows(x.to(codebook.dtype), candidates_u)
     return (
         torch.where(initialised, codebook, fresh),
         torch.where(initialised, cluster_size, initial_size),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.vq import code_histogram, codebook_update, codebook_usage, initialise_codebook, reference, vector_quantize
+from kernels.vq import candidate_rows, code_histogram, codebook_update, codebook_usage, initialise_codebook, reference, vector_quantize
 
 DECAY = 0.99
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(1, 17), st.booleans(), st.integers(0, 2**31))
@@ -113,11 +113,11 @@ def test_dead_codes_come_back_to_life():
 def test_initialisation_happens_once():
     x, codebook = make(30, 2, 3, 5, False, 1)
     state = (codebook, torch.zeros(2, 5).double(), torch.zeros(2, 5, 3).double(), torch.tensor(False))
-    first = initialise_codebook(x, *state, torch.rand(2, 5))
+    first = initialise_codebook(candidate_rows(x, torch.rand(2, 5)), *state)
     for head in range(2):
         assert all((x[:, head] == code).all(1).any() for code in first[0][head])
     torch.testing.assert_close(first[2], first[0] * 2)
-    again = initialise_codebook(x + 1, *first, torch.rand(2, 5))
+    again = initialise_codebook(candidate_rows(x + 1, torch.rand(2, 5)), *first)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
@@ -144,7 +144,7 @@ def test_compiles_whole():
     u = torch.rand(2, 8)
 
     def step(x, codebook, size, total, flag, u):
-        codebook, size, total, flag = initialise_codebook(x, codebook, size, total, flag, u)
+        codebook, size, total, flag = initialise_codebook(candidate_rows(x, u), codebook, size, total, flag)
         quantized, codes, commitment = vector_quantize(x, codebook)
         return (quantized, commitment, *(update := codebook_update(x, codes, codebook, size, total, u, DECAY)), *codebook_usage(update[3]))
 

@@ -317,9 +317,9 @@ def test_quantizer_learns_the_same():
         quantizer = VectorQuantizer(heads=2, codebook_size=9, code_dim=4, decay=0.8).to(DEVICE)
         for _ in range(3):
             x = torch.randn(40, 2, 4, device=DEVICE)
-            quantizer.initialise(x)
+            quantizer.initialise(x, 1)
             got = quantizer(x)
-            quantizer.learn(x, got.codes)
+            quantizer.learn(x, got.codes, 1)
         results.append((*got, *quantizer.state_dict().values()))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)

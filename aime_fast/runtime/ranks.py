@@ -1,0 +1,211 @@
+"""The processes of a run, one a device, as `torchrun` starts them: each has its share of every batch, and all make the same update.
+
+An update of N ranks is that of one process with the whole batch. Rank r of N has the sequences r, r + N, r + 2N, ... of a batch. All
+draw the same random numbers for the whole batch and keep those of their sequences (`draw`), gradients and means over the batch are
+averaged (`mean`) and sums added (`total`) before anything is done with them, so weights, codebooks and optimizers stay the same bits on
+every rank without ever being sent.
+
+Outside of `sharing`, as in validation, a rank does the whole of a task as if it were alone. With one rank nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aime_fast.errors import ConfigError, RankError
+
+PATIENCE = timedelta(minutes=20)  # for a rank that is busy, as with recording data; one that has ended is noticed at once
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+
+
+class Ranks(NamedTuple):
+    """Which of the processes this is, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def own(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The share of this rank of something whose axis `dim` is the sequences of a whole batch: a view."""
+        return x if self.size == 1 else x[(slice(None),) * dim + (slice(self.rank, None, self.size),)]
+
+
+_run = Ranks()
+_sharing = Ranks()  # `_run` within `sharing`
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started the processes anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def local_device(name: str) -> str:
+    """The device of `--device` for this process of its machine: `cuda` and `auto` become a GPU of its own."""
+    if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within it this process is one of those that a launcher started; NCCL joins GPUs, gloo joins processors.
+
+    Raises ConfigError where the launcher left something out, RankError where the others are not there.
+    """
+    global _run
+    if not launched():
+        yield
+        return
+    if missing := [name for name in VARIABLES if name not in os.environ]:
+        raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set: start the run with torchrun")
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _answering():
+        dist.init_process_group(backend, timeout=PATIENCE)
+    _run = Ranks(dist.get_rank(), dist.get_world_size())
+    try:
+        yield
+    finally:
+        _run = Ranks()
+        dist.destroy_process_group()
+
+
+def of_run() -> Ranks:
+    """All processes of the run, whatever is shared just now."""
+    return _run
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return _run.rank == 0
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Within it a batch is this rank's share of one."""
+    global _sharing
+    before, _sharing = _sharing, _run
+    try:
+        yield
+    finally:
+        _sharing = before
+
+
+def size() -> int:
+    """How many ranks share a batch just now."""
+    return _sharing.size
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _sharing.rank
+
+
+def own(x: Tensor, dim: int = 0) -> Tensor:
+    """See `Ranks.own`; everything outside of `sharing`."""
+    return _sharing.own(x, dim)
+
+
+def draw(make: Callable[[list[int]], Tensor], shape: torch.Size | tuple[int, ...], dim: int = 0) -> Tensor:
+    """Random numbers of a shape whose axis `dim` is this rank's sequences: what `make(shape)` gives for them in the whole batch."""
+    whole = list(shape)
+    whole[dim] *= _sharing.size
+    return own(make(whole), dim)
+
+
+def rand(*shape: int, dim: int = 0, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.rand` by `draw`."""
+    return draw(lambda whole: torch.rand(whole, device=device, dtype=dtype), shape, dim)
+
+
+def randn_like(x: Tensor) -> Tensor:
+    """Normal random numbers like x [B, ...], by `draw`."""
+    return draw(lambda whole: torch.randn(whole, device=x.device, dtype=x.dtype), x.shape)
+
+
+def exponential_like(x: Tensor) -> Tensor:
+    """Exponential random numbers like x [B, ...], by `draw`."""
+    return draw(lambda whole: x.new_empty(whole).exponential_(), x.shape)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over the ranks that share a batch, without gradient; x itself where there is one."""
+    if _sharing.size == 1:
+        return x
+    x = x.detach().clone()
+    with _answering():
+        dist.all_reduce(x)
+    return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over the ranks that share a batch, without gradient; x itself where there is one."""
+    return x if _sharing.size == 1 else total(x) / _sharing.size
+
+
+def average_(x: Tensor) -> Tensor:
+    """`mean` in place of x, a contiguous tensor; returns it."""
+    if _sharing.size > 1:
+        with _answering():
+            dist.all_reduce(x)
+        x /= _sharing.size
+    return x
+
+
+def means(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`mean` of each of the scalars, all of them in one message."""
+    if _sharing.size == 1:
+        return dict(scalars)
+    averaged = mean(torch.stack([value.detach().double() for value in scalars.values()]))
+    return {name: value.to(given.dtype) for (name, given), value in zip(scalars.items(), averaged)}
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether a flag is set in any process of the run. The host waits for all; the devices go on."""
+    if _run.size == 1:
+        return flag
+    found = torch.tensor(int(flag))  # on the CPU: by gloo
+    with _answering():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """What is within is done by rank 0, and then by the others, which find what it has left on the disk."""
+    if not leads():
+        _wait()
+    yield
+    if leads():
+        _wait()
+
+
+def _wait() -> None:
+    if _run.size > 1:
+        anywhere(False)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Where another rank does not answer, a RankError says so."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo; NCCL's are RuntimeErrors too
+        reason = (str(error).splitlines() or [""])[0]
+        raise RankError(
+            f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}: another process of this run has ended or does not "
+            f"answer ({reason}); see what it said. The run goes on from its last checkpoint with --resume"
+        ) from error

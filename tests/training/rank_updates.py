@@ -1,0 +1,58 @@
+"""Updates of every kind from the same start, in float64, by each of the processes that a launcher started: what `test_ranks.py` compares.
+
+Called as `rank_updates.py FOLDER`: rank r writes what it has come to as `r.pt` in the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from aime_fast.config import Config, preset
+from aime_fast.data import make_batches
+from aime_fast.runtime import ranks
+from aime_fast.training import TrainingStep
+from aime_fast.training.latent_phase import LatentPhase, LatentReplay
+from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
+
+
+def config() -> Config:
+    base = preset("debug")
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, data="synthetic", augment=True, prefetch=0, stills=2, batch_size=8, sequence_length=5),
+        model=dataclasses.replace(base.model, decoded_share=0.5, auxiliary_share=0.25, attention_dropout=0.3, token_corruption=0.2),
+        optim=dataclasses.replace(base.optim, latent_phase_batch_size=8, latent_phase_frames=4),
+    )
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    chosen = config()
+    with ranks.joined(torch.device("cpu")):
+        training, validation = make_batches(chosen.data, 0, share=ranks.of_run())
+        torch.manual_seed(0)
+        step = TrainingStep(DPGMMVariationalRecurrentAutoencoder.from_config(chosen, training.action_dim).double(), chosen)
+        observe = step._observe
+        step._observe = lambda pixels: observe(pixels).double()
+        rate, metrics = torch.tensor(1e-3), []
+        for perceives in (True, False):
+            metrics.append(step.learn_pictures([next(training)], rate, perceives).to_dict())
+        for i in range(5):
+            metrics.append(step([next(training)], torch.tensor(0.5), rate, i % 2 == 0, i > 0, torch.tensor(0.5)).to_dict())
+        ema = step.ema.model
+        latents = [LatentReplay(ema, part, 12) for part in (training, validation)]
+        phase = LatentPhase(ema, *latents, dataclasses.replace(chosen.optim, latent_phase_updates=8), outcome_share=0.5)
+        for _ in range(8):
+            phase.update()
+        state = {"step": step.state_dict(), "metrics": metrics, "phase": phase.state_dict(), "measured": phase.measure()}
+        torch.save(state, folder / f"{ranks.of_run().rank}.pt")
+        training.close()
+        validation.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
