@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn, TextIO, TypeVar
 
 from aime_fast.config import PRESETS, RENAMED, Config, preset
-from aime_fast.errors import Interrupted, UserError, explain, stop_signals
+from aime_fast.errors import Interrupted, RankError, UserError, explain, stop_signals
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ def run_command(main: Callable[[], object]) -> None:
     except BaseException as error:
         status, line = _end(error, signals.received)
         if line:
-            _say(line)
+            _say(f"{_whose()}{line}")
     finally:
         for stream in (sys.stdout, sys.stderr):
             _flush(stream)
@@ -107,6 +107,8 @@ def run_command(main: Callable[[], object]) -> None:
 
 def _end(error: BaseException, received: int | None) -> tuple[int, str]:
     """The exit status and the line for an error that ends a command; `received` is the signal that came before it, if any."""
+    if (lost := _lost_rank(error)) is not None:  # a launcher that sees one process end sends the others a signal
+        return lost.status, f"error: {lost}"
     if received is not None or isinstance(error, KeyboardInterrupt):  # what follows a signal, as of workers that it ended, is its effect
         status = getattr(error, "status", 128 + signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 128 + received
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
@@ -193,6 +195,19 @@ class _Signals:
 def _importing() -> bool:
     """Whether a module is being imported."""
     return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in list(sys.modules.values()))
+
+
+def _lost_rank(error: BaseException | None) -> RankError | None:
+    """The RankError that an error is, or came upon."""
+    while error is not None and not isinstance(error, RankError):
+        error = error.__context__
+    return error
+
+
+def _whose() -> str:
+    """Of several processes of a run the first speaks for all, and another one gives its number."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,129 @@
+"""Several processes that make one update: they come to what one process with the whole batch comes to, and end and go on together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    *("--tier", "debug", "--data", "synthetic", "--batch-size", "4", "--sequence-length", "6", "--seed", "3", "--threads", "1"),
+    *("--stills", "0", "--log-every", "1", "--validate-every", "0", "--sample-every", "0", "--keep-checkpoints", "9"),
+    *("--latent-phase-frames", "4", "--latent-phase-batch-size", "8"),
+]
+# Added to all slots alike, it cancels in their softmax: its gradient is a rounding error, which Adam makes a step of.
+WITHOUT_EFFECT = "norm_slots.bias"
+
+
+def command(processes: int, *arguments: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
+def run(processes: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(processes, *arguments), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def numbers(state, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All numbers of nested dictionaries and lists, as float64 by name."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {name: number for key, value in items for name, number in numbers(value, f"{prefix}/{key}").items()}
+    if isinstance(state, torch.Tensor | int | float):
+        return {prefix: torch.as_tensor(state).double()}
+    return {}
+
+
+def assert_alike(a: dict, b: dict, tolerance: float) -> None:
+    a, b = numbers(a), numbers(b)
+    assert a.keys() == b.keys()
+    differences = {name: ((a[name] - b[name]).norm() / a[name].norm().clamp_min(1e-12)).item() for name in a}
+    wrong = {name: value for name, value in differences.items() if not value < tolerance and not name.endswith(WITHOUT_EFFECT)}
+    assert not wrong, sorted(wrong.items(), key=lambda item: -item[1])[:5]
+
+
+def test_updates_of_two_ranks_are_those_of_one(tmp_path):
+    """Of all kinds, with random numbers of all kinds: weights, averages, codebooks, optimizers, RGB, metrics."""
+    states = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = run(processes, "tests/training/rank_updates.py", str(folder))
+        assert done.returncode == 0, done.stderr
+        states.append([torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)])
+    ((alone,), (first, second)) = states
+    assert_alike(alone, first, 1e-10)
+    first, second = numbers(first), numbers(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)  # to the bit, without being sent
+
+
+def train(folder: Path, processes: int, *flags: str, **options) -> subprocess.CompletedProcess:
+    return run(processes, "-m", "aime_fast.train", *SETTINGS, "--run-dir", str(folder), *flags, **options)
+
+
+def losses(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name.startswith(("loss/", "rgb/", "latent_phase/"))} for row in rows]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    phase = ("--latent-phase-updates", "4")
+    whole = train(tmp_path / "whole", 2, "--steps", "6", *phase)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("video ") == 1  # one voice
+    for processes, steps, more in ((2, "2", ("--latent-phase-updates", "0")), (1, "4", ("--latent-phase-updates", "0")), (2, "6", phase)):
+        done = train(tmp_path / "parts", processes, "--steps", steps, "--resume", *more)
+        assert done.returncode == 0, done.stderr
+    assert_alike(losses(tmp_path / "whole"), [row for row in losses(tmp_path / "parts") if row], 1e-3)
+    facts = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert [facts["processes"], *(later["processes"] for later in facts["resumed"])] == [2, 1, 2]
+
+
+def test_what_cannot_be_shared_evenly_is_refused(tmp_path):
+    done = train(tmp_path / "run", 3, "--steps", "2")
+    assert done.returncode != 0
+    assert "error: 3 processes cannot share evenly: --batch-size 4 (4), the decoded share of it (2)" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_one_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, how):
+    """A kill loses what was not saved; a signal to one rank stops all after the same update, saved."""
+    folder = tmp_path / "run"
+    flags = (*SETTINGS, "--run-dir", str(folder), "--steps", "100000", "--checkpoint-every", "2", "--latent-phase-updates", "0")
+    with open(tmp_path / "out", "w+") as out:
+        started = subprocess.Popen(command(2, "-m", "aime_fast.train", *flags), env=environment(), cwd=ROOT, stdout=out, stderr=out)
+        try:
+            until = time.monotonic() + 120
+            while not list(folder.glob("checkpoint_*.pt")) and time.monotonic() < until:
+                time.sleep(0.5)
+            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+            last = max(int(child) for child in children)
+            os.kill(last, how)
+            began = time.monotonic()
+            assert started.wait(timeout=60) != 0
+            assert time.monotonic() - began < 60
+        finally:
+            started.kill()
+        out.seek(0)
+        said = out.read()
+    ends = {signal.SIGKILL: "another process of this run has ended", signal.SIGTERM: "interrupted by SIGTERM: stopped after step"}
+    assert ends[how] in said, said
+    saved = max(int(path.stem.removeprefix("checkpoint_")) for path in folder.glob("checkpoint_*.pt"))
+    again = train(folder, 1, "--resume", "--steps", str(saved + 1), "--checkpoint-every", "2", "--latent-phase-updates", "0")
+    assert again.returncode == 0, again.stderr
+    assert f"steps {saved} to {saved + 1}" in again.stdout
