@@ -14,7 +14,7 @@ from aime_fast.config import DataConfig, NoiseKind, preset
 from aime_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aime_fast.data.collectors import MakePolicy
+    from aime_fast.data.collectors import MakePolicy, Shard
 
 PROG = "python -m aime_fast.collect"
 
@@ -34,6 +34,7 @@ class Collection:
     workers: int  # collector processes
     plan: bool = False  # with a run as --policy: choose each action by planning in its world model, by TorchRL's CEM (slow)
     seed: int = 0  # seed of initial states and actions
+    shard: str = "1/1"  # I/N: every Nth of the episodes, from the Ith on, as one of N jobs; a folder of all shards is read as one
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
     overwrite: bool = False  # replace an existing file, and drop the episodes of a collection that ended early
     resume: bool = False  # go on with the episodes that a collection left in OUT.unfinished; does nothing if OUT is complete
@@ -52,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config: DataConfig = dataclasses.replace(data, **shared)
     if options.plan and not acts:
         raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
+    shard = _shard(options.shard)
     make_policy = _policy_of(options.policy, config, options.plan) if acts else None
-    out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}.h5"
+    of_shard = f"-shard{shard.index:03d}of{shard.count:03d}" if shard.count > 1 else ""
+    out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}{of_shard}.h5"
 
     from aime_fast.data import DMCVBDataset, collect
     from aime_fast.data.files import writable_target
@@ -69,19 +72,29 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
         name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
-        collect(config, options.seed, out, options.progress, options.resume, make_policy, name)
+        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "render_quality")}
     )
-    if recorded.num_episodes < config.episodes:
+    if recorded.num_episodes < (wanted := len(shard.of(config.episodes))):
         raise DataError(
-            f"--out {out}: it holds {recorded.num_episodes} episodes, expected {config.episodes}; collect the others into a second file "
+            f"--out {out}: it holds {recorded.num_episodes} episodes, expected {wanted}; collect the others into a second file "
             f"with another --seed"
         )
     frames, seconds = sum(recorded.lengths), recorded.attributes["collection_seconds"]
     size = out.stat().st_size / 2**20
     print(f"{out}: {recorded.num_episodes} episodes, {frames} frames, {frames / seconds:.0f} frames/s, {size:.1f} MiB")
     return out
+
+
+def _shard(text: str) -> Shard:
+    """`--shard`. Raises ConfigError."""
+    from aime_fast.data.collectors import Shard
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/3")
+    return Shard(int(index), int(count))
 
 
 def _policy_of(run: str, config: DataConfig, plans: bool) -> MakePolicy:

@@ -187,7 +187,7 @@ def evaluate_returns(options: EvaluateConfig, run: str) -> dict:
     device = choose_device(options.device)
     choose_kernels(None)
     plans = options.policy == "plan"
-    policy, config, info = load_planning_policy(run, device, options.seed) if plans else load_policy(run, device)
+    policy, config, info = load_planning_policy(run, device) if plans else load_policy(run, device)
     choose_tf32(config.run.tf32, config.run.precision)
     data = config.data
     episodes = play(policy, data, options.episodes or 10, options.seed)

@@ -13,6 +13,7 @@ BENCHES = {
     "kernels": "each kernel against eager PyTorch, torch.compile and the best public peer",
     "train": "the training step by tier, precision, kernels and compile mode",
     "imagine": "imagined steps in latent space, ours and TorchRL's RSSM",
+    "distributed": "one update by several processes",
     "data": "the loader, with prefetch and without",
     "learning": "what ours and a peer learn in the same processor time",
     "control": "what ours and a peer learn to do in the same processor time",
@@ -24,7 +25,7 @@ BENCHES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options and run one benchmark; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    choices = "\n".join(f"  {name:<8} {text}" for name, text in BENCHES.items())
+    choices = "\n".join(f"  {name:<11} {text}" for name, text in BENCHES.items())
     chooser = argparse.ArgumentParser(
         prog="python -m profiling.bench",
         description=f"Measure. WHAT is one of\n\n{choices}\n\nand takes options of its own: WHAT --help.",

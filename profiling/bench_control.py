@@ -160,7 +160,7 @@ def _episodes(config: Config, action_dim: int, policy: DreamerV3Policy) -> Itera
     from aime_fast.data.collectors import NoisePolicy, play_episodes
 
     data, seeds = config.data, config.control.seed_episodes
-    for make, begin, count in ((partial(NoisePolicy, data.policy, action_dim), 0, seeds), (lambda _: policy, seeds, None)):
+    for make, begin, count in ((partial(NoisePolicy, data.policy, action_dim), 0, seeds), (lambda: policy, seeds, None)):
         with closing(play_episodes(data, make, config.run.seed, begin)) as episodes:
             yield from islice(episodes, count)
 

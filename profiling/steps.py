@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import Config
 from aime_fast.data import make_batches
+from aime_fast.runtime import ranks
 from aime_fast.runtime.cuda_graph import WARM_UP
 from aime_fast.runtime.machine import WAYS, choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.runtime.spans import span
@@ -48,13 +49,13 @@ class Updates:
 
     def __init__(self, config: Config):
         self.config = config
-        self.device = choose_device(config.run.device)
+        self.device = choose_device(ranks.local_device(config.run.device))
         compile = choose_compile(config.run.compile, self.device)
         choose_kernels(config.run.kernels)
         choose_tf32(config.run.tf32, config.run.precision)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.batches, validation = make_batches(with_synthetic_frames(config).data, config.run.seed, self.device)
+        self.batches, validation = make_batches(with_synthetic_frames(config).data, config.run.seed, self.device, share=ranks.of_run())
         validation.close()
         torch.manual_seed(config.run.seed)
         model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.batches.action_dim).to(self.device)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +40,36 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
 
 
-MakePolicy = Callable[[int], TensorDictModuleBase]  # the policy of a worker, of a seed; it is called in the worker's process
+MakePolicy = Callable[[], TensorDictModuleBase]  # the policy of a worker; it is called in the worker's process
+
+
+class Shard(NamedTuple):
+    """The episodes that one of `count` recordings of a job array makes; `index` counts from 1."""
+
+    index: int = 1
+    count: int = 1
+
+    def of(self, episodes: int) -> range:
+        """Numbers of its episodes, of so many in all."""
+        return range(self.index - 1, episodes, self.count)
 
 
 class WorkerError(Exception):
     """A process of the collector has ended."""
+
+
+class SeededPolicy(TensorDictModuleBase):
+    """A policy whose random numbers begin anew with each episode, at its `policy_seed`: by its method `seed`, or those of torch."""
+
+    def __init__(self, policy: TensorDictModuleBase):
+        super().__init__()
+        self.in_keys, self.out_keys = [*policy.in_keys, "policy_seed"], policy.out_keys
+        self.policy, self._seed = policy, getattr(policy, "seed", torch.manual_seed)
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        if tensordict["is_init"].item():
+            self._seed(tensordict["policy_seed"].item())
+        return self.policy(tensordict)
 
 
 class NoisePolicy(TensorDictModuleBase):
@@ -64,14 +90,18 @@ class NoisePolicy(TensorDictModuleBase):
     amplitudes = (0.4, 1.0)
     swing_noise = 0.1  # standard deviation
 
-    def __init__(self, kind: NoiseKind, action_dim: int, seed: int):
+    def __init__(self, kind: NoiseKind, action_dim: int, seed: int = 0):
         super().__init__()
         self.in_keys, self.out_keys = ["is_init"], ["action"]
         self.kind, self.action_dim = kind, action_dim
-        self._random = np.random.default_rng(seed)
+        self.seed(seed)
         self._state = np.zeros(action_dim)
         self._swings = kind == "swing"
         self._frequency = self._phase = self._amplitude = np.zeros(action_dim)
+
+    def seed(self, seed: int) -> None:
+        """Begins its random numbers anew."""
+        self._random = np.random.default_rng(seed)
 
     def forward(self, tensordict: TensorDict) -> TensorDict:
         first = tensordict["is_init"].item()
@@ -103,24 +133,24 @@ class NoisePolicy(TensorDictModuleBase):
 
 def collect(
     config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False, make_policy: MakePolicy | None = None,
-    policy_name: str | None = None,
+    policy_name: str | None = None, shard: Shard = Shard(),  # noqa: B008
 ) -> Path:  # fmt: skip
-    """Record `config.episodes` whole episodes of a dm_control task into one HDF5 shard.
+    """Record `config.episodes` whole episodes of a dm_control task, or a shard of them, into one HDF5 file.
 
-    Each worker plays its own stream of episodes with its own seeds, so the result depends on `seed`, `config.workers` and,
-    for pixels, on the OpenGL driver. The file appears under `out` only when every episode is written. Until then the finished
+    Episode n is a function of `seed` and n, and for pixels of the OpenGL driver: it is the same whatever the number of workers and shards,
+    and whether the collection was stopped. The file appears under `out` only when every episode is written. Until then the finished
     episodes are in the folder `out`.unfinished, and whatever ends the process leaves them there.
 
-    An episode whose simulation diverges is left out, counted in the attribute `diverged_episodes`, and another one is played.
+    An episode whose simulation diverges is counted in the attribute `diverged_episodes` and played anew, from another initial state.
 
     Args:
         config: task, number of episodes, frame skip, image size, render quality, policy, workers.
         seed: of initial states and actions, within the bounds of `RunConfig.seed`.
         out: file to write; an existing file is replaced at the end.
         progress: show a progress bar.
-        resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted. The others get seeds
-            that depend on the number of those, which the attribute `resumed_at` lists.
+        resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted.
         make_policy: acts instead of `config.policy`; policy_name: what the attribute `policy` then says.
+        shard: which of the episodes to record.
     Returns:
         `out` as a Path.
     Raises:
@@ -136,15 +166,19 @@ def collect(
     action_dim, longest_episode, position_names = describe_task(config)
     attributes = recording_attributes(config, seed, action_dim, position_names, backend, policy_name)
     make_policy = make_policy or partial(NoisePolicy, config.policy, action_dim)
-    frames = min(FRAMES_PER_MESSAGE, longest_episode)
+    frames, wanted = min(FRAMES_PER_MESSAGE, longest_episode), shard.of(config.episodes)
+    if not wanted:
+        raise DataError(f"--shard {shard.index}/{shard.count}: of --episodes {config.episodes} none are left for it; give fewer shards")
+    if shard.count > 1:
+        attributes["shard"] = f"{shard.index}/{shard.count}"
     with _DeferredInterrupts() as interrupts, Unfinished(target, attributes, resume) as unfinished:
         try:
-            if unfinished.episodes < config.episodes:
-                _play(config, seed, make_policy, frames, unfinished, interrupts, progress)
-            unfinished.join()
+            if missing := [number for number in wanted if number not in unfinished.numbers]:
+                _play(config, seed, missing, make_policy, frames, unfinished, interrupts, progress)
+            unfinished.join(wanted)
         except (KeyboardInterrupt, DataError, WorkerError) as error:
-            done = f"{unfinished.episodes} of {config.episodes} episodes"
-            rest = f"they are in {unfinished.folder}, continue with --resume" if unfinished.episodes else "begin again"
+            done = f"{len(unfinished.numbers)} of {len(wanted)} episodes"
+            rest = f"they are in {unfinished.folder}, continue with --resume" if unfinished.numbers else "begin again"
             if isinstance(error, KeyboardInterrupt) or interrupts.received:  # the signal may have ended the workers too
                 raise Interrupted(interrupts.received or signal.SIGINT, f"collection stopped after {done}; {rest}") from None
             raise DataError(f"{error} ({done} were recorded: {rest})") from error
@@ -167,15 +201,15 @@ def recording_attributes(
 
 
 def play_episodes(config: DataConfig, make_policy: MakePolicy, seed: int, begin: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Endless whole episodes, as arrays of `episodes.py`, played in this process; those that diverge are left out.
+    """Endless whole episodes, as arrays of `episodes.py`, played in this process; one that diverges is played anew.
 
-    `begin` is the number of the first one: with the seed it says how the environment starts. Close the iterator when done. Raises
-    DataError if the simulation diverges again and again.
+    `begin` is the number of the first one: see `make_environment`. Close the iterator when done. Raises DataError if the simulation
+    diverges again and again.
     """
     _, longest, _ = describe_task(config)
     diverged = 0
-    with _collector(config, worker_seeds(seed, 1, begin), make_policy, min(FRAMES_PER_MESSAGE, longest)) as collector:
-        for episode in _whole_episodes(collector):
+    with _collector(config, seed, [itertools.count(begin)], make_policy, min(FRAMES_PER_MESSAGE, longest)) as collector:
+        for _, episode in _whole_episodes(collector):
             diverged = 0 if episode is not None else diverged + 1
             if diverged == MOST_DIVERGED:
                 raise DataError(f"--task {config.task}: the simulation diverged in {diverged} episodes in a row; choose another --task")
@@ -184,18 +218,20 @@ def play_episodes(config: DataConfig, make_policy: MakePolicy, seed: int, begin:
 
 
 def _play(
-    config: DataConfig, seed: int, make_policy: MakePolicy, frames: int, unfinished: Unfinished, interrupts: _DeferredInterrupts,
-    progress: bool,
+    config: DataConfig, seed: int, missing: list[int], make_policy: MakePolicy, frames: int, unfinished: Unfinished,
+    interrupts: _DeferredInterrupts, progress: bool,
 ) -> None:  # fmt: skip
-    """Play until `unfinished` has all episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
+    """Play until `unfinished` has the missing episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
     diverged = in_a_row = 0
-    missing = config.episodes - unfinished.episodes
-    seeds = worker_seeds(seed, min(config.workers, missing), unfinished.next_number)
-    with _collector(config, seeds, make_policy, frames) as collector, _progress_bar(missing, progress) as advance:
+    workers, left = min(config.workers, len(missing)), set(missing)
+    numbers = [missing[worker::workers] for worker in range(workers)]
+    with _collector(config, seed, numbers, make_policy, frames) as collector, _progress_bar(len(missing), progress) as advance:
         began = time.perf_counter()  # the workers are up
-        for episode in _whole_episodes(collector):
+        for number, episode in _whole_episodes(collector):
             if interrupts.received:
                 raise KeyboardInterrupt
+            if number not in left:  # of a worker that has played all of its own
+                continue
             if episode is None:
                 in_a_row += 1
                 if in_a_row == MOST_DIVERGED:
@@ -204,17 +240,18 @@ def _play(
                     )
                 continue
             now = time.perf_counter()
-            unfinished.add(episode, now - began, in_a_row)
+            unfinished.add(number, episode, now - began, in_a_row)
+            left.remove(number)
             began, diverged, in_a_row = now, diverged + in_a_row, 0
             advance(len(episode["action"]))
-            if unfinished.episodes == config.episodes:
+            if not left:
                 break
     if diverged:
-        print(f"the simulation diverged in {diverged} episodes; they are left out, and others were recorded instead", file=sys.stderr)
+        print(f"the simulation diverged in {diverged} episodes; they were played anew, from other initial states", file=sys.stderr)
 
 
-def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray] | None]:
-    """Whole episodes of all workers, ordered by message, then by worker; None for one whose simulation diverged."""
+def _whole_episodes(collector: BaseCollector) -> Iterator[tuple[int, dict[str, np.ndarray] | None]]:
+    """Whole episodes of all workers by number, ordered by message, then by worker; None for one whose simulation diverged."""
     pending: list[list[TensorDict]] = []
     for message in _messages(collector):
         streams = message if message.ndim == 2 else message.unsqueeze(0)  # [workers, frames]
@@ -223,7 +260,8 @@ def _whole_episodes(collector: BaseCollector) -> Iterator[dict[str, np.ndarray] 
             begin = 0
             for end in (stream["next", "done"].squeeze(-1).nonzero().flatten() + 1).tolist():
                 parts.append(stream[begin:end])
-                yield None if stream["next", "diverged"][end - 1].item() else _to_arrays(parts)
+                number = stream["number"][end - 1].item()
+                yield number, None if stream["next", "diverged"][end - 1].item() else _to_arrays(parts)
                 parts.clear()
                 begin = end
             if begin < len(stream):
@@ -262,12 +300,6 @@ def _raise_if_a_child_ended(error: Exception) -> None:
         ) from error
 
 
-def worker_seeds(seed: int, workers: int, begin: int = 0) -> list[tuple[int, int]]:
-    """(environment seed, policy seed) of each worker, for a collection that goes on after `begin` episodes."""
-    sequence = np.random.SeedSequence([seed, begin] if begin else seed)
-    return [tuple(pair) for pair in sequence.generate_state(2 * workers).reshape(workers, 2).tolist()]
-
-
 def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
     """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount share the row of their action."""
     keys = {
@@ -283,13 +315,15 @@ def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _collector(config: DataConfig, seeds: list[tuple[int, int]], make_policy: MakePolicy, frames: int) -> Iterator[BaseCollector]:
-    """A TorchRL collector, always shut down: the interpreter cannot exit while one runs."""
+def _collector(
+    config: DataConfig, seed: int, numbers: Sequence[Iterable[int]], make_policy: MakePolicy, frames: int
+) -> Iterator[BaseCollector]:
+    """A TorchRL collector, always shut down: the interpreter cannot exit while one runs. numbers: of the episodes of each worker."""
     from torchrl.collectors import Collector, MultiSyncCollector
 
-    workers = len(seeds)
-    environments = [partial(make_environment, config, environment) for environment, _ in seeds]
-    policies = [partial(make_policy, policy) for _, policy in seeds]
+    workers = len(numbers)
+    environments = [partial(make_environment, config, seed, own) for own in numbers]
+    policies = [partial(_seeded, make_policy)] * workers
     common = {"total_frames": -1, "trust_policy": True, "auto_register_policy_transforms": False}
     if workers == 1:
         collector = Collector(environments[0], policy_factory=policies[0], frames_per_batch=frames, **common)
@@ -312,6 +346,10 @@ def _collector(config: DataConfig, seeds: list[tuple[int, int]], make_policy: Ma
     finally:
         atexit.unregister(collector.shutdown)
         collector.shutdown()
+
+
+def _seeded(make_policy: MakePolicy) -> SeededPolicy:
+    return SeededPolicy(make_policy())
 
 
 class _DeferredInterrupts:

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -258,11 +259,20 @@ def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
     return names, np.array(geoms, dtype=np.int64), np.array(offsets).reshape(-1, 3)
 
 
-def make_environment(config: DataConfig, seed: int) -> EnvBase:
-    """A dm_control task as a TorchRL environment.
+def episode_seeds(seed: int, number: int, attempt: int = 0) -> tuple[int, int]:
+    """(of the initial state, of the policy) of episode `number` of a recording; another attempt follows one that diverged."""
+    return tuple(np.random.SeedSequence([seed, number, attempt]).generate_state(2).tolist())
+
+
+def make_environment(config: DataConfig, seed: int, numbers: Iterable[int]) -> EnvBase:
+    """A dm_control task as a TorchRL environment that plays the episodes of these numbers; then others, numbered -1.
+
+    How an episode begins is a function of the seed and its number alone, so it is the same whoever else plays. One that diverges is begun
+    anew, with another initial state.
 
     Observations: `pixels` uint8 [H, W, 3], `positions` float32 [n, 2] (see `RenderedTask.positions`), `diverged` bool [1] and
-    `is_init` bool [1], true only after a reset, so that a policy with memory can reset it. Actions: float32 [A] in [-1, 1]. Each step
+    `is_init` bool [1], true only after a reset, so that a policy with memory can reset it; `number` of the episode and `policy_seed`, of
+    the policy's random numbers in it, int64 [1] each. Actions: float32 [A] in [-1, 1]. Each step
     gives a reward float32 [1] and `discount` float32 [1]. An episode that ends with discount 1 (the time limit, or a simulation that
     diverged) is `truncated`, any other `terminated`.
     Raises DataError as `RenderedTask` does. The class is defined in this function so that `aime_fast` imports without TorchRL.
@@ -271,7 +281,7 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
     from torchrl.data import Bounded, Categorical, Composite, Unbounded
     from torchrl.envs import EnvBase
 
-    task = RenderedTask(config, seed)
+    task, numbers = RenderedTask(config, 0), iter(numbers)
     size = config.image_size
     flag = lambda: Categorical(n=2, shape=(1,), dtype=torch.bool)  # noqa: E731
 
@@ -284,7 +294,10 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
                 is_init=flag(),
                 discount=Unbounded(shape=(1,), dtype=torch.float32),
                 diverged=flag(),
+                number=Unbounded(shape=(1,), dtype=torch.int64),
+                policy_seed=Unbounded(shape=(1,), dtype=torch.int64),
             )
+            self.number = self.attempt = self.policy_seed = -1
             self.action_spec = Bounded(-1.0, 1.0, shape=(task.action_dim,), dtype=torch.float32)
             self.reward_spec = Unbounded(shape=(1,), dtype=torch.float32)
             self.done_spec = Composite(done=flag(), terminated=flag(), truncated=flag())
@@ -297,6 +310,8 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
                     "positions": torch.from_numpy(np.zeros_like(task.positions()) if task.diverged else task.positions()),
                     "diverged": torch.tensor([task.diverged]),
                     "is_init": torch.tensor([is_init]),
+                    "number": torch.tensor([self.number]),
+                    "policy_seed": torch.tensor([self.policy_seed]),
                     "discount": torch.tensor([discount], dtype=torch.float32),
                     "done": torch.tensor([last]),
                     "terminated": torch.tensor([last and discount < 1]),
@@ -307,6 +322,12 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
             )
 
         def _reset(self, tensordict: Any = None, **kwargs: Any) -> TensorDict:
+            if task.diverged:
+                self.attempt += 1
+            else:
+                self.number, self.attempt = next(numbers, -1), 0
+            state_seed, self.policy_seed = episode_seeds(seed, max(self.number, 0), self.attempt)
+            task.seed(state_seed)
             return self._out(task.reset(), 1.0, True)
 
         def _step(self, tensordict: TensorDict) -> TensorDict:
@@ -314,8 +335,7 @@ def make_environment(config: DataConfig, seed: int) -> EnvBase:
             return self._out(pixels, discount, False, reward=reward, last=last)
 
         def _set_seed(self, seed: int | None) -> None:
-            if seed is not None:
-                task.seed(seed)
+            pass  # each episode has its own
 
         def close(self, **kwargs: Any) -> None:
             task.close()

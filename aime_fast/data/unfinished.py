@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError, explain
 
 SUFFIX = ".unfinished"
-SAME = (*SHARED, "seed", "policy", "render_backend", "position_names")  # attributes that all episodes of a file share
+SAME = (*SHARED, "seed", "policy", "shard", "render_backend", "position_names")  # attributes that all episodes of a file share
 REMEDIES = {  # for those that no flag sets
     "render_backend": "the same renderer (MUJOCO_GL)", "action_dim": "the same --domain and --task",
     "position_names": "the same --domain and --task",
@@ -40,44 +40,42 @@ class Unfinished:
         attributes: of the file, as for `EpisodeWriter`.
         resume: keep the episodes of a collection that ended early; otherwise they are deleted.
     Attributes:
-        episodes: number of finished episodes. next_number: of the next one; no number is given twice.
+        numbers: of the finished episodes.
     Raises:
         DataError: another process records to the same file, the episodes there have other settings, or the folder cannot be written.
     """
 
     def __init__(self, out: Path, attributes: Mapping[str, Any], resume: bool):
         self.out, self.folder, self.attributes = out, unfinished_folder(out), dict(attributes)
-        self._shards: list[Path] = []
+        self._shards: dict[int, Path] = {}
         self._lock = self._locked()
         try:
-            self.next_number = self._begin = self._read_finished() if resume else self._delete_finished()
+            self._read_finished() if resume else self._delete_finished()
         except BaseException:
             os.close(self._lock)
             raise
 
     @property
-    def episodes(self) -> int:
-        return len(self._shards)
+    def numbers(self) -> Collection[int]:
+        return self._shards.keys()
 
-    def add(self, episode: Mapping[str, np.ndarray], seconds: float, diverged: int) -> None:
-        """Keep an episode, with the time that it took and the number of diverged ones before it. Raises DataError."""
-        path = self.folder / f"episode_{self.next_number:05d}.h5"
-        facts = {"collection_seconds": seconds, "diverged_episodes": diverged, "began_at": self._begin}
+    def add(self, number: int, episode: Mapping[str, np.ndarray], seconds: float, diverged: int) -> None:
+        """Keep episode `number`, with the time that it took and the number of diverged ones before it. Raises DataError."""
+        path = self.folder / f"episode_{number:07d}.h5"
+        facts = {"collection_seconds": seconds, "diverged_episodes": diverged}
         with EpisodeWriter(path, {**self.attributes, **facts}) as writer:
             writer.write(episode)
-        self._shards.append(path)
-        self.next_number += 1
+        self._shards[number] = path
 
-    def join(self) -> None:
-        """Write the file from the finished episodes and delete the folder. Raises DataError, and then keeps the episodes."""
+    def join(self, numbers: Iterable[int]) -> None:
+        """Write the file from these episodes, in this order, and delete the folder. Raises DataError, and then keeps the episodes."""
         facts: list[dict[str, Any]] = []
         with EpisodeWriter(self.out, self.attributes) as writer:
-            for path in self._shards:
-                facts.append(writer.copy(path))
+            for number in numbers:
+                facts.append(writer.copy(self._shards[number]))
             writer.annotate(
                 collection_seconds=sum(each["collection_seconds"] for each in facts),
                 diverged_episodes=sum(each["diverged_episodes"] for each in facts),
-                resumed_at=sorted({each["began_at"] for each in facts} - {0}),
             )
         self._shards.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -106,8 +104,8 @@ class Unfinished:
             pass  # some network file systems have no locks
         return descriptor
 
-    def _read_finished(self) -> int:
-        """Take over the whole episodes of the same settings; returns the number after the last."""
+    def _read_finished(self) -> None:
+        """Take over the whole episodes of the same settings."""
         names = sorted(self.folder.glob("episode_*.h5"))
         for path in names:
             try:
@@ -128,13 +126,11 @@ class Unfinished:
                         f"{path}: attribute '{key}' is {recorded.get(key)}, expected {wanted}; resume with {same}, or move {self.folder} "
                         "away to begin again"
                     )
-            self._shards.append(path)
-        return max((int(path.stem.removeprefix("episode_")) + 1 for path in names), default=0)
+            self._shards[int(path.stem.removeprefix("episode_"))] = path
 
-    def _delete_finished(self) -> int:
+    def _delete_finished(self) -> None:
         try:
             for path in self.folder.iterdir():
                 path.unlink()
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be emptied ({explain(error)})") from error
-        return 0

@@ -22,7 +22,7 @@ SEED_OFFSET = 1_000_000_007  # the seeds of these episodes are not those of trai
 
 def play(policy: FramePolicy, config: DataConfig, episodes: int, seed: int) -> list[TensorDict]:
     """Whole episodes as TensorDicts [T] of the layout of `DMCVBDataset`."""
-    played = play_episodes(config, lambda _: policy, SEED_OFFSET + seed)
+    played = play_episodes(config, lambda: policy, SEED_OFFSET + seed)
     try:
         return [to_tensordict(episode) for episode in islice(played, episodes)]
     finally:

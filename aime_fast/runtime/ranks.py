@@ -11,6 +11,7 @@ Outside of `sharing`, as in validation, a rank does the whole of a task as if it
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,7 @@ class Ranks(NamedTuple):
         return x if self.size == 1 else x[(slice(None),) * dim + (slice(self.rank, None, self.size),)]
 
 
+waited = 0.0  # seconds of this process in messages to the others and waits for them; on a GPU, until they are queued
 _run = Ranks()
 _sharing = Ranks()  # `_run` within `sharing`
 
@@ -201,6 +203,8 @@ def _wait() -> None:
 @contextmanager
 def _answering() -> Iterator[None]:
     """Where another rank does not answer, a RankError says so."""
+    global waited
+    began = time.perf_counter()
     try:
         yield
     except RuntimeError as error:  # of gloo; NCCL's are RuntimeErrors too
@@ -209,3 +213,5 @@ def _answering() -> Iterator[None]:
             f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}: another process of this run has ended or does not "
             f"answer ({reason}); see what it said. The run goes on from its last checkpoint with --resume"
         ) from error
+    finally:
+        waited += time.perf_counter() - began

@@ -201,7 +201,7 @@ class OnlineTrainer:
                 )
         elif self.acting is None:
             policy = WorldModelPolicy(self.ema, self.behaviour.actor)
-            played = record(self.replay, lambda seed: policy, seed, self._episodes_left(), self._stop_if_asked)
+            played = record(self.replay, lambda: policy, seed, self._episodes_left(), self._stop_if_asked)
         else:
             if not self.second.plays:  # the run has just been resumed
                 self.second.begin(self.run_dir / self.acting, self._episodes_left())

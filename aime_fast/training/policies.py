@@ -35,19 +35,15 @@ def load_policy(
 
 
 def load_planning_policy(
-    run_or_checkpoint: str | Path, device: torch.device | str = "cpu", seed: int = 0
+    run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[PlanningPolicy, Config, dict[str, Any]]:
-    """As `load_policy`, but one that plans, also with the model of a run that is not online: then without a critic.
-
-    `seed`: of torch's global generator, from which the planner draws.
-    """
+    """As `load_policy`, but one that plans, also with the model of a run that is not online: then without a critic."""
     model, config, info = load_model(run_or_checkpoint, device)
     if config.data.data == "synthetic":
         raise CheckpointError(f"{info['checkpoint']}: this run's episodes are synthetic, so there is no simulator to plan in")
     critic = None
     if info["critic"] is not None:
         critic = _restored(Critic(policy_width(model), config.control.policy_dim), "critic", info, device)
-    torch.manual_seed(seed)
     return PlanningPolicy(model.requires_grad_(False), critic, discount=config.control.discount), config, info
 
 
@@ -67,14 +63,13 @@ def check_fits(run: str, policy_of: DataConfig, plays: DataConfig) -> None:
             raise ConfigError(f"--policy {run}: it was trained with --{flag} {trained}, not {given}; pass --{flag} {trained}")
 
 
-def make_recording_policy(run: str, seed: int) -> WorldModelPolicy:
-    """The policy of a collector's worker, with noise of a seed of its own; called in the worker."""
+def make_recording_policy(run: str) -> WorldModelPolicy:
+    """The policy of a collector's worker, with noise; called in the worker."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
     return load_policy(run, sample=True)[0]
 
 
-def make_planning_policy(run: str, seed: int) -> PlanningPolicy:
+def make_planning_policy(run: str) -> PlanningPolicy:
     """As `make_recording_policy`, a planner in the run's world model."""
     torch.set_num_threads(1)
-    return load_planning_policy(run, seed=seed)[0]
+    return load_planning_policy(run)[0]

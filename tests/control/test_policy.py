@@ -35,7 +35,7 @@ def test_in_a_collector_it_sees_the_state_that_the_recorded_episode_gives(policy
         return act(features, sample)
 
     policy.actor.forward = record
-    episodes = play_episodes(config, lambda seed: policy, 0)
+    episodes = play_episodes(config, lambda: policy, 0)
     recorded = [to_tensordict(next(episodes)) for _ in range(2)]
     episodes.close()
     policy.actor.forward = act

@@ -1,5 +1,6 @@
 """Collection from the real simulator, by the command that a user types."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from tensordict import TensorDict
 
 from aime_fast.config import DataConfig
 from aime_fast.data import DMCVBDataset, EpisodeWriter, collect
-from aime_fast.data.collectors import NoisePolicy, worker_seeds
-from aime_fast.data.environments import RenderedTask, probe_renderer
+from aime_fast.data.collectors import NoisePolicy, Shard
+from aime_fast.data.environments import RenderedTask, episode_seeds, probe_renderer
 from aime_fast.errors import ConfigError, DataError
 
 
@@ -38,9 +39,10 @@ def test_one_worker_records_the_frames_that_a_replay_of_its_actions_renders(tmp_
     assert data.position_names == ("cart", "pole_1", "pole_1/tip")
 
     config = DataConfig(frame_skip=40, image_size=32)
-    task = RenderedTask(config, worker_seeds(3, 1)[0][0])
+    task = RenderedTask(config, 0)
     for index in range(2):
         episode = data.read_episode(index)
+        task.seed(episode_seeds(3, index)[0])
         pixels = task.reset()
         for t in range(25):
             seen = episode["pixels"][t].permute(1, 2, 0).numpy().astype(int)
@@ -72,12 +74,27 @@ def test_two_workers_play_different_episodes(tmp_path):
     assert torch.cat(actions).std().item() == pytest.approx(3**-0.5, abs=0.07)  # of a uniform number in [-1, 1]
 
 
+def test_episodes_are_the_same_whatever_workers_and_shards(tmp_path):
+    config = DataConfig(image_size=16, frame_skip=50, episodes=5, workers=1, policy="mixed")
+    alone = DMCVBDataset(collect(config, 4, tmp_path / "alone.h5", progress=False), 5)
+    two = DMCVBDataset(collect(dataclasses.replace(config, workers=2), 4, tmp_path / "two.h5", progress=False), 5)
+    assert two.identities == alone.identities
+    for index in (1, 2, 3):
+        collect(config, 4, tmp_path / "shards" / f"{index}.h5", progress=False, shard=Shard(index, 3))
+    shards = DMCVBDataset(tmp_path / "shards", 5)
+    assert shards.identities == [alone.identities[number] for number in (0, 3, 1, 4, 2)]
+    assert alone.attributes.keys() == shards.attributes.keys() - {"shard"}
+    with pytest.raises(DataError, match="--shard 6/6: of --episodes 5 none are left for it; give fewer shards"):
+        collect(config, 4, tmp_path / "none.h5", progress=False, shard=Shard(6, 6))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--domain", "walker", "--task", "swim"), "error: --task swim: domain walker has no such task; choose one of stand, walk, run"),
         (("--tier", "7"), "error: --tier 7: there is no such tier; choose one of 1, 2, 3, debug"),
         (("--policy", "expert"), "--policy"),
+        (("--shard", "0/3"), "error: --shard 0/3: expected I/N with 1 <= I <= N"),
     ],
 )
 def test_bad_arguments_give_one_message_and_status_2(tmp_path, arguments, message):

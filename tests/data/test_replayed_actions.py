@@ -7,8 +7,7 @@ import pytest
 
 from aime_fast.config import DataConfig
 from aime_fast.data import DMCVBDataset, collect
-from aime_fast.data.collectors import worker_seeds
-from aime_fast.data.environments import RenderedTask, moving_points
+from aime_fast.data.environments import RenderedTask, episode_seeds, moving_points
 
 CARTPOLE = DataConfig(image_size=16, frame_skip=40, episodes=2, workers=1, policy="random")
 UNIT = [CARTPOLE, dataclasses.replace(CARTPOLE, domain="reacher", task="easy", frame_skip=25, policy="ou")]
@@ -21,13 +20,14 @@ def test_a_replay_in_plain_dm_control_is_bit_equal(tmp_path, config):
     from dm_control import suite  # after a renderer is selected
     from dm_control.mujoco import engine
 
-    env = suite.load(config.domain, config.task, task_kwargs={"random": worker_seeds(5, 1)[0][0]})
+    env = suite.load(config.domain, config.task, task_kwargs={"random": 0})
     spec, physics = env.action_spec(), env.physics
     _, geoms, offsets = moving_points(physics.model)
     camera = engine.Camera(physics, config.image_size, config.image_size, camera_id=0 if physics.model.ncam else -1)
     unit = (spec.minimum == -1) & (spec.maximum == 1)
     assert unit.all() == (config is not RESCALED)
     for index in range(config.episodes):
+        env.task._random = np.random.RandomState(episode_seeds(5, index)[0])
         env.reset()
         episode = data.read_episode(index)
         assert len(episode) > 10
