@@ -78,7 +78,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
         of_alone = "" if row["efficiency"] is None else f", {row['efficiency']:.2f} of one process"
         print(
             f"{row['scaling']:<6} {row['ranks']} processes, batch {row['batch']}: {row['frames_per_second']:.0f} frames/s{of_alone}, "
-            f"waiting {row['waiting']:.0%}"
+            f"waiting {row['waiting']:.0%}, {row['messages']:.1f} messages and {row['megabytes']:.1f} MB an update"
         )
     if options.json:
         write_json(options.json, {**describe(device), "tier": options.tier, "threads": options.threads, "rows": rows})
@@ -116,17 +116,19 @@ def measure(spec: Path, out: Path) -> None:
             updates()
         ranks.anywhere(False)
         synchronize(updates.device)
-        began, waited = time.perf_counter(), ranks.waited
+        began, before = time.perf_counter(), dataclasses.replace(ranks.traffic)
         for _ in range(given["cycles"] * updates.cycle):
             updates()
         synchronize(updates.device)
-        seconds, waited = time.perf_counter() - began, ranks.waited - waited
+        seconds, made, traffic = time.perf_counter() - began, given["cycles"] * updates.cycle, ranks.traffic
         updates.close()
         if ranks.leads():
-            frames = given["cycles"] * updates.cycle * updates.frames
-            out.write_text(
-                json.dumps({"frames_per_second": frames / seconds, "waiting": waited / seconds, "batch": config.data.batch_size})
-            )
+            found = {
+                "frames_per_second": made * updates.frames / seconds, "waiting": (traffic.seconds - before.seconds) / seconds,
+                "batch": config.data.batch_size, "messages": (traffic.messages - before.messages) / made,
+                "megabytes": (traffic.bytes - before.bytes) / made / 1e6,
+            }  # fmt: skip
+            out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Outside of `sharing`, as in validation, a rank does the whole of a task as if it
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,16 @@ class Ranks(NamedTuple):
         return x if self.size == 1 else x[(slice(None),) * dim + (slice(self.rank, None, self.size),)]
 
 
-waited = 0.0  # seconds of this process in messages to the others and waits for them; on a GPU, until they are queued
+@dataclasses.dataclass
+class Traffic:
+    """Messages of this process to the others, their bytes, and the seconds in them and in waiting; on a GPU, until they are queued."""
+
+    messages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+traffic = Traffic()
 _run = Ranks()
 _sharing = Ranks()  # `_run` within `sharing`
 
@@ -147,10 +157,7 @@ def total(x: Tensor) -> Tensor:
     """The sum over the ranks that share a batch, without gradient; x itself where there is one."""
     if _sharing.size == 1:
         return x
-    x = x.detach().clone()
-    with _answering():
-        dist.all_reduce(x)
-    return x
+    return _reduced(x.detach().clone())
 
 
 def mean(x: Tensor) -> Tensor:
@@ -161,9 +168,7 @@ def mean(x: Tensor) -> Tensor:
 def average_(x: Tensor) -> Tensor:
     """`mean` in place of x, a contiguous tensor; returns it."""
     if _sharing.size > 1:
-        with _answering():
-            dist.all_reduce(x)
-        x /= _sharing.size
+        _reduced(x).div_(_sharing.size)
     return x
 
 
@@ -179,10 +184,7 @@ def anywhere(flag: bool) -> bool:
     """Whether a flag is set in any process of the run. The host waits for all; the devices go on."""
     if _run.size == 1:
         return flag
-    found = torch.tensor(int(flag))  # on the CPU: by gloo
-    with _answering():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return bool(_reduced(torch.tensor(int(flag)), dist.ReduceOp.MAX))  # on the CPU: by gloo
 
 
 @contextmanager
@@ -200,11 +202,20 @@ def _wait() -> None:
         anywhere(False)
 
 
+def _reduced(x: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """x, in place, over all ranks."""
+    began = time.perf_counter()
+    with _answering():
+        dist.all_reduce(x, how)
+    traffic.messages += 1
+    traffic.bytes += x.numel() * x.element_size()
+    traffic.seconds += time.perf_counter() - began
+    return x
+
+
 @contextmanager
 def _answering() -> Iterator[None]:
     """Where another rank does not answer, a RankError says so."""
-    global waited
-    began = time.perf_counter()
     try:
         yield
     except RuntimeError as error:  # of gloo; NCCL's are RuntimeErrors too
@@ -213,5 +224,3 @@ def _answering() -> Iterator[None]:
             f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}: another process of this run has ended or does not "
             f"answer ({reason}); see what it said. The run goes on from its last checkpoint with --resume"
         ) from error
-    finally:
-        waited += time.perf_counter() - began
