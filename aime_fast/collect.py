@@ -35,7 +35,7 @@ class Collection:
     plan: bool = False  # with a run as --policy: choose each action by planning in its world model, by TorchRL's CEM (slow)
     seed: int = 0  # seed of initial states and actions
     shard: str = "1/1"  # I/N: every Nth of the episodes, from the Ith on, as one of N jobs; a folder of all shards is read as one
-    out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5
+    out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5, of a shard data/.../shard<I>of<N>.h5
     overwrite: bool = False  # replace an existing file, and drop the episodes of a collection that ended early
     resume: bool = False  # go on with the episodes that a collection left in OUT.unfinished; does nothing if OUT is complete
     progress: bool = True  # show a progress bar
@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
     shard = _shard(options.shard)
     make_policy = _policy_of(options.policy, config, options.plan) if acts else None
-    of_shard = f"-shard{shard.index:03d}of{shard.count:03d}" if shard.count > 1 else ""
-    out = options.out or Path("data") / f"{options.domain}-{options.task}-seed{options.seed}{of_shard}.h5"
+    recording = f"{options.domain}-{options.task}-seed{options.seed}"
+    of_shard = f"{recording}/shard{shard.index:03d}of{shard.count:03d}.h5"  # in a folder of their own, which is read as one
+    out = options.out or Path("data") / (of_shard if shard.count > 1 else f"{recording}.h5")
 
     from aime_fast.data import DMCVBDataset, collect
     from aime_fast.data.files import writable_target

@@ -6,7 +6,6 @@ after SIGHUP or a closed terminal, 141 when nobody reads the output any more; 1 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from aime_fast.cli import parse_config, run_command
@@ -41,8 +40,6 @@ def train_as_launched(config: Config) -> dict | None:
     from aime_fast.runtime.machine import choose_device
     from aime_fast.training import DMCVBTrainer
 
-    if ranks.restarted():
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
     with ranks.joined(choose_device(ranks.local_device(config.run.device))):
         result = DMCVBTrainer(config).train()
         return result if ranks.leads() else None

@@ -251,7 +251,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
         return self._share(batch, self.auxiliary_share)
 
     def _share(self, batch: int, share: float) -> slice:
-        """The sequences of a batch that a dear task sees: in training a share of them, at least one; else all."""
+        """The sequences of a batch that a dear task sees: in training a share of them, at least one of all ranks'; else all."""
         return slice(max(1, round(share * batch * ranks.size())) // ranks.size() if self.training else batch)
 
     def forward_sequence(self, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:

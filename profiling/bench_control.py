@@ -112,7 +112,6 @@ def run(name: str, spec: Mapping[str, Any], folder: Path) -> None:
     train = train_ours if name == "ours" else partial(train_peer, DreamerV3AgentConfig(**spec["peer"]))
     policy, found = train(config, spec["seconds"], folder)
     found["cost"]["parameters"] = sum(parameter.numel() for parameter in policy.parameters())
-    torch.manual_seed(config.run.seed)  # of the peer's latents
     score = summarise_returns(play(policy, config.data, spec["episodes"], config.run.seed), config.data.frame_skip)
     write_json(folder / "result.json", {"score": score} | found)
 
@@ -156,7 +155,7 @@ def train_peer(sizes: DreamerV3AgentConfig, config: Config, seconds: float, fold
 
 
 def _episodes(config: Config, action_dim: int, policy: DreamerV3Policy) -> Iterator[dict[str, Any]]:
-    """Endless episodes: those of noise that ours begins with too, then those of a policy."""
+    """Endless episodes: those of noise that ours begins with too, then those of a policy. Each sets torch's random numbers."""
     from aime_fast.data.collectors import NoisePolicy, play_episodes
 
     data, seeds = config.data, config.control.seed_episodes

@@ -53,7 +53,11 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
         usage_error(f"--ranks {bad[0]}: expected at least 1")
     device = torch.device(options.device)
     base = preset(options.tier)
-    config = dataclasses.replace(base, run=dataclasses.replace(base.run, device=options.device, compile="off"))
+    run, optim = (
+        dataclasses.replace(base.run, device=options.device, compile="off"),
+        dataclasses.replace(base.optim, latent_phase_updates=0),
+    )
+    config = dataclasses.replace(base, run=run, optim=optim)
     for count in options.ranks:
         try:
             check_shares(config, count)
@@ -69,7 +73,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
                 try:
                     found[scaling, count].append(launch(whole, count, max(1, options.threads // count), options.cycles, Path(folder)))
                 except subprocess.CalledProcessError as error:
-                    print(f"FAILED: {scaling}, {count} processes: {(error.stderr.strip().splitlines() or ['?'])[0]}", flush=True)
+                    print(f"FAILED: {scaling}, {count} processes:\n{error.stderr[-2000:]}", flush=True)
                     return 1
     rows = [_row(scaling, count, samples) for (scaling, count), samples in found.items()]
     alone = next((row["frames_per_second"] for row in rows if row["ranks"] == 1), None)
@@ -114,7 +118,7 @@ def measure(spec: Path, out: Path) -> None:
         updates = Updates(config)
         for _ in range(updates.warm_up):
             updates()
-        ranks.anywhere(False)
+        ranks.wait()
         synchronize(updates.device)
         began, before = time.perf_counter(), dataclasses.replace(ranks.traffic)
         for _ in range(given["cycles"] * updates.cycle):

@@ -57,7 +57,8 @@ def sent(tier: str, small: int) -> Sent:
     towers = count([*model.encoder.parameters(), *model.decoder.parameters()])
     discriminators = count(model.discriminator_parameters()) / config.optim.n_critic
     stills = [towers] * (config.data.stills * config.optim.accumulate)
-    return Sent([len(TASKS) * count(model.generator_parameters()), discriminators, *stills], small)
+    codebooks = 3 * count([model.perceiver_io.tokenizer.quantizer.codebook])  # sums, and twice the rows that replace codes
+    return Sent([len(TASKS) * count(model.generator_parameters()), discriminators, codebooks, *stills], small)
 
 
 def seconds(sent: Sent, gpus: int, link: Link) -> float:

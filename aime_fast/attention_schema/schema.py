@@ -62,7 +62,7 @@ class AttentionSchema(nn.Module):
             predicted = torch.einsum("bthw,btchw->btc", before.detach(), movement)
         error = F.smooth_l1_loss(predicted, target, reduction="none", beta=0.05).sum(-1)
         weight = (~start).to(error.dtype)
-        return (error * weight).sum() / ranks.mean(weight.sum()).clamp_min(1.0)
+        return (error * weight).sum() / ranks.mean(weight.sum()).clamp_min(1.0 / ranks.size())
 
 
 def attention_kl(attention: Tensor, log_prior: Tensor) -> Tensor:

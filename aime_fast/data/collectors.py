@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from torchrl.collectors import BaseCollector
 
 FRAMES_PER_MESSAGE = 256  # of one worker; a message has a fixed cost, its size hardly matters
+MOST_IDLE = 1000  # episodes that a worker plays when it has played all of its own
+SEEDING = "by number"  # of a recording: how its episodes begin, see `make_environment`
 MOST_DIVERGED = 20  # episodes in a row before a collection gives up
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
@@ -59,7 +61,10 @@ class WorkerError(Exception):
 
 
 class SeededPolicy(TensorDictModuleBase):
-    """A policy whose random numbers begin anew with each episode, at its `policy_seed`: by its method `seed`, or those of torch."""
+    """A policy whose random numbers begin anew with each episode, at its `policy_seed`: by its method `seed`, or those of torch.
+
+    For a single environment, as each worker has one.
+    """
 
     def __init__(self, policy: TensorDictModuleBase):
         super().__init__()
@@ -173,6 +178,11 @@ def collect(
         attributes["shard"] = f"{shard.index}/{shard.count}"
     with _DeferredInterrupts() as interrupts, Unfinished(target, attributes, resume) as unfinished:
         try:
+            if surplus := [number for number in unfinished.numbers if number >= config.episodes]:
+                raise DataError(
+                    f"--episodes {config.episodes}: {len(surplus)} finished episodes in {unfinished.folder} are beyond them; pass "
+                    f"--episodes {max(surplus) + 1} or more, or --overwrite to drop all"
+                )
             if missing := [number for number in wanted if number not in unfinished.numbers]:
                 _play(config, seed, missing, make_policy, frames, unfinished, interrupts, progress)
             unfinished.join(wanted)
@@ -193,6 +203,7 @@ def recording_attributes(
     return {key: getattr(config, key) for key in settings} | {
         **({"policy": policy_name} if policy_name else {}),
         "action_dim": action_dim,
+        "seeding": SEEDING,
         "position_names": position_names,
         "seed": seed,
         "render_backend": backend,
@@ -222,7 +233,7 @@ def _play(
     interrupts: _DeferredInterrupts, progress: bool,
 ) -> None:  # fmt: skip
     """Play until `unfinished` has the missing episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
-    diverged = in_a_row = 0
+    diverged = in_a_row = idle = 0
     workers, left = min(config.workers, len(missing)), set(missing)
     numbers = [missing[worker::workers] for worker in range(workers)]
     with _collector(config, seed, numbers, make_policy, frames) as collector, _progress_bar(len(missing), progress) as advance:
@@ -231,6 +242,9 @@ def _play(
             if interrupts.received:
                 raise KeyboardInterrupt
             if number not in left:  # of a worker that has played all of its own
+                idle += number < 0
+                if idle > MOST_IDLE * workers:
+                    raise DataError(f"episodes {sorted(left)[:3]} were not played; this is a fault of the program")
                 continue
             if episode is None:
                 in_a_row += 1

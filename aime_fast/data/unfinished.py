@@ -18,10 +18,10 @@ from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError, explain
 
 SUFFIX = ".unfinished"
-SAME = (*SHARED, "seed", "policy", "shard", "render_backend", "position_names")  # attributes that all episodes of a file share
+SAME = (*SHARED, "seed", "policy", "shard", "seeding", "render_backend", "position_names")  # attributes that all episodes of a file share
 REMEDIES = {  # for those that no flag sets
-    "render_backend": "the same renderer (MUJOCO_GL)", "action_dim": "the same --domain and --task",
-    "position_names": "the same --domain and --task",
+    "seeding": "the version of aime_fast that recorded them", "render_backend": "the same renderer (MUJOCO_GL)",
+    "action_dim": "the same --domain and --task", "position_names": "the same --domain and --task",
 }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ class PriorNoise(NamedTuple):
     """The random numbers of samples of the prior, for N frames or with other leading axes."""
 
     sticks: Tensor  # [N, K-1], uniform
-    choice: Tensor | None = None  # [N, K], Gumbel
-    latents: Tensor | None = None  # [N, Z], normal
+    choice: Tensor  # [N, K], Gumbel
+    latents: Tensor  # [N, Z], normal
 
 
 class Mixture(NamedTuple):
@@ -121,20 +121,19 @@ class DPGMMPrior(nn.Module):
         latents: Tensor,
         delta: Tensor,
         sample: bool = True,
-        noise: PriorNoise | None = None,
+        uniform: Tensor | None = None,
         choice_only: bool = False,
     ) -> Mixture:
         """Predicts a frame's latent from the frame before.
 
         Args: hidden [N, Dh]; context [N, Dc]; latents, delta [N, Z], the latent and its difference from the one before it; sample: False
-            takes mean sticks; noise: of a sample; None draws it; choice_only: the weights, many small operators, get no gradient and
-            no `kl_hierarchical`: enough to sample.
+            takes mean sticks; uniform [N, K-1], of sampled sticks; None draws them; choice_only: the weights, many small operators, get
+            no gradient and no `kl_hierarchical`: enough to sample.
         """
         features = self.trunk(torch.cat([hidden, *(x.to(hidden.dtype) for x in (context, latents, DELTA_SCALE * delta))], dim=-1))
         means, logvars = self.components_head(features).unflatten(-1, (2, self.components, self.latent_dim)).unbind(-3)
         extrapolated = latents + self.inertia(features).sigmoid() * delta
         means = (full_precision(extrapolated).unsqueeze(-2) + full_precision(means)).clamp(-MEAN_BOUND, MEAN_BOUND)
-        uniform = None if noise is None else noise.sticks
         if choice_only:
             with torch.no_grad():
                 log_weights, divergences = self.sticks(features, uniform, sample).log_pi, None

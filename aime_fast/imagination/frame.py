@@ -102,7 +102,8 @@ def predict(model: nn.Module, state: State, sample: bool = False, noise: PriorNo
 
     Returns: (prior of z_t; latents, delta and context of this frame, with `hidden`, `lstm` and `attention` of the one before).
     """
-    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, noise, choice_only=True)
+    uniform = None if noise is None else noise.sticks
+    prior = model.prior(state.hidden, state.context, state.latents, state.delta, sample, uniform, choice_only=True)
     z = prior.sample(sample, noise, model.prior.inferred_variance)
     context = model.perceiver_io.mean_context.to(state.context).expand_as(state.context)
     return prior, state._replace(latents=z, delta=_delta(state, z), fresh=torch.zeros_like(state.fresh), context=context)

@@ -109,7 +109,7 @@ def pixel_overshooting(
     truth = _after(video, first, frames).flatten(0, 1)  # [frames * B, 3, H, W]
     in_episode = (~_after(start, first, frames)).cumprod(0)  # [frames, B], 0 from the next episode on
     weight = in_episode.flatten().to(scores["latent"].dtype)
-    share = weight / ranks.mean(weight.sum()).clamp_min(1.0)
+    share = weight / ranks.mean(weight.sum()).clamp_min(1.0 / ranks.size())
     decoded = model.decoder(torch.cat(imagined), log_attention.exp().flatten(0, 1))
     recon = model.decoder.likelihood.nll(decoded, truth)
     # One by one: gradients of a term taken from a stack of all would pass, as zeros, through all others.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aime_fast.attention_schema.posterior import AttentionMaps
 from aime_fast.attention_schema.prior import PredictedAttention
 from aime_fast.encoder_decoder.encoder import Posterior
-from aime_fast.generative_prior.dpgmm_prior import Mixture, PriorNoise
+from aime_fast.generative_prior.dpgmm_prior import Mixture
 from aime_fast.layers import DELTA_SCALE, delta_from, previous
 from aime_fast.runtime import ranks
 from aime_fast.runtime.spans import span
@@ -76,8 +76,8 @@ def predict_latents(model: nn.Module, latents: Tensor, context: Tensor, actions:
     hidden_before, delta_before = (previous(x, start).flatten(0, 1) for x in (hidden, delta))
     with span("generative_prior: prior"):
         given = context if model.prior_context == "current" else previous(context, start)
-        noise = PriorNoise(sticks=model.prior.sticks.uniform(hidden.shape[:2], hidden).flatten(0, 1)) if sample else None
-        prior = model.prior(hidden_before, given.flatten(0, 1), before.flatten(0, 1), delta_before, sample, noise)
+        uniform = model.prior.sticks.uniform(hidden.shape[:2], hidden).flatten(0, 1) if sample else None
+        prior = model.prior(hidden_before, given.flatten(0, 1), before.flatten(0, 1), delta_before, sample, uniform)
     return LatentPrediction(delta, hidden, lstm, hidden_before, before.flatten(0, 1), prior)
 
 

@@ -170,7 +170,7 @@ class PerceiverTokenPredictor(nn.Module):
                 partial = torch.where(masked, self.mask_token, target)
                 weight = weight * masked
         logits = full_precision(self(given, context, actions[:, :-1], partial, drawn, shown, pictured))
-        total = ranks.mean(weight.sum()).clamp_min(1.0)
+        total = ranks.mean(weight.sum()).clamp_min(1.0 / ranks.size())
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
         accuracy = (logits.detach().argmax(-1) == target).to(weight.dtype)
         return (nll * weight.flatten()).sum() / total, (accuracy * weight).sum() / total

@@ -54,11 +54,12 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("embedding_sum", self.codebook * dead_threshold)
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, x: Tensor) -> Quantized:
-        """x [N, Q, d] -> `Quantized`."""
+    def forward(self, x: Tensor, counts_all: bool = False) -> Quantized:
+        """x [N, Q, d] -> `Quantized`; `counts_all`: perplexity and usage are of the rows of all ranks."""
         vectors, codes, commitment = vq.vector_quantize(x, self.codebook)
         with torch.no_grad():
-            counts = ranks.total(vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1))
+            counts = vq.code_histogram(codes, self.codebook_size, shared=self.codebook.shape[0] == 1)
+            counts = ranks.total(counts) if counts_all else counts
             perplexity, usage = vq.codebook_usage(counts)
         return Quantized(vectors, codes, commitment, perplexity, usage)
 

@@ -129,7 +129,7 @@ class VQPTTokenizer(nn.Module):
         vectors = rearrange(self.to_codes(x), "n (q d) h w -> (n h w) q d", q=self.quantizer.heads)
         if learn:
             self.quantizer.initialise(vectors.detach(), batch)
-        quantized = self.quantizer(vectors)
+        quantized = self.quantizer(vectors, counts_all=learn)
         grid = dict(b=batch, t=frames, h=self.grid, w=self.grid)
         return Tokens(
             rearrange(quantized.codes, "(b t h w) q -> b t h w q", **grid),

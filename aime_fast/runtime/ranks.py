@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aime_fast.errors import ConfigError, RankError
+from aime_fast.errors import ConfigError, Interrupted, RankError
 
-PATIENCE = timedelta(minutes=20)  # for a rank that is busy, as with recording data; one that has ended is noticed at once
+PATIENCE = timedelta(hours=6)  # for a rank that is busy, as with recording data; one that has ended is noticed at once
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
 
@@ -58,13 +58,20 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def launch() -> str | None:
+    """The identity of what `torchrun` was asked to run, the same after it has started the processes anew; None without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def restarted() -> bool:
     """Whether `torchrun --max-restarts` has started the processes anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def local_device(name: str) -> str:
-    """The device of `--device` for this process of its machine: `cuda` and `auto` become a GPU of its own."""
+    """The device of `--device` for this process of its machine: `cuda` and `auto` become a GPU of its own. Raises ConfigError."""
+    if launched() and name.startswith("cuda:"):
+        raise ConfigError(f"--device {name}: each of the processes needs a GPU of its own; pass --device cuda")
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -90,6 +97,10 @@ def joined(device: torch.device) -> Iterator[None]:
     _run = Ranks(dist.get_rank(), dist.get_world_size())
     try:
         yield
+        wait()
+    except Interrupted:
+        wait()  # a launcher that sees one process end sends the others a second signal, which would cut off what they are saving
+        raise
     finally:
         _run = Ranks()
         dist.destroy_process_group()
@@ -180,26 +191,34 @@ def means(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(given.dtype) for (name, given), value in zip(scalars.items(), averaged)}
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether a flag is set in any process of the run. The host waits for all; the devices go on."""
+def anywhere(*flags: bool) -> list[bool]:
+    """Whether each of the flags is set in any process of the run. The host waits for all; the devices go on."""
     if _run.size == 1:
-        return flag
-    return bool(_reduced(torch.tensor(int(flag)), dist.ReduceOp.MAX))  # on the CPU: by gloo
+        return list(flags)
+    return _reduced(torch.tensor(flags, dtype=torch.int64), dist.ReduceOp.MAX).bool().tolist()  # on the CPU: by gloo
+
+
+def wait() -> None:
+    """Until all processes of the run have come here."""
+    anywhere(False)
+
+
+def alike(number: int) -> bool:
+    """Whether a number, below 2^62 in size, is the same in all processes of the run."""
+    if _run.size == 1:
+        return True
+    most, least = _reduced(torch.tensor([number, -number]), dist.ReduceOp.MAX).tolist()
+    return most == -least
 
 
 @contextmanager
 def leader_first() -> Iterator[None]:
     """What is within is done by rank 0, and then by the others, which find what it has left on the disk."""
     if not leads():
-        _wait()
+        wait()
     yield
     if leads():
-        _wait()
-
-
-def _wait() -> None:
-    if _run.size > 1:
-        anywhere(False)
+        wait()
 
 
 def _reduced(x: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -218,9 +237,11 @@ def _answering() -> Iterator[None]:
     """Where another rank does not answer, a RankError says so."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of gloo; NCCL's are RuntimeErrors too
         reason = (str(error).splitlines() or [""])[0]
         raise RankError(
-            f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}: another process of this run has ended or does not "
-            f"answer ({reason}); see what it said. The run goes on from its last checkpoint with --resume"
+            f"another process of this run has ended or does not answer ({reason}); see what it said. The run goes on from its last "
+            "checkpoint with --resume"
         ) from error

@@ -58,7 +58,7 @@ class Behaviour:
 
     Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph.
 
-    Attributes: update: `_learn`, as it is run; averages: `EMA` of the actor and of the critic, whose second completes returns.
+    Attributes: update: `_learn`, as it is run; average_actor, average_critic: `EMA` of each; the critic's completes returns.
     """
 
     def __init__(self, model: nn.Module, control: ControlConfig, captures: bool = False):
@@ -68,8 +68,8 @@ class Behaviour:
         self.actor = Actor(width, control.policy_dim, model.action_dim).to(device)
         self.critic = Critic(width, control.policy_dim).to(device)
         self._arenas = [Arena(module.parameters()) for module in (self.actor, self.critic)]
-        of_averages = zip((self.actor, self.critic), (control.actor_decay, control.critic_decay), self._arenas)
-        self.averages = [EMA(module, decay, (arena,)) for module, decay, arena in of_averages]
+        self.average_actor = EMA(self.actor, control.actor_decay, self._arenas[:1])
+        self.average_critic = EMA(self.critic, control.critic_decay, self._arenas[1:])
         self._rows = [GradientRows(arena, 1) for arena in self._arenas]
         self._adams = [Adam(arena.flat) for arena in self._arenas]
         self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
@@ -87,7 +87,7 @@ class Behaviour:
         c = self.control
         imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon)
         discounts = c.discount * imagined.continues
-        returns = lambda_returns(imagined.rewards, discounts, self.averages[1].model.value(imagined.features[1:]), c.return_decay)
+        returns = lambda_returns(imagined.rewards, discounts, self.average_critic.model.value(imagined.features[1:]), c.return_decay)
         weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # discounted chance to come so far
         low, high = (returns.detach().flatten().quantile(share) for share in RANGE)
         found = (high - low).clamp_min(1.0)
@@ -102,7 +102,7 @@ class Behaviour:
         for adam, gradient, norm, rate in zip(self._adams, gradients, norms, self._rates):
             adam.update(gradient * clip_factor(norm, CLIP), rate, finite)
         self.range.copy_(torch.where(finite, scale, self.range))
-        for average in self.averages:
+        for average in (self.average_actor, self.average_critic):
             average.update(finite)
         return measured | {
             "imagined_return": returns.detach().mean(), "imagined_reward": imagined.rewards.detach().mean(),
@@ -116,7 +116,7 @@ class Behaviour:
         """Weights, optimizers, range of returns and the count of updates not made."""
         return {
             **{name: module.state_dict() for name, module in self._modules().items()},
-            "averaged": [average.updates for average in self.averages],
+            "averaged": [average.updates for average in (self.average_actor, self.average_critic)],
             "optimizers": [adam.state_dict() for adam in self._adams], "range": self.range, "faults": self.faults.state_dict(),
         }  # fmt: skip
 
@@ -124,7 +124,7 @@ class Behaviour:
         """The inverse of `state_dict`."""
         for name, module in self._modules().items():
             module.load_state_dict(state[name])
-        for average, updates in zip(self.averages, state["averaged"]):
+        for average, updates in zip((self.average_actor, self.average_critic), state["averaged"]):
             average.updates.copy_(updates)
         for adam, saved in zip(self._adams, state["optimizers"]):
             adam.load_state_dict(saved)
@@ -132,5 +132,5 @@ class Behaviour:
         self.faults.load_state_dict(state["faults"])
 
     def _modules(self) -> dict[str, nn.Module]:
-        actor, critic = (average.model for average in self.averages)
-        return {"actor": self.actor, "critic": self.critic, "average_actor": actor, "average_critic": critic}
+        averages = {"average_actor": self.average_actor.model, "average_critic": self.average_critic.model}
+        return {"actor": self.actor, "critic": self.critic, **averages}

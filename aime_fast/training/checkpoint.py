@@ -28,7 +28,7 @@ from aime_fast.runtime.files import DAMAGED, TEMPORARY, move_aside, replacing
 # 8: a moving frame of reference; 9: movement scaled, no norm in the prior;
 # 10: the spread of roll-outs; 11: a context that recalls; 12: tokens of drawn pictures: no weights of others fit;
 # 13: a latent phase with Adam on the device; 14: GroupNorm and SiLU in one layer; 15: heads of reward and
-# continuation
+# continuation; 16: an average of the actor, random numbers of one device
 FORMAT = 16
 _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 
@@ -60,13 +60,18 @@ def latest_checkpoint(run_dir: str | Path) -> Path:
     return checkpoints[-1]
 
 
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Of the checkpoint after so many updates."""
+    return run_dir / f"checkpoint_{step:08d}.pt"
+
+
 def save_checkpoint(run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `checkpoint_<step>.pt` atomically, then delete all but the `keep` newest. Returns its path.
 
     Raises OSError, naming the file, if the disk is full or read-only; earlier checkpoints are then still there.
     """
     run_dir = Path(run_dir)
-    path = run_dir / f"checkpoint_{step:08d}.pt"
+    path = checkpoint_path(run_dir, step)
     for stale in run_dir.glob(f"checkpoint_*.pt{TEMPORARY}"):  # left by a kill in the middle of a write
         stale.unlink()
     with replacing(path) as file:
@@ -224,16 +229,16 @@ def check_finite(state: dict[str, Any], step: int) -> None:
         raise NonFiniteError(f"{', '.join(bad[:3])}{more} at step {step}: not finite; this step was not saved")
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of torch's generators: `cpu`, and one of each CUDA device."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's generators: `cpu`, and `cuda`, that of the run's device; None on a CPU."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """The inverse of `rng_state`. A run moved to a machine with other GPUs keeps the states of those that both have."""
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `rng_state`, for the device of whichever process goes on: all processes of a run draw the same numbers."""
     torch.set_rng_state(state["cpu"].cpu())
-    for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda.cpu(), index)
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu", ema: bool = True, report=print):

@@ -245,3 +245,12 @@ def write_run_files(run_dir: Path, config: Config, facts: dict[str, Any], resume
     write_text(path, json.dumps(now, indent=2) + "\n")
     settings = json.loads(json.dumps(to_dict(config)))  # tuples as lists, which YAML has
     write_text(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+
+def launched_by(run_dir: Path) -> str | None:
+    """The `launch` of the last start of the run in a folder; None where there is none."""
+    try:
+        first = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        return [first, *first.get("resumed", [])][-1].get("launch")
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None

@@ -92,7 +92,8 @@ class OnlineTrainer:
         self.action_dim, self.longest, positions = describe_task(config.data)
         check_control(config, self.longest)
         self.wanted = math.ceil(config.control.environment_frames / config.data.frame_skip)  # agent steps
-        check_room(config, self.wanted, self.action_dim)
+        if self.device.type == "cpu" or config.data.replay == "host":
+            check_room(config, self.wanted, self.action_dim)
         folder = self.run_dir / "episodes"
         if not run.resume and any(folder.glob("episode_*.h5")):
             raise ConfigError(f"{folder} holds episodes of another run; name another folder with --run-dir, or move it away")

@@ -10,7 +10,7 @@ import torch
 
 from aime_fast.config import PICTURE_SHARE, Compile, Config, RunConfig, preset, to_dict
 from aime_fast.data import DMCVBDataset, collect
-from aime_fast.errors import ConfigError
+from aime_fast.errors import ConfigError, DataError
 from aime_fast.runtime import ranks
 from aime_fast.runtime.compile_cache import load_compiled
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
@@ -64,11 +64,16 @@ def check_pictures(config: Config) -> None:
 
 def check_shares(config: Config, size: int) -> None:
     """Raises ConfigError where so many processes cannot share what an update sees evenly."""
+    if size == 1:
+        return
     data, model, optim = config.data, config.model, config.optim
-    counted = {f"--batch-size {data.batch_size}": data.batch_size}
-    for name in ("decoded", "auxiliary"):
-        share = max(model.decoded_share, model.auxiliary_share) if name == "decoded" else model.auxiliary_share
-        counted[f"the {name} share of it"] = max(1, round(share * data.batch_size))
+    if config.run.compile == "whole":
+        raise ConfigError(f"--compile whole: {size} processes cannot; their messages lie within what it compiles. Take another one")
+    counted = {
+        f"--batch-size {data.batch_size}": data.batch_size,
+        "the decoded share of it": max(1, round(max(model.decoded_share, model.auxiliary_share) * data.batch_size)),
+        "the auxiliary share of it": max(1, round(model.auxiliary_share * data.batch_size)),
+    }
     if data.stills:
         frames = data.batch_size * data.sequence_length
         counted[f"the {frames} single frames of a batch, in {data.stills} updates"] = frames / data.stills
@@ -108,10 +113,7 @@ def default_run_dir(config: Config) -> Path:
 
 
 def data_file(config: Config) -> Path:
-    """Where the data of these settings are stored without --data, named after the settings that change a frame.
-
-    The number of workers, which changes how seeds are dealt out, is not in the name: name two such recordings with --data.
-    """
+    """Where the data of these settings are stored without --data, named after the settings that change a frame."""
     d, seed = config.data, config.run.seed
     name = f"{d.domain}-{d.task}-{d.image_size}px-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"
     return Path("data") / name
@@ -120,7 +122,10 @@ def data_file(config: Config) -> Path:
 def collected_data(config: Config) -> Path:
     """The file with the data of these settings, recorded now if it is not there; with --resume, from the first episode that is missing."""
     path = data_file(config)
-    if path.exists():
+    if not ranks.leads():
+        if not path.exists():
+            raise DataError(f"{path}: process 0 has recorded it, but it is not here; all machines need the same folder, or name --data")
+    elif path.exists():
         print(f"data: {path}", flush=True)
     else:
         print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)

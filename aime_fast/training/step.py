@@ -217,7 +217,10 @@ class TrainingStep:
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
         # Before RGB, which is not linear: balanced gradients of parts of a batch do not add up to the balanced gradient of the batch.
-        metrics, _ = ranks.means(metrics), [ranks.average_(rows) for rows in gradients if rows is not None]
+        for rows in gradients:
+            if rows is not None:
+                ranks.average_(rows)
+        metrics = ranks.means(metrics)
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
         return metrics | {"beta": warmups.beta, "learning_rate": learning_rate}, evidence, gradients
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import signal
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from aime_fast.training import checkpoint
 from aime_fast.training.faults import MAX_SKIPS
 from aime_fast.training.interrupts import StopSignals
 from aime_fast.training.latent_phase import check_lengths, train_latent_phase, trained_modules
-from aime_fast.training.logging import Console, Logger, Silence, write_run_files
+from aime_fast.training.logging import Console, Logger, Silence, launched_by, write_run_files
 from aime_fast.training.metrics import ResumePoint, read_rows
 from aime_fast.training.schedules import CheckpointDue, Every, Schedules
 from aime_fast.training.settings import (
@@ -90,8 +91,12 @@ class DMCVBTrainer:
         """Data, model and state, of the start or of the checkpoint to go on from."""
         run = config.run
         self.saved_step: int | None = None  # of the newest checkpoint, `saved`
+        report = print if ranks.leads() else lambda *_: None
+        if ranks.restarted() and launched_by(self.run_dir) == ranks.launch():
+            run = dataclasses.replace(run, resume=True)
+            config = dataclasses.replace(config, run=run)
         with ranks.leader_first():
-            self.saved, resumed = checkpoint.find_resume(self.run_dir, run.resume)
+            self.saved, resumed = checkpoint.find_resume(self.run_dir, run.resume, report)
             data = dataclasses.replace(config.data, data=config.data.data or str(collected_data(config)))
         self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
         if resumed is not None:
@@ -128,6 +133,17 @@ class DMCVBTrainer:
         self.logged: int | None = None  # rows of metrics.jsonl when the checkpoint was saved
         if resumed is not None:
             self._load(resumed)
+        if ranks.of_run().size > 1:
+            self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Raises CheckpointError where the processes of the run do not start from the same data and weights."""
+        start = repr((self.step, self.batches.split, [p.double().sum().item() for p in self.model.parameters()]))
+        if not ranks.alike(int.from_bytes(hashlib.sha256(start.encode()).digest()[:7])):
+            raise CheckpointError(
+                f"{self.run_dir}, {self.config.data.data}: the processes of this run do not start alike; on all machines these must be the "
+                "same folder and the same data"
+            )
 
     def train(self) -> dict:
         """Run until `total_steps`, then the latent phase if one is set, then validate and write the prediction video.
@@ -150,7 +166,7 @@ class DMCVBTrainer:
                     self._undo_latent_phase()
                 while self.step < self.total_steps and not self._agree_to_stop():
                     metrics = self._update()
-                    last, saves = self.step == self.total_steps, self.checkpoint_due(self.step)
+                    last, saves = self.step == self.total_steps, self._save_is_due(self.step)
                     reads = any(should(self.step) for should in (self.should_check_faults, should_validate, should_sample))
                     if last or saves or reads:
                         self._check_faults()
@@ -170,7 +186,7 @@ class DMCVBTrainer:
                     save_compiled(run.compile_cache)
                 if not self.stopping:
                     self._train_latent_phase()
-            if self.stopping:
+            if self._agree_to_stop():
                 why = " since the output cannot be written any more" if self.console.lost else ""
                 raise Interrupted(
                     stop.signum, f"stopped after {self._place()}{why}; saved {self.saved}; go on with the same command and --resume"
@@ -181,10 +197,14 @@ class DMCVBTrainer:
 
     def _agree_to_stop(self) -> bool:
         """Whether a stop signal has come to any process of the run; all are to ask as often."""
-        self.stopping = ranks.anywhere(self.stop.signum is not None)
+        (self.stopping,) = ranks.anywhere(self.stop.signum is not None)
         if self.stopping:
             self.stop.request(signal.SIGTERM)  # where the signal came to another process
         return self.stopping
+
+    def _save_is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many updates, by the leader's clock."""
+        return ranks.anywhere(ranks.leads() and self.checkpoint_due(step))[0]
 
     def _update(self) -> TensorDict:
         """One update of the weights. With CUDA it returns before the device is done."""
@@ -316,7 +336,7 @@ class DMCVBTrainer:
             self._save()
 
         train_latent_phase(
-            self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self.checkpoint_due, save,
+            self.ema, self.batches, self.validation, optim, self.config.run.seed, self.latent_phase, report, self._save_is_due, save,
             self._agree_to_stop, WAYS[self.compile].captured, self.config.loss.lambda_outcome,
         )  # fmt: skip
 
@@ -352,7 +372,7 @@ class DMCVBTrainer:
             "config": to_dict(self.config),
             "batches": self.batches.state_dict(),
             "split": {part: list(episodes) for part, episodes in self.batches.split._asdict().items()},
-            "rng": checkpoint.rng_state(),
+            "rng": checkpoint.rng_state(self.device),
             **self.training_step.state_dict(),
         }
         try:
@@ -362,8 +382,9 @@ class DMCVBTrainer:
         # While updates are skipped the weights may be bad, though finite: every earlier checkpoint stays.
         keep = self.config.run.keep_checkpoints if not self.is_skipping else self.step + 1
         if ranks.leads():
-            self.saved = checkpoint.save_checkpoint(self.run_dir, self.step, state, keep)
-        self.saved_step = self.step
+            checkpoint.save_checkpoint(self.run_dir, self.step, state, keep)
+        ranks.wait()
+        self.saved, self.saved_step = checkpoint.checkpoint_path(self.run_dir, self.step), self.step
         self.checkpoint_due.saved()
 
     def _load(self, state: dict) -> None:
@@ -378,7 +399,7 @@ class DMCVBTrainer:
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.latent_phase = state["latent_phase"]
             self.logged = state.get("logged")
-            checkpoint.set_rng_state(state["rng"])
+            checkpoint.set_rng_state(state["rng"], self.device)
         self.saved_step = self.step
         self.checkpoint_due.saved()
 
@@ -395,6 +416,7 @@ class DMCVBTrainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "from_step": self.step,
             "processes": ranks.of_run().size,
+            "launch": ranks.launch(),
             "picture_steps": self.picture_steps,
             **run_facts(self.config, self.device),
         }

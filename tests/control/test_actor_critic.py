@@ -136,7 +136,7 @@ def test_the_actor_finds_the_optimum_of_a_small_known_world(monkeypatch):
     learner = Behaviour(Corridor(), control)
     rewards = [learner.update(anywhere())["imagined_reward"].item() for _ in range(300)]
     assert sum(rewards[-20:]) / 20 > 0.5 * sum(rewards[:5]) / 5  # rewards are below 0
-    for actor in (learner.actor, learner.averages[0].model):
+    for actor in (learner.actor, learner.average_actor.model):
         state, reward = anywhere(), None
         for _ in range(8):
             action, _ = actor(policy_features(state), sample=False)

@@ -1,0 +1,73 @@
+"""Films (mp4 and so on) or folders of pictures, an episode each, with actions beside them: NAME.npy or NAME.csv, rows of T actions.
+
+Rewards may lie in NAME.reward.npy or NAME.reward.csv. `--map action=none`: no actions are known, A = 1 and zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from aime_fast.data.foreign.episode import Episode, Names, build, readable
+from aime_fast.errors import DataError
+
+FILMS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
+PICTURES = (".png", ".jpg", ".jpeg")
+NONE = "none"
+
+
+def read(source: Path, names: Names) -> Iterator[Episode]:
+    """The films of a folder, or the folders in it that hold pictures; or one of them."""
+    films = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.suffix.lower() in FILMS)
+    folders = [] if source.is_file() else sorted({path.parent for path in source.rglob("*") if path.suffix.lower() in PICTURES})
+    if not films and not folders:
+        raise DataError(f"{source}: neither a film ({', '.join(FILMS)}) nor a folder of pictures ({', '.join(PICTURES)})")
+    for path in [*films, *folders]:
+        with readable(str(path)):
+            pixels = _film(path) if path.is_file() else _pictures(path)
+            arrays = {"pixels": pixels, "action": _beside(path, "", names, len(pixels))}
+            reward = _table(path, ".reward")
+            if reward is not None:
+                arrays["reward"] = reward
+        yield build(str(path), arrays, leads=bool(names.leads))
+
+
+def _film(path: Path) -> np.ndarray:
+    import imageio_ffmpeg
+
+    frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    width, height = next(frames)["size"]
+    found = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
+    if not found:
+        raise DataError(f"{path}: no frame can be read; copy it again, or leave it out")
+    return np.stack(found)
+
+
+def _pictures(folder: Path) -> np.ndarray:
+    from PIL import Image
+
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in files]
+    if other := next((path for path, picture in zip(files, pictures) if picture.shape != pictures[0].shape), None):
+        raise DataError(f"{other}: another size than {files[0].name}; the pictures of an episode must be alike")
+    return np.stack(pictures)
+
+
+def _beside(path: Path, what: str, names: Names, frames: int) -> np.ndarray:
+    if names.given.get("action") == NONE:
+        return np.zeros((frames, 1), np.float32)
+    found = _table(path, what)
+    if found is None:
+        raise DataError(f"{path}: no actions beside it, expected {path.stem}.npy or {path.stem}.csv; without any pass --map action=none")
+    return found
+
+
+def _table(path: Path, what: str) -> np.ndarray | None:
+    """Rows of numbers of `<name><what>.npy` or `.csv` beside a film or folder, or None."""
+    for file in (path.with_name(f"{path.stem}{what}.npy"), path.with_name(f"{path.stem}{what}.csv")):
+        if file.exists():
+            with readable(str(file)):
+                return np.load(file, allow_pickle=False) if file.suffix == ".npy" else np.loadtxt(file, delimiter=",", ndmin=2)
+    return None

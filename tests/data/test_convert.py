@@ -1,0 +1,191 @@
+"""Recordings of other programs, converted: the very episodes, in the alignment of this project, or one clear line and no file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from aime_fast.config import DataConfig, preset
+from aime_fast.convert import main
+from aime_fast.data import DMCVBDataset, collect
+from aime_fast.errors import ConfigError, DataError
+from aime_fast.training import DMCVBTrainer
+
+SMALL = DataConfig(image_size=16, frame_skip=50, episodes=3, workers=1, policy="random")
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory) -> list[dict[str, np.ndarray]]:
+    """Real episodes: an action is that taken after the picture of its row."""
+    data = DMCVBDataset(collect(SMALL, 0, tmp_path_factory.mktemp("recording") / "a.h5", progress=False), 1)
+    found = [data.read_episode(i) for i in range(3)]
+    assert found[0]["action"].std() > 0.3
+    return [
+        {
+            "pixels": e["pixels"].permute(0, 2, 3, 1).numpy(), "action": e["action"].numpy(), "reward": e["reward"].numpy()[:, 0],
+            "discount": e["discount"].numpy()[:, 0],
+        }
+        for e in found
+    ]  # fmt: skip
+
+
+def convert(source: Path, out: Path, *flags: str) -> DMCVBDataset:
+    main([str(source), "--out", str(out), "--image-size", "16", "--frame-skip", "50", "--no-progress", *flags])
+    return DMCVBDataset(out, 1)
+
+
+def assert_same(data: DMCVBDataset, episodes: list[dict], frames: slice, reward: bool = True) -> None:
+    assert data.num_episodes == len(episodes)
+    for i, episode in enumerate(episodes):
+        found = data.read_episode(i)
+        assert torch.equal(found["pixels"].permute(0, 2, 3, 1), torch.from_numpy(episode["pixels"][frames]))
+        torch.testing.assert_close(found["action"], torch.from_numpy(episode["action"][frames]))
+        if reward:
+            torch.testing.assert_close(found["reward"][:, 0], torch.from_numpy(episode["reward"][frames]))
+
+
+def leading(part: np.ndarray) -> np.ndarray:
+    """Rows as Dreamer has them: with each picture what led to it, zeros with the first."""
+    return np.concatenate([np.zeros_like(part[:1]), part[:-1]])
+
+
+def write_npz(folder: Path, episodes: list[dict], **changes) -> Path:
+    folder.mkdir()
+    for i, e in enumerate(episodes):
+        arrays = {
+            "image": e["pixels"], "action": leading(e["action"]), "reward": leading(e["reward"]),
+            "discount": np.ones(len(e["action"]), np.float32), "is_first": np.arange(len(e["action"])) == 0,
+        }  # fmt: skip
+        arrays |= {name: change(arrays[name]) for name, change in changes.items() if change is not None}
+        np.savez_compressed(folder / f"{i}.npz", **{name: part for name, part in arrays.items() if changes.get(name, 0) is not None})
+    return folder
+
+
+def test_npz_episodes_are_shifted_to_the_action_after_a_picture(tmp_path, episodes, capsys):
+    data = convert(write_npz(tmp_path / "dreamer", episodes), tmp_path / "a.h5")
+    assert_same(data, episodes, slice(0, -1))  # after the last picture no action is known
+    assert {data.attributes[name] for name in ("source_format", "task")} == {"npz", "dreamer"}
+    assert "3 episodes of 19 to 19 frames, 57 in all, 1 actions" in capsys.readouterr().out
+    assert_same(convert(tmp_path / "dreamer", tmp_path / "b.h5", "--action-leads", "False"), [{**e, "action": leading(e["action"]),
+                "reward": leading(e["reward"])} for e in episodes], slice(None))  # fmt: skip
+
+
+def test_a_group_an_episode(tmp_path, episodes):
+    """As robomimic; one more picture than actions."""
+    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
+        for i in (10, 2, 0):
+            group, e = file.create_group(f"data/demo_{i}"), episodes[{0: 0, 2: 1, 10: 2}[i]]
+            group["obs/agentview_image"] = np.concatenate([e["pixels"], e["pixels"][-1:]])
+            group["actions"], group["rewards"] = e["action"], e["reward"]
+    with pytest.raises(DataError, match=r"which is pixels\? there are .*obs/agentview_image.*--map pixels=NAME"):
+        convert(tmp_path / "demo.hdf5", tmp_path / "a.h5")
+    assert_same(convert(tmp_path / "demo.hdf5", tmp_path / "a.h5", "--map", "pixels=obs/agentview_image"), episodes, slice(None))
+
+
+@pytest.mark.parametrize("cut", ["ep_len", "is_first", "terminal"])
+def test_columns_of_all_episodes(tmp_path, episodes, cut):
+    lengths = [len(e["action"]) for e in episodes]
+    with h5py.File(tmp_path / "shard.hdf5", "w") as file:
+        for name, part in (("observation", "pixels"), ("action", "action"), ("reward", "reward")):
+            file[name] = np.concatenate([e[part] for e in episodes])
+        first = np.concatenate([np.arange(n) == 0 for n in lengths])
+        file[cut] = {"ep_len": np.array(lengths), "is_first": first, "terminal": np.roll(first, -1)}[cut]
+    data = convert(tmp_path / "shard.hdf5", tmp_path / "a.h5")
+    assert_same(data, episodes, slice(None))
+    assert data.read_episode(0)["discount"][-1].item() == (cut != "terminal")
+
+
+def test_films_and_pictures_with_actions_beside_them(tmp_path, episodes, capsys):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    for i, e in enumerate(episodes):
+        (folder / f"ep{i}").mkdir(parents=True)
+        for t, frame in enumerate(e["pixels"]):
+            Image.fromarray(frame).save(folder / f"ep{i}" / f"{t:03d}.png")
+        np.savetxt(folder / f"ep{i}.csv", 10 * e["action"], delimiter=",")
+    with pytest.raises(DataError, match=r"ep0: action 0 of row \d+ is .*, outside \[-1, 1\]; give the range .*--action-range"):
+        convert(folder, tmp_path / "a.h5")
+    data = convert(folder, tmp_path / "a.h5", "--action-range", "-10", "10")
+    assert_same(data, episodes, slice(None), reward=False)
+    assert (data.attributes["action_low"], data.attributes["action_high"]) == (-10.0, 10.0)
+    assert "no rewards were recorded: zeros are stored" in capsys.readouterr().out
+
+    import imageio_ffmpeg
+
+    film = tmp_path / "film.mp4"
+    big = np.repeat(np.repeat(episodes[0]["pixels"], 4, 1), 4, 2)
+    writer = imageio_ffmpeg.write_frames(str(film), (64, 64), macro_block_size=16, codec="libx264", pix_fmt_out="yuv444p", quality=10)
+    writer.send(None)
+    for frame in big:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    with pytest.raises(DataError, match=r"no actions beside it, expected film\.npy or film\.csv; without any pass --map action=none"):
+        convert(film, tmp_path / "film.h5")
+    (found,) = [convert(film, tmp_path / "film.h5", "--map", "action=none").read_episode(0)]
+    assert (found["action"] == 0).all()
+    off = found["pixels"].permute(0, 2, 3, 1).float() - torch.from_numpy(episodes[0]["pixels"]).float()
+    assert off.abs().mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"action": None}, "which is action"),
+        ({"image": lambda x: x[..., 0]}, r"pixels are uint8 \[20, 16, 16\], expected uint8"),
+        ({"image": lambda x: x / 255}, "pixels are float64"),
+        ({"action": lambda x: x[:7]}, "7 actions for 20 pictures, expected as many, or one less"),
+        ({"action": lambda x: np.full_like(x, np.nan)}, "action 0 of row 0 is nan"),
+        ({"is_first": lambda x: x | (np.arange(len(x)) == 9)}, r"is_first at rows \[0, 9\], expected one episode a file"),
+    ],
+)
+def test_what_is_no_episode_is_one_line_and_leaves_nothing(tmp_path, episodes, changes, says):
+    source = write_npz(tmp_path / "source", episodes, **changes)
+    with pytest.raises(DataError, match=says):
+        convert(source, tmp_path / "a.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_damaged_and_mixed_sources(tmp_path, episodes):
+    source = write_npz(tmp_path / "source", episodes)
+    whole = (source / "1.npz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:200] + b"\0" * 60 + whole[260:]):
+        (source / "1.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"1.npz: cannot be read \(.*\); copy it again, or leave it out"):
+            convert(source, tmp_path / "a.h5")
+    assert not (tmp_path / "a.h5").exists()
+    assert convert(source, tmp_path / "a.h5", "--max-episodes", "1").num_episodes == 1
+    (source / "x.mp4").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"files of npz and videos; say which with --format npz\|hdf5\|videos"):
+        convert(source, tmp_path / "b.h5")
+    for flags, says in (
+        (("--map", "pixels"), "--map pixels: expected WHAT=NAME"), (("--format", "tar"), "--format tar: expected auto, npz"),
+        (("--action-range", "1", "-1"), "--action-range 1 -1: expected the lower number first"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            convert(source, tmp_path / "b.h5", "--format", "npz", "--max-episodes", "1", *flags)
+    with pytest.raises(DataError, match="nowhere: there is no such file or folder"):
+        convert(tmp_path / "nowhere", tmp_path / "b.h5")
+
+
+def test_a_model_trains_on_it(tmp_path, episodes):
+    data = convert(write_npz(tmp_path / "mine", episodes), tmp_path / "a.h5", "--image-size", "32")
+    config = preset("debug")
+    settings = dict(data=str(tmp_path / "a.h5"), domain="converted", task="mine", frame_skip=50, render_quality="full")
+    run = dataclasses.replace(config.run, steps=1, run_dir=str(tmp_path / "run"))
+    optim = dataclasses.replace(config.optim, latent_phase_updates=0)
+    result = DMCVBTrainer(dataclasses.replace(config, data=dataclasses.replace(config.data, **settings), run=run, optim=optim)).train()
+    assert result["step"] == 1
+    assert data.image_size == 32
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert DMCVBDataset("mine.h5", 50).num_episodes == 3
