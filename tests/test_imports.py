@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PILLARS = ("perceiver_io", "generative_prior", "encoder_decoder", "temporal_dynamics", "attention_schema", "multi_task_learning")
-COMMANDS = ("train", "collect", "evaluate", "report")
+COMMANDS = ("train", "collect", "convert", "evaluate", "report")
 
 
 def modules() -> dict[str, Path]:
@@ -64,7 +64,7 @@ ALLOWED = {
     "imagination": {"pillar", "layers", "runtime"},
     "control": {"imagination", "layers"},
     "world_model": {"bounds", *MODEL},
-    "data": {"bounds", "config", "errors"},
+    "data": {"bounds", "config", "errors", "runtime"},
     "evaluation": {"data", *MODEL},
     "training": {"evaluation", "data", "kernels", "bounds", "errors", *MODEL},
     "reporting": {"config", "evaluation", "training", "runtime", "errors"},

@@ -173,7 +173,7 @@ def test_a_damaged_episode_is_recorded_again(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"3 of 4 episodes were recorded: they are in .*a.h5.unfinished, continue with --resume"):
         collect(SMALL, 0, tmp_path / "a.h5", progress=False)
     monkeypatch.undo()
-    damaged = tmp_path / "a.h5.unfinished" / "episode_00001.h5"
+    damaged = tmp_path / "a.h5.unfinished" / "episode_0000001.h5"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     data = DMCVBDataset(collect(SMALL, 0, tmp_path / "a.h5", progress=False, resume=True), 1)
     assert data.num_episodes == len(set(data.identities)) == 4

@@ -57,7 +57,7 @@ def test_it_plays_learns_and_records(whole):
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert sorted(path.name for path in _folder(whole).iterdir()) == [f"episode_{number:07d}.h5" for number in range(5)]
     first, last = (torch.load(path, weights_only=True)["behaviour"] for path in list_checkpoints(whole.run.run_dir)[::2])
-    for part in ("actor", "critic", "slow"):
+    for part in ("actor", "critic", "average_actor", "average_critic"):
         assert all(not torch.equal(value, first[part][name]) for name, value in last[part].items()), part
 
 
