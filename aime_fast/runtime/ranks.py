@@ -65,7 +65,11 @@ def launch() -> str | None:
 
 def restarted() -> bool:
     """Whether `torchrun --max-restarts` has started the processes anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def local_device(name: str) -> str:
@@ -93,7 +97,10 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _answering():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # After a restart torchrun's store still has the addresses of the processes before it (github.com/pytorch/pytorch/issues/135712).
+        store = dist.PrefixStore(f"start {_restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     _run = Ranks(dist.get_rank(), dist.get_world_size())
     try:
         yield

@@ -23,8 +23,9 @@ SETTINGS = [
 WITHOUT_EFFECT = "norm_slots.bias"
 
 
-def command(processes: int, *arguments: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+def command(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node", str(processes)]
+    launcher = launcher if processes > 1 else []
     return [sys.executable, *launcher, *arguments]
 
 
@@ -100,6 +101,36 @@ def test_what_cannot_be_shared_evenly_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def end_one(started: subprocess.Popen, folder: Path, how: int) -> None:
+    """Send a signal to the last of the processes as soon as there is a checkpoint."""
+    until = time.monotonic() + 120
+    while not list(folder.glob("checkpoint_*.pt")) and time.monotonic() < until:
+        time.sleep(0.2)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(max(int(child) for child in children), how)
+
+
+def test_a_launcher_that_starts_the_processes_again_goes_on_with_the_run(tmp_path):
+    folder = tmp_path / "run"
+    flags = (*SETTINGS, "--run-dir", str(folder), "--steps", "40", "--checkpoint-every", "3", "--latent-phase-updates", "0")
+    with open(tmp_path / "out", "w+") as out:
+        started = subprocess.Popen(
+            command(2, "-m", "aime_fast.train", *flags, restarts=1), env=environment(), cwd=ROOT, stdout=out, stderr=out
+        )
+        try:
+            end_one(started, folder, signal.SIGKILL)
+            status = started.wait(timeout=200)
+        finally:
+            started.kill()
+        out.seek(0)
+        said = out.read()
+    assert status == 0, said
+    begun = [line.partition("steps ")[2].partition(" ")[0] for line in said.splitlines() if line.startswith("training ")]
+    assert begun[0] == "0"
+    assert int(begun[1]) >= 3
+    assert len(begun) == 2
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_one_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, how):
     """A kill loses what was not saved; a signal to one rank stops all after the same update, saved."""
@@ -108,12 +139,7 @@ def test_one_process_that_ends_ends_all_and_the_run_goes_on(tmp_path, how):
     with open(tmp_path / "out", "w+") as out:
         started = subprocess.Popen(command(2, "-m", "aime_fast.train", *flags), env=environment(), cwd=ROOT, stdout=out, stderr=out)
         try:
-            until = time.monotonic() + 120
-            while not list(folder.glob("checkpoint_*.pt")) and time.monotonic() < until:
-                time.sleep(0.5)
-            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-            last = max(int(child) for child in children)
-            os.kill(last, how)
+            end_one(started, folder, how)
             began = time.monotonic()
             assert started.wait(timeout=60) != 0
             assert time.monotonic() - began < 60
