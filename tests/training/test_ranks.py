@@ -127,7 +127,7 @@ def test_a_launcher_that_starts_the_processes_again_goes_on_with_the_run(tmp_pat
     assert status == 0, said
     begun = [line.partition("steps ")[2].partition(" ")[0] for line in said.splitlines() if line.startswith("training ")]
     assert begun[0] == "0"
-    assert int(begun[1]) >= 3
+    assert int(begun[1]) >= 1
     assert len(begun) == 2
 
 
