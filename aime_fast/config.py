@@ -22,7 +22,7 @@ from aime_fast.errors import ConfigError
 
 Compile = Literal["off", "capture", "on", "graph", "whole"]  # ways to run an update, see `aime_fast.runtime.machine.WAYS`
 
-NoiseKind = Literal["random", "ou", "swing", "mixed"]  # policies that see nothing, see `aime_fast.data.collectors.NoisePolicy`
+NoiseKind = Literal["random", "ou", "swing", "mixed"]  # policies that see nothing, see `aime_fast.data.noise.NoisePolicy`
 
 PICTURE_SHARE = 2 / 3  # of the steps, where `picture_steps` is None
 LATENT_UPDATES = 10  # of the latent phase for each joint update, where `latent_phase_updates` is None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
+from tyro.conf import Positional
 
+from aime_fast.bounds import check
 from aime_fast.cli import parse_arguments, run_command
+from aime_fast.config import DataConfig
 from aime_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -18,19 +21,20 @@ if TYPE_CHECKING:
     from aime_fast.data.foreign import Episode
 
 PROG = "python -m aime_fast.convert"
+UNIT = (-1.0, 1.0)  # range of actions
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What to convert, and into what."""
 
-    source: Annotated[str, tyro.conf.Positional]  # a file, or a folder of them
+    source: Positional[str]  # a file, or a folder of them
     out: Path  # HDF5 file to write
     format: str = "auto"  # npz (Dreamer, V-D4RL), hdf5 (of others), videos (films or folders of pictures); auto: by the names of files
     map: tuple[str, ...] = ()  # what is called how: pixels=obs/agentview_image action=actions; action=none for films without actions
     action_leads: bool | None = None  # a row's action led to its picture, as in Dreamer; usual for npz alone
     action_range: tuple[float, float] | None = None  # of recorded actions, LOW HIGH, brought to [-1, 1]; none: they are in it
-    image_size: int = 64  # H = W, pixels; pictures are brought to it by area
+    image_size: int = DataConfig.image_size  # H = W, pixels; pictures are brought to it by area
     frame_skip: int = 1  # simulator steps for one row of the source, for the record
     domain: str = "converted"  # what the data are called; training asks for the same
     task: str | None = None  # the same; none: the name of the source
@@ -47,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from aime_fast.data.foreign import detect, read
     from aime_fast.data.foreign.episode import Names
 
-    if options.image_size < 8 or options.frame_skip < 1 or (options.max_episodes or 1) < 1:
-        raise ConfigError("--image-size, --frame-skip, --max-episodes: expected at least 8, 1 and 1")
+    check(DataConfig(image_size=options.image_size, frame_skip=options.frame_skip))
+    if options.max_episodes is not None and options.max_episodes < 1:
+        raise ConfigError(f"--max-episodes {options.max_episodes}: expected at least 1")
+    if options.action_range is not None and not options.action_range[0] < options.action_range[1]:
+        low, high = options.action_range
+        raise ConfigError(f"--action-range {low:g} {high:g}: expected the lower number first")
     if writable_target(options.out).exists() and not options.overwrite:
         raise DataError(f"--out {options.out}: the file exists; pass --overwrite to replace it, or another --out")
     if wrong := [pair for pair in options.map if "=" not in pair]:
@@ -56,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     source = Path(options.source)
     form = detect(source) if options.format == "auto" else options.format
     names = Names(dict(pair.split("=", 1) for pair in options.map), options.action_leads)
-    rewards = _write(options, form, read(source, form, names))
+    rewards = _write(options, source, form, itertools.islice(read(source, form, names), options.max_episodes))
     data = DMCVBDataset(options.out, 1)
     size = options.out.stat().st_size / 2**20
     print(
@@ -73,52 +81,38 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return options.out
 
 
-def _write(options: Conversion, form: str, episodes: Iterator[Episode]) -> bool:
+def _write(options: Conversion, source: Path, form: str, episodes: Iterator[Episode]) -> bool:
     """Write the episodes; returns whether they have rewards. Memory: one episode."""
-    from itertools import islice
-
     from aime_fast.data import EpisodeWriter
 
-    writer, rewards, first = None, False, None
-    try:
-        for number, episode in enumerate(islice(episodes, options.max_episodes)):
-            actions = episode.action.shape[1]
-            if writer is None:
-                first, rewards = episode, episode.reward is not None
-                low, high = options.action_range or (-1.0, 1.0)
-                attributes = {
-                    "domain": options.domain, "task": options.task or Path(options.source).stem, "frame_skip": options.frame_skip,
-                    "image_size": options.image_size, "render_quality": "full", "action_dim": actions, "source": str(options.source),
-                    "source_format": form, "action_low": low, "action_high": high, "policy": "recorded elsewhere",
-                }  # fmt: skip
-                writer = EpisodeWriter(options.out, attributes)
-                writer.__enter__()
-            if actions != first.action.shape[1]:
+    first = next(episodes, None)
+    if first is None:
+        raise DataError(f"{source}: no episode is in it")
+    low, high = options.action_range or UNIT
+    attributes = {
+        "domain": options.domain, "task": options.task or source.stem, "frame_skip": options.frame_skip,
+        "image_size": options.image_size, "render_quality": "full", "action_dim": first.action.shape[1], "source": str(source),
+        "source_format": form, "action_low": low, "action_high": high, "policy": "recorded elsewhere",
+    }  # fmt: skip
+    with EpisodeWriter(options.out, attributes) as writer:
+        for episode in itertools.chain([first], episodes):
+            if (actions := episode.action.shape[1]) != first.action.shape[1]:
                 raise DataError(f"{episode.where}: {actions} actions, {first.where} has {first.action.shape[1]}; convert them apart")
-            if (episode.reward is not None) != rewards:
-                raise DataError(f"{episode.where}: {'has' if episode.reward is not None else 'lacks'} rewards, unlike {first.where}")
+            if (episode.reward is None) != (first.reward is None):
+                raise DataError(f"{episode.where}: {'lacks' if episode.reward is None else 'has'} rewards, unlike {first.where}")
             writer.write(_arrays(episode, options))
             if options.progress:
-                print(f"\r{number + 1} episodes", end="", flush=True)
-    except BaseException as error:
-        if writer is not None:
-            writer.__exit__(type(error), error, error.__traceback__)
-        raise
-    if options.progress and writer is not None:
+                print(f"\r{writer.episodes} episodes", end="", flush=True)
+    if options.progress:
         print()
-    if writer is None:
-        raise DataError(f"{options.source}: no episode is in it")
-    writer.__exit__(None, None, None)
-    return rewards
+    return first.reward is not None
 
 
 def _arrays(episode: Episode, options: Conversion) -> dict[str, np.ndarray]:
     """The arrays of `aime_fast.data.episodes`."""
     import numpy as np
 
-    low, high = options.action_range or (-1.0, 1.0)
-    if not low < high:
-        raise ConfigError(f"--action-range {low:g} {high:g}: expected the lower number first")
+    low, high = options.action_range or UNIT
     action = (2 * (episode.action - low) / (high - low) - 1).astype(np.float32) if options.action_range else episode.action
     outside = ~(np.isfinite(action) & (np.abs(action) <= 1))
     if outside.any():

@@ -45,6 +45,11 @@ from aime_fast.runtime.spans import span
 from aime_fast.temporal_dynamics import LSTMLayer
 
 
+def seen_sequences(batch: int, share: float) -> int:
+    """How many sequences of a batch a dear task sees in training, that has a share of them: at least one."""
+    return max(1, round(share * batch))
+
+
 class DPGMMVariationalRecurrentAutoencoder(nn.Module):
     """AIME's world model.
 
@@ -252,7 +257,7 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
 
     def _share(self, batch: int, share: float) -> slice:
         """The sequences of a batch that a dear task sees: in training a share of them, at least one of all ranks'; else all."""
-        return slice(max(1, round(share * batch * ranks.size())) // ranks.size() if self.training else batch)
+        return slice(seen_sequences(batch * ranks.size(), share) // ranks.size() if self.training else batch)
 
     def forward_sequence(self, observations: Tensor, *arguments: Any, **options: Any) -> TensorDict:
         """`infer_and_score`, with the same arguments, as a TensorDict without batch size. Raises ValueError for pixels out of range too."""

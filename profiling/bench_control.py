@@ -156,7 +156,8 @@ def train_peer(sizes: DreamerV3AgentConfig, config: Config, seconds: float, fold
 
 def _episodes(config: Config, action_dim: int, policy: DreamerV3Policy) -> Iterator[dict[str, Any]]:
     """Endless episodes: those of noise that ours begins with too, then those of a policy. Each sets torch's random numbers."""
-    from aime_fast.data.collectors import NoisePolicy, play_episodes
+    from aime_fast.data.collectors import play_episodes
+    from aime_fast.data.noise import NoisePolicy
 
     data, seeds = config.data, config.control.seed_episodes
     for make, begin, count in ((partial(NoisePolicy, data.policy, action_dim), 0, seeds), (lambda: policy, seeds, None)):

@@ -100,12 +100,14 @@ class VectorQuantizer(nn.Module):
 
     def _candidates(self, x: Tensor, sequences: int) -> Tensor:
         """A random row of the batch for each code, [Q|1, V, d]: of x [N, Q, d], or, where ranks share it, of the rank that has the row."""
-        u, groups, size = self._uniform(x), self.codebook.shape[0], ranks.size()
-        pool = vq.pool_rows(x.to(self.codebook.dtype), groups)  # [Q|1, R, d]
+        x, u, size = x.to(self.codebook.dtype), self._uniform(x), ranks.size()
+        if size == 1:
+            return vq.candidate_rows(x, u)
+        pool = vq.pool_rows(x, self.codebook.shape[0])  # [Q|1, R, d]
         place = (u * (pool.shape[1] * size)).long().clamp_max(pool.shape[1] * size - 1)
         of_sequence = pool.shape[1] // sequences
         sequence, row = place // of_sequence, place % of_sequence
         mine = sequence % size == ranks.rank()
         index = torch.where(mine, sequence // size * of_sequence + row, 0)
         found = pool.gather(1, index.unsqueeze(2).expand(-1, -1, pool.shape[2]))
-        return found if size == 1 else ranks.total(torch.where(mine.unsqueeze(2), found, 0.0))
+        return ranks.total(torch.where(mine.unsqueeze(2), found, 0.0))

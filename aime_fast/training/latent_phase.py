@@ -126,6 +126,11 @@ def trained_modules(model: nn.Module) -> nn.ModuleDict:
     return nn.ModuleDict(modules | dict(attention_prior=attention.prior, attention_seed=attention.posterior.seed))
 
 
+def attending_pieces(batch: int) -> int:
+    """How many pieces an update has that scores attention too, where others have `batch`."""
+    return max(1, batch // 4)
+
+
 class Kind(NamedTuple):
     """What an update of the phase does. Each kind is captured by itself."""
 
@@ -177,7 +182,7 @@ class LatentPhase:
         rate = torch.full((), self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling, device=self.training.device)
         kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
         with self._random_numbers(self.made + 1), ranks.sharing():
-            pieces = self.training.draw(max(1, self.batch // 4) if kind.attends else self.batch, CONTEXT + kind.frames)
+            pieces = self.training.draw(attending_pieces(self.batch) if kind.attends else self.batch, CONTEXT + kind.frames)
             learn = partial(self._learn, kind)
             if self.graphs is not None:
                 self.graphs.keep(lambda other: other.frames == kind.frames)  # those of fewer imagined frames do not come back

@@ -25,9 +25,10 @@ from aime_fast.bounds import check
 from aime_fast.config import PICTURE_SHARE, Config, to_dict
 from aime_fast.control.policy import WorldModelPolicy
 from aime_fast.data import SequenceBatches
-from aime_fast.data.collectors import NoisePolicy, recording_attributes
+from aime_fast.data.collectors import recording_attributes
 from aime_fast.data.environments import describe_task, probe_renderer
 from aime_fast.data.growing import GrowingReplay
+from aime_fast.data.noise import NoisePolicy
 from aime_fast.data.replay import replay_bytes
 from aime_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from aime_fast.evaluation.collapse import Watch, replay
@@ -242,8 +243,8 @@ class OnlineTrainer:
         training, held_out = (LatentReplay(self.ema, part, length) for part in (batches, validation))
         inferred = time.perf_counter()
         phase = LatentPhase(
-            self.ema, training, held_out, self.optim, self.config.run.seed, self.captures, self.config.loss.lambda_outcome, 1.0,
-            self.all_from, LEAST_LATENT_RATE,
+            self.ema, training, held_out, self.optim, self.config.run.seed, self.captures, self.config.loss.lambda_outcome,
+            outcome_share=1.0, all_from=self.all_from, least_rate=LEAST_LATENT_RATE,
         )  # fmt: skip
         if self.latent_phase:
             phase.load_state_dict(self.latent_phase)

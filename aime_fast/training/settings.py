@@ -15,7 +15,9 @@ from aime_fast.runtime import ranks
 from aime_fast.runtime.compile_cache import load_compiled
 from aime_fast.runtime.machine import choose_compile, choose_device, choose_kernels, choose_tf32, keep_freed_memory
 from aime_fast.training.checkpoint import MAY_CHANGE, flatten
+from aime_fast.training.latent_phase import attending_pieces
 from aime_fast.training.logging import check_loggers
+from aime_fast.world_model import seen_sequences
 from kernels.backend import kernels_on
 
 
@@ -71,15 +73,15 @@ def check_shares(config: Config, size: int) -> None:
         raise ConfigError(f"--compile whole: {size} processes cannot; their messages lie within what it compiles. Take another one")
     counted = {
         f"--batch-size {data.batch_size}": data.batch_size,
-        "the decoded share of it": max(1, round(max(model.decoded_share, model.auxiliary_share) * data.batch_size)),
-        "the auxiliary share of it": max(1, round(model.auxiliary_share * data.batch_size)),
+        "the decoded share of it": seen_sequences(data.batch_size, max(model.decoded_share, model.auxiliary_share)),
+        "the auxiliary share of it": seen_sequences(data.batch_size, model.auxiliary_share),
     }
     if data.stills:
         frames = data.batch_size * data.sequence_length
         counted[f"the {frames} single frames of a batch, in {data.stills} updates"] = frames / data.stills
     if optim.latent_phase_updates != 0:
         counted[f"--latent-phase-batch-size {optim.latent_phase_batch_size}"] = optim.latent_phase_batch_size
-        counted["a quarter of it"] = max(1, optim.latent_phase_batch_size // 4)
+        counted["a quarter of it"] = attending_pieces(optim.latent_phase_batch_size)
     if uneven := [f"{what} ({count:g})" for what, count in counted.items() if count % size]:
         raise ConfigError(f"{size} processes cannot share evenly: {', '.join(uneven)}; start fewer, or change these")
 

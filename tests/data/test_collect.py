@@ -14,8 +14,9 @@ from tensordict import TensorDict
 
 from aime_fast.config import DataConfig
 from aime_fast.data import DMCVBDataset, EpisodeWriter, collect
-from aime_fast.data.collectors import NoisePolicy, Shard
+from aime_fast.data.collectors import Shard
 from aime_fast.data.environments import RenderedTask, episode_seeds, probe_renderer
+from aime_fast.data.noise import NoisePolicy
 from aime_fast.errors import ConfigError, DataError
 
 

@@ -37,6 +37,11 @@ class Names(NamedTuple):
     given: Mapping[str, str] = {}
     leads: bool | None = None  # None: as is usual in the format
 
+    def choose(self, present: Sequence[str], where: str) -> dict[str, str]:
+        """The name of each thing of `KNOWN` that is present. Raises DataError as `find`, for pixels and actions."""
+        found = {what: self.find(what, present, where, what in ("pixels", "action")) for what in KNOWN}
+        return {what: name for what, name in found.items() if name is not None}
+
     def find(self, what: str, present: Sequence[str], where: str, needed: bool = True) -> str | None:
         """The name among those present. Raises DataError where one that is needed is missing."""
         if what in self.given:

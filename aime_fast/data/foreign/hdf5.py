@@ -17,7 +17,7 @@ from aime_fast.data.foreign.episode import KNOWN, Episode, Names, build, readabl
 from aime_fast.errors import DataError
 
 LENGTHS = ("ep_len", "episode_lengths")
-CUTS = ("is_first", "episode_ends", "timeouts")  # besides what is terminal
+ENDS = ("episode_ends", "timeouts")  # besides what is terminal
 
 
 def read(source: Path, names: Names) -> Iterator[Episode]:
@@ -29,7 +29,8 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
             if groups:
                 for group in groups:
                     where = f"{path}: {group.name}"
-                    yield build(where, _arrays(group, names, where), leads=bool(names.leads))
+                    arrays = {what: group[name][()] for what, name in names.choose(_datasets(group), where).items()}
+                    yield build(where, arrays, leads=bool(names.leads))
             else:
                 yield from _columns(file, names, str(path))
 
@@ -51,37 +52,28 @@ def _datasets(group: h5py.Group) -> list[str]:
     return found
 
 
-def _choose(group: h5py.Group, names: Names, where: str) -> dict[str, str]:
-    present = _datasets(group)
-    chosen = {what: names.find(what, present, where, what in ("pixels", "action")) for what in KNOWN if what != "first"}
-    return {what: name for what, name in chosen.items() if name is not None}
-
-
-def _arrays(group: h5py.Group, names: Names, where: str) -> dict[str, np.ndarray]:
-    return {what: group[name][()] for what, name in _choose(group, names, where).items()}
-
-
 def _columns(file: h5py.File, names: Names, where: str) -> Iterator[Episode]:
-    chosen = _choose(file, names, where)
-    rows = len(file[chosen["pixels"]])
-    bounds = _bounds(file, chosen, rows, where)
+    present = _datasets(file)
+    chosen = names.choose(present, where)
+    bounds = _bounds(file, present, chosen, where)
     for number, (begin, end) in enumerate(pairwise(bounds)):
         arrays = {what: file[name][begin:end] for what, name in chosen.items()}
         yield build(f"{where}: episode {number}, rows {begin} to {end}", arrays, leads=bool(names.leads))
 
 
-def _bounds(file: h5py.File, chosen: dict[str, str], rows: int, where: str) -> list[int]:
+def _bounds(file: h5py.File, present: list[str], chosen: dict[str, str], where: str) -> list[int]:
     """Row of the first frame of each episode, and the number of rows."""
-    present = _datasets(file)
+    rows = len(file[chosen["pixels"]])
     if name := next((name for name in LENGTHS if name in present), None):
         bounds = np.concatenate([[0], np.cumsum(file[name][()])])
         if bounds[-1] != rows:
             raise DataError(f"{where}: {name} adds up to {bounds[-1]} frames, there are {rows}")
         return bounds.tolist()
-    if "is_first" in present:
-        firsts = np.flatnonzero(file["is_first"][()]).tolist()
+    if "first" in chosen:
+        firsts = np.flatnonzero(file[chosen["first"]][()]).tolist()
         return [*sorted({0, *firsts}), rows]
-    ends = [np.flatnonzero(file[name][()].reshape(-1)) + 1 for name in (chosen.get("terminal"), *CUTS[1:]) if name in present]
+    ends = [np.flatnonzero(file[name][()].reshape(-1)) + 1 for name in (chosen.get("terminal"), *ENDS) if name in present]
     if not ends:
-        raise DataError(f"{where}: where do episodes begin? there is none of {', '.join((*LENGTHS, *CUTS))}, and nothing terminal")
+        known = ", ".join((*LENGTHS, *KNOWN["first"], *ENDS))
+        raise DataError(f"{where}: where do episodes begin? there is none of {known}, and nothing terminal")
     return sorted({0, *np.concatenate(ends).tolist(), rows})

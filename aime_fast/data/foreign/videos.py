@@ -27,7 +27,7 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
     for path in [*films, *folders]:
         with readable(str(path)):
             pixels = _film(path) if path.is_file() else _pictures(path)
-            arrays = {"pixels": pixels, "action": _beside(path, "", names, len(pixels))}
+            arrays = {"pixels": pixels, "action": _actions(path, names, len(pixels))}
             reward = _table(path, ".reward")
             if reward is not None:
                 arrays["reward"] = reward
@@ -55,16 +55,16 @@ def _pictures(folder: Path) -> np.ndarray:
     return np.stack(pictures)
 
 
-def _beside(path: Path, what: str, names: Names, frames: int) -> np.ndarray:
+def _actions(path: Path, names: Names, frames: int) -> np.ndarray:
     if names.given.get("action") == NONE:
         return np.zeros((frames, 1), np.float32)
-    found = _table(path, what)
+    found = _table(path)
     if found is None:
         raise DataError(f"{path}: no actions beside it, expected {path.stem}.npy or {path.stem}.csv; without any pass --map action=none")
     return found
 
 
-def _table(path: Path, what: str) -> np.ndarray | None:
+def _table(path: Path, what: str = "") -> np.ndarray | None:
     """Rows of numbers of `<name><what>.npy` or `.csv` beside a film or folder, or None."""
     for file in (path.with_name(f"{path.stem}{what}.npy"), path.with_name(f"{path.stem}{what}.csv")):
         if file.exists():
