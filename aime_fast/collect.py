@@ -29,6 +29,7 @@ class Collection:
     episodes: int  # episodes to collect
     frame_skip: int  # simulator steps for one agent step; one frame is rendered for each agent step
     image_size: int  # H = W, pixels
+    camera: str  # of the task, by number or name; -1: one that shows the whole scene
     render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
     policy: str  # random, ou, swing, mixed (see train --help), or an online run or checkpoint, whose actor then acts with its noise
     workers: int  # collector processes
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
         collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard)
     recorded = DMCVBDataset(
-        out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "render_quality")}
+        out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")}
     )
     if recorded.num_episodes < (wanted := len(shard.of(config.episodes))):
         raise DataError(

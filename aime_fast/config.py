@@ -43,10 +43,11 @@ class DataConfig:
 
     domain: str = "cartpole"  # dm_control domain
     task: str = "swingup"  # dm_control task
-    data: str | None = None  # HDF5 file or folder of files; "synthetic" needs no simulator; none: collect first
+    data: str | None = None  # HDF5 file or folder of files, or several with wildcards: a.h5,b/*.h5; "synthetic"; none: collect first
     episodes: Count = 50  # episodes to collect (or to synthesise)
     frame_skip: Count = 4  # simulator steps for one agent step; one frame is rendered for each agent step
     image_size: Annotated[int, Bound(8, 1024)] = 64  # H = W, pixels
+    camera: str = "0"  # of the task, by number or name; -1: one that shows the whole scene
     render_quality: Literal["fast", "full"] = "fast"  # fast: no anti-aliasing, shadows or reflections
     policy: NoiseKind = "ou"  # uniform noise, Ornstein-Uhlenbeck, sinusoids, random or swing by episode
     workers: Annotated[int, Bound(1, 256)] = 2  # collector processes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -16,12 +17,14 @@ from aime_fast.config import DataConfig
 from aime_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
 
-    from aime_fast.data.foreign import Episode
+    from aime_fast.data import DMCVBDataset
+    from aime_fast.data.conversion import Converted, Recipe
 
 PROG = "python -m aime_fast.convert"
 UNIT = (-1.0, 1.0)  # range of actions
+SHEET = (6, 8)  # episodes and frames of each on the contact sheet, at most
 
 
 @dataclass(frozen=True)
@@ -30,118 +33,154 @@ class Conversion:
 
     source: Positional[str]  # a file, or a folder of them
     out: Path  # HDF5 file to write
-    format: str = "auto"  # npz (Dreamer, V-D4RL), hdf5 (of others), videos (films or folders of pictures); auto: by the names of files
+    format: str = "auto"  # see docs/data.md; auto: by the names of files
     map: tuple[str, ...] = ()  # what is called how: pixels=obs/agentview_image action=actions; action=none for films without actions
     action_leads: bool | None = None  # a row's action led to its picture, as in Dreamer; usual for npz alone
     action_range: tuple[float, float] | None = None  # of recorded actions, LOW HIGH, brought to [-1, 1]; none: they are in it
+    find_action_range: bool = False  # bring each action's own least and largest value to -1 and 1; everything is read twice
     image_size: int = DataConfig.image_size  # H = W, pixels; pictures are brought to it by area
-    frame_skip: int = 1  # simulator steps for one row of the source, for the record
+    frame_skip: int = 1  # rows of the source for one: every Nth picture, rewards summed
+    skipped_actions: Literal["repeat", "concatenate"] = "repeat"  # of these rows: the first stands for all, or all become one of N A
+    source_frame_skip: int = 1  # simulator steps for one row of the source, for the record
     domain: str = "converted"  # what the data are called; training asks for the same
     task: str | None = None  # the same; none: the name of the source
     max_episodes: int | None = None  # convert the first ones alone
-    overwrite: bool = False  # replace an existing file
-    progress: bool = True  # show how many episodes are done
+    shortest: int = 1  # leave out and count episodes with fewer frames, such as those shorter than --sequence-length
+    split: str | None = None  # train:95% keeps in the file how large a share trains; half of the rest validates, half is tested
+    workers: int = 1  # processes that resize, compress and write
+    resume: bool = False  # go on with the episodes that a conversion left in OUT.unfinished
+    overwrite: bool = False  # replace an existing file, and drop the episodes of a conversion that ended early
+    progress: bool = True  # show a progress bar
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Parse `argv` (None: `sys.argv`), convert and print a summary; returns the file. Raises ConfigError, DataError."""
     options = parse_arguments(Conversion, PROG, "Convert recordings of other programs into one HDF5 file.", argv)
+    held_out = _checked(options)
     from aime_fast.data import DMCVBDataset
+    from aime_fast.data.conversion import convert
     from aime_fast.data.files import writable_target
-    from aime_fast.data.foreign import detect, read
-    from aime_fast.data.foreign.episode import Names
+    from aime_fast.data.foreign import Episode, Names, detect, read
+    from aime_fast.data.unfinished import unfinished_folder
+    from aime_fast.runtime.progress import episode_bar
 
-    check(DataConfig(image_size=options.image_size, frame_skip=options.frame_skip))
-    if options.max_episodes is not None and options.max_episodes < 1:
-        raise ConfigError(f"--max-episodes {options.max_episodes}: expected at least 1")
-    if options.action_range is not None and not options.action_range[0] < options.action_range[1]:
-        low, high = options.action_range
-        raise ConfigError(f"--action-range {low:g} {high:g}: expected the lower number first")
-    if writable_target(options.out).exists() and not options.overwrite:
+    left = unfinished_folder(writable_target(options.out))
+    if options.out.exists() and not options.overwrite:
         raise DataError(f"--out {options.out}: the file exists; pass --overwrite to replace it, or another --out")
-    if wrong := [pair for pair in options.map if "=" not in pair]:
-        raise ConfigError(f"--map {wrong[0]}: expected WHAT=NAME, such as pixels=obs/agentview_image")
+    if left.exists() and not (options.overwrite or options.resume):
+        raise DataError(f"--out {options.out}: an earlier conversion left episodes in {left}; pass --resume to keep them, or --overwrite")
     source = Path(options.source)
     form = detect(source) if options.format == "auto" else options.format
     names = Names(dict(pair.split("=", 1) for pair in options.map), options.action_leads)
-    rewards = _write(options, source, form, itertools.islice(read(source, form, names), options.max_episodes))
-    data = DMCVBDataset(options.out, 1)
-    size = options.out.stat().st_size / 2**20
-    print(
-        f"{options.out}: {data.num_episodes} episodes of {min(data.lengths)} to {max(data.lengths)} frames, {sum(data.lengths)} in all, "
-        f"{data.action_dim} actions, {size:.1f} MiB"
-    )
-    if not rewards:
-        print("no rewards were recorded: zeros are stored, and what predicts rewards will learn nothing")
-    task = data.attributes["task"]
-    print(
-        f"train on it with: python -m aime_fast.train --tier 1 --data {options.out} --domain {options.domain} --task {task} --frame-skip "
-        f"{options.frame_skip} --image-size {options.image_size} --render-quality full"
-    )
+
+    def episodes() -> Iterator[Episode]:
+        return itertools.islice(read(source, form, names), options.max_episodes)
+
+    recipe = _recipe(options, episodes)
+    attributes = _attributes(options, source, form, recipe) | held_out
+    with episode_bar("converting", options.progress, options.max_episodes) as advance:
+        converted = convert(episodes(), options.out, attributes, recipe, options.workers, options.resume, advance)
+    _report(options, DMCVBDataset(options.out, 1), converted, attributes["task"])
     return options.out
 
 
-def _write(options: Conversion, source: Path, form: str, episodes: Iterator[Episode]) -> bool:
-    """Write the episodes; returns whether they have rewards. Memory: one episode."""
-    from aime_fast.data import EpisodeWriter
+def _checked(options: Conversion) -> dict[str, Any]:
+    """The attributes that keep `--split`. Raises ConfigError where an option is out of range, or two exclude each other."""
+    check(DataConfig(image_size=options.image_size, frame_skip=options.frame_skip, workers=options.workers))
+    for name in ("max_episodes", "shortest", "source_frame_skip"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.action_range is not None:
+        low, high = options.action_range
+        if options.find_action_range:
+            raise ConfigError(f"--action-range {low:g} {high:g} --find-action-range: pass one of them")
+        if not low < high:
+            raise ConfigError(f"--action-range {low:g} {high:g}: expected the lower number first")
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume --overwrite: the one keeps episodes, the other drops them; pass one of them")
+    if wrong := [pair for pair in options.map if "=" not in pair]:
+        raise ConfigError(f"--map {wrong[0]}: expected WHAT=NAME, such as pixels=obs/agentview_image")
+    if options.split is None:
+        return {}
+    part, _, share = options.split.partition(":")
+    number = share.removesuffix("%")
+    if part != "train" or not share.endswith("%") or not number.replace(".", "", 1).isdecimal() or not 0 < float(number) < 100:
+        raise ConfigError(f"--split {options.split}: expected train:SHARE% with a share between 0 and 100, such as train:95%")
+    rest = (100 - float(number)) / 200
+    return {"validation_fraction": rest, "test_fraction": rest}
 
-    first = next(episodes, None)
-    if first is None:
-        raise DataError(f"{source}: no episode is in it")
+
+def _recipe(options: Conversion, episodes: Any) -> Recipe:
+    """What every episode is brought to; with `--find-action-range` all are read."""
+    from aime_fast.data.conversion import Recipe, action_range
+
     low, high = options.action_range or UNIT
-    attributes = {
-        "domain": options.domain, "task": options.task or source.stem, "frame_skip": options.frame_skip,
-        "image_size": options.image_size, "render_quality": "full", "action_dim": first.action.shape[1], "source": str(source),
-        "source_format": form, "action_low": low, "action_high": high, "policy": "recorded elsewhere",
-    }  # fmt: skip
-    with EpisodeWriter(options.out, attributes) as writer:
-        for episode in itertools.chain([first], episodes):
-            if (actions := episode.action.shape[1]) != first.action.shape[1]:
-                raise DataError(f"{episode.where}: {actions} actions, {first.where} has {first.action.shape[1]}; convert them apart")
-            if (episode.reward is None) != (first.reward is None):
-                raise DataError(f"{episode.where}: {'lacks' if episode.reward is None else 'has'} rewards, unlike {first.where}")
-            writer.write(_arrays(episode, options))
-            if options.progress:
-                print(f"\r{writer.episodes} episodes", end="", flush=True)
-    if options.progress:
-        print()
-    return first.reward is not None
+    lows, highs = action_range(episodes()) if options.find_action_range else ((low,), (high,))
+    concatenate = options.skipped_actions == "concatenate"
+    return Recipe(options.image_size, lows, highs, options.frame_skip, concatenate, options.shortest)
 
 
-def _arrays(episode: Episode, options: Conversion) -> dict[str, np.ndarray]:
-    """The arrays of `aime_fast.data.episodes`."""
-    import numpy as np
-
-    low, high = options.action_range or UNIT
-    action = (2 * (episode.action - low) / (high - low) - 1).astype(np.float32) if options.action_range else episode.action
-    outside = ~(np.isfinite(action) & (np.abs(action) <= 1))
-    if outside.any():
-        row, which = np.argwhere(outside)[0]
-        raise DataError(
-            f"{episode.where}: action {which} of row {row} is {episode.action[row, which]:g}, outside [{low:g}, {high:g}]; give the range "
-            "of the recorded actions with --action-range LOW HIGH"
-        )
-    frames = len(action)
-    reward = np.zeros(frames, np.float32) if episode.reward is None else episode.reward
-    discount = np.ones(frames, np.float32) if episode.discount is None else episode.discount
+def _attributes(options: Conversion, source: Path, form: str, recipe: Recipe) -> dict[str, Any]:
+    """Of the file, but for its number of actions."""
+    same = {"format": form, "map": options.map, "action_leads": options.action_leads, "max_episodes": options.max_episodes}
     return {
-        "pixels": _resized(episode.pixels, options.image_size), "action": action, "reward": reward, "discount": discount,
-        "is_init": np.arange(frames) == 0,
+        "domain": options.domain, "task": options.task or source.stem, "frame_skip": options.source_frame_skip * options.frame_skip,
+        "image_size": options.image_size, "render_quality": "full", "source": str(source), "source_format": form,
+        "action_low": list(recipe.low), "action_high": list(recipe.high), "action_dim": 1, "policy": "recorded elsewhere",
+        "position_names": [],
+        "conversion": json.dumps(same | recipe._asdict()),
     }  # fmt: skip
 
 
-def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [T, h, w, 3] -> [T, size, size, 3]: the middle square, by the area of its pixels; smaller pictures are enlarged linearly."""
-    import numpy as np
-    from PIL import Image
+def _report(options: Conversion, data: DMCVBDataset, converted: Converted, task: str) -> None:
+    """Print what is in the file, and draw some of it."""
+    from aime_fast.evaluation.pictures import write_png
 
-    height, width = pixels.shape[1:3]
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(pixels)
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    box, how = (left, top, left + side, top + side), Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    return np.stack([np.asarray(Image.fromarray(frame).resize((size, size), how, box)) for frame in pixels])
+    size, returns, rewards = options.out.stat().st_size / 2**20, [], []
+    shown = sorted({data.num_episodes * k // SHEET[0] for k in range(SHEET[0])})
+    rows = []
+    for i in range(data.num_episodes):
+        episode = data.read_episode(i) if converted.rewards or i in shown else None
+        if converted.rewards:
+            returns.append(float(episode["reward"].sum()))
+            rewards += [float(episode["reward"].min()), float(episode["reward"].max())]
+        if i in shown:
+            rows.append(_row(episode["pixels"]))
+    picture = options.out.with_suffix(".png")
+    write_png(picture, _sheet(rows))
+    print(
+        f"{options.out}: {data.num_episodes} episodes of {min(data.lengths)} to {max(data.lengths)} frames, {sum(data.lengths)} in all, "
+        f"{data.action_dim} actions, {size:.1f} MiB; {picture} shows some"
+    )
+    if converted.rewards:
+        print(f"rewards {min(rewards):.3g} to {max(rewards):.3g}, returns {min(returns):.3g} to {max(returns):.3g}")
+    else:
+        print("no rewards were recorded: zeros are stored, and what predicts rewards will learn nothing")
+    if options.map and "action=none" in options.map:
+        print("no actions were recorded: one action is stored, always 0, so the model learns nothing of what an action does")
+    if converted.too_short:
+        print(f"{converted.too_short} episodes are left out, shorter than --shortest {options.shortest} frames")
+    if converted.changed:
+        print(f"the first action of {options.frame_skip} stands for all; they differ by up to {converted.changed:.3g} (--skipped-actions)")
+    print(
+        f"train on it with: python -m aime_fast.train --tier 1 --data {options.out} --domain {options.domain} --task {task} --frame-skip "
+        f"{options.frame_skip * options.source_frame_skip} --image-size {options.image_size} --render-quality full"
+    )
+
+
+def _row(pixels: torch.Tensor) -> torch.Tensor:
+    """Frames of an episode [T, 3, H, W], evenly spaced: uint8 [columns, H, W, 3]."""
+    columns = SHEET[1]
+    return pixels[[len(pixels) * k // columns for k in range(columns)]].permute(0, 2, 3, 1)
+
+
+def _sheet(rows: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    from aime_fast.evaluation.pictures import enlarge, sheet
+
+    return sheet(enlarge(torch.stack(rows), 64))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from profiling.rows import spread, write_rows
 from profiling.steps import synchronize, with_synthetic_frames
 
 WINDOW = 0.1  # seconds of a sample
-RECORDED = ("domain", "task", "image_size", "frame_skip", "render_quality")  # taken from a file instead of the tier
+RECORDED = ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")  # taken from a file instead of the tier
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

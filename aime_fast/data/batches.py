@@ -23,7 +23,7 @@ from aime_fast.data.augment import normalise
 from aime_fast.data.dataset import DMCVBDataset
 from aime_fast.data.prefetch import Prefetcher
 from aime_fast.data.replay import EpisodeSource, Replay, replay_bytes, replay_on_device
-from aime_fast.data.split import Split, find_episodes, split_episodes
+from aime_fast.data.split import Split, find_episodes, held_out_shares, split_episodes
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
 from aime_fast.errors import DataError
@@ -57,7 +57,7 @@ def make_batches(
     source = _open_source(config, seed)
     try:
         if split is None:
-            split = split_episodes(source.identities, config.validation_fraction, config.test_fraction, config.split_seed)
+            split = split_episodes(source.identities, *held_out_shares(config, source.attributes), config.split_seed)
         chosen = [find_episodes(getattr(split, part), source.identities, str(config.data)) for part in parts]
         needed = replay_bytes(sum(source.lengths[i] for part in chosen for i in part), source.image_size, source.action_dim)
         resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
@@ -100,6 +100,7 @@ def _open_source(config: DataConfig, seed: int) -> EpisodeSource:
         image_size=config.image_size,
         domain=config.domain,
         task=config.task,
+        camera=config.camera,
         render_quality=config.render_quality,
         frame_skip=config.frame_skip,
     )

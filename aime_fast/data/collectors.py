@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -30,6 +29,8 @@ from aime_fast.data.files import writable_target
 from aime_fast.data.noise import NoisePolicy
 from aime_fast.data.unfinished import Unfinished
 from aime_fast.errors import DataError, Interrupted, stop_signals
+from aime_fast.runtime.processes import begin_worker
+from aime_fast.runtime.progress import episode_bar
 
 if TYPE_CHECKING:
     from torchrl.collectors import BaseCollector
@@ -38,7 +39,6 @@ FRAMES_PER_MESSAGE = 256  # of one worker; a message has a fixed cost, its size 
 MOST_IDLE = 1000  # episodes that a worker plays when it has played all of its own
 SEEDING = "by number"  # of a recording: how its episodes begin, see `make_environment`
 MOST_DIVERGED = 20  # episodes in a row before a collection gives up
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
 
 
@@ -140,7 +140,7 @@ def recording_attributes(
     config: DataConfig, seed: int, action_dim: int, position_names: list[str], backend: str, policy_name: str | None = None
 ) -> dict[str, Any]:
     """The attributes of a file of episodes; `policy_name`, where it was not `config.policy` that acted."""
-    settings = ("domain", "task", "frame_skip", "image_size", "render_quality", "policy", "workers")
+    settings = ("domain", "task", "frame_skip", "image_size", "camera", "render_quality", "policy", "workers")
     return {key: getattr(config, key) for key in settings} | {
         **({"policy": policy_name} if policy_name else {}),
         "action_dim": action_dim,
@@ -177,7 +177,7 @@ def _play(
     diverged = in_a_row = idle = 0
     workers, left = min(config.workers, len(missing)), set(missing)
     numbers = [missing[worker::workers] for worker in range(workers)]
-    with _collector(config, seed, numbers, make_policy, frames) as collector, _progress_bar(len(missing), progress) as advance:
+    with _collector(config, seed, numbers, make_policy, frames) as collector, episode_bar("collecting", progress, len(missing)) as advance:
         began = time.perf_counter()  # the workers are up
         for number, episode in _whole_episodes(collector):
             if interrupts.received:
@@ -330,31 +330,3 @@ class _DeferredInterrupts:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-
-
-def begin_worker(parent: int) -> None:
-    """In a worker: the parent handles SIGINT and shuts the workers down; the system ends them if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before
-            os._exit(1)
-
-
-@contextmanager
-def _progress_bar(episodes: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Draw a bar with frames per second; yields a function to call with the number of frames of each written episode."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
-        task = bar.add_task("collecting", total=episodes, rate="")
-        began = time.perf_counter()
-        done = 0
-
-        def advance(frames: int) -> None:
-            nonlocal done
-            done += frames
-            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - began):.0f} frames/s")
-
-        yield advance

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from tensordict import TensorDict
 from torch.utils.data import Dataset
 
+from aime_fast.data.augment import normalise
 from aime_fast.data.checksums import episode_sha256, identity
 from aime_fast.data.episodes import (
     FORMAT_VERSION,
@@ -35,14 +37,16 @@ class DMCVBDataset(Dataset):
     """Sequences of T frames from recorded episodes; a sequence never crosses an episode boundary.
 
     Item i is a TensorDict [T]: `pixels` uint8 [T, 3, H, W], `action` float32 [T, A], `reward` float32 [T, 1], `discount` float32
-    [T, 1], `is_init` bool [T, 1], and, if every shard has them, `positions` float32 [T, n, 2]. Sequences start every T frames; an
+    [T, 1], `is_init` bool [T, 1], and, if every shard has them, `positions` float32 [T, n, 2]; and, as AIME's items have, `observations`
+    float32 [T, 3, H, W] in [-1, 1] and `actions` float32 [T, A]. Sequences start every T frames; an
     episode's remainder is left out. Use `torch.stack` as a DataLoader's `collate_fn`. Any number of loader processes may read at
     once. Training uses `make_batches`, which is faster.
 
     Args:
-        path: HDF5 file, list of files, or folder of shards (`*.h5`, `*.hdf5`).
+        root: HDF5 file, folder of shards (`*.h5`, `*.hdf5`), or a list of files. In text, commas separate several of them, and each
+            may have wildcards, as in "shards/*.h5".
         sequence_length: T.
-        image_size, domain, task, render_quality, action_dim, frame_skip: settings that the shards must have been recorded with;
+        image_size, domain, task, camera, render_quality, action_dim, frame_skip: settings that the shards must have been recorded with;
             None takes the value of the first shard. All shards must agree.
     Attributes:
         action_dim, image_size: A; H = W.
@@ -58,21 +62,22 @@ class DMCVBDataset(Dataset):
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        root: str | Path | Sequence[str | Path],
         sequence_length: int,
         *,
         image_size: int | None = None,
         domain: str | None = None,
         task: str | None = None,
+        camera: str | None = None,
         render_quality: str | None = None,
         action_dim: int | None = None,
         frame_skip: int | None = None,
     ):
         self.sequence_length = sequence_length
         check_positive(self, "sequence_length")
-        self.paths = _shards(path)
+        self.paths = _shards(root)
         expected = {
-            "image_size": image_size, "domain": domain, "task": task,
+            "image_size": image_size, "domain": domain, "task": task, "camera": camera,
             "render_quality": render_quality, "action_dim": action_dim, "frame_skip": frame_skip,
         }  # fmt: skip
         self.attributes: dict[str, Any] = {}
@@ -146,7 +151,8 @@ class DMCVBDataset(Dataset):
 
     def __getitem__(self, index: int) -> TensorDict:
         episode, start = self._windows[index]
-        return self._read(episode, start, start + self.sequence_length)
+        item = self._read(episode, start, start + self.sequence_length)
+        return item.update({"observations": normalise(item["pixels"]), "actions": item["action"]})
 
     def read_episode(self, index: int) -> TensorDict:
         """Episode `index` as a TensorDict [frames], laid out as a sequence. Raises DataError if it is damaged."""
@@ -182,12 +188,28 @@ def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
     return TensorDict(values, batch_size=[len(values["pixels"])])
 
 
-def _shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    if not isinstance(path, (str, Path)):
-        if not path:
+def _shards(root: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `root` names, in its order. Raises DataError where there is none."""
+    if isinstance(root, str) and not os.path.exists(root) and any(sign in root for sign in ",*?["):
+        return [shard for part in root.split(",") for path in _matching(part.strip()) for shard in _in_folder(path)]
+    if not isinstance(root, (str, Path)):
+        if not root:
             raise DataError("--data: the list of HDF5 files is empty, expected at least one")
-        return [Path(p) for p in path]
-    path = Path(path)
+        return [Path(path) for path in root]
+    return _in_folder(Path(root))
+
+
+def _matching(pattern: str) -> list[Path]:
+    if os.path.exists(pattern) or not has_magic(pattern):
+        return [Path(pattern)]
+    found = sorted(glob(pattern, recursive=True))
+    if not found:
+        raise DataError(f"--data {pattern}: no file matches; give an HDF5 file or a folder of them, or collect one")
+    return [Path(path) for path in found]
+
+
+def _in_folder(path: Path) -> list[Path]:
+    """A file as it is; of a folder, its shards."""
     try:
         if not path.is_dir():
             return [path]

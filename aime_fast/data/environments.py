@@ -101,7 +101,7 @@ class RenderedTask:
         diverged: whether the episode ended because the simulation diverged. Its frames are not to be trusted.
         position_names: of the n points that `positions` returns, see `moving_points`.
     Raises:
-        DataError: there is no such domain or task, or its actions have no bounds.
+        DataError: there is no such domain, task or camera, or its actions have no bounds.
     """
 
     def __init__(self, config: DataConfig, seed: int):
@@ -127,8 +127,8 @@ class RenderedTask:
             buffer.offwidth = buffer.offheight = config.image_size
         buffer.offwidth, buffer.offheight = max(buffer.offwidth, config.image_size), max(buffer.offheight, config.image_size)
         self._flags = {"shadow": False, "reflection": False} if fast else {}
-        camera_id = 0 if physics.model.ncam else -1
-        self._camera = engine.Camera(physics, config.image_size, config.image_size, camera_id=camera_id)
+        camera = find_camera(physics.model, config)
+        self._camera = engine.Camera(physics, config.image_size, config.image_size, camera_id=camera)
         self.position_names, self._geoms, self._offsets = moving_points(physics.model)
         self.diverged = False
 
@@ -219,12 +219,25 @@ def check_actions(config: DataConfig, env: Any) -> Any:
     return spec
 
 
+def find_camera(model: Any, config: DataConfig) -> int:
+    """The number of `config.camera` in a MuJoCo model. Raises DataError, listing the choices, if there is no such camera."""
+    names = [model.id2name(number, "camera") for number in range(model.ncam)]
+    if config.camera in names:
+        return names.index(config.camera)
+    numbers = ["-1", *map(str, range(len(names)))]
+    if config.camera not in numbers and not (config.camera == "0" and not names):
+        choices = ", ".join(["-1", *(f"{number} ({name})" if name else str(number) for number, name in enumerate(names))])
+        raise DataError(f"--camera {config.camera}: {config.domain} {config.task} has no such camera; choose one of {choices}")
+    return int(config.camera) if names else -1
+
+
 def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
     """(A, agent steps of the longest episode or `sys.maxsize`, names of the moving points), without rendering. Raises DataError."""
     check_task(config.domain, config.task)
     from dm_control import suite
 
     env = suite.load(config.domain, config.task)
+    find_camera(env.physics.model, config)
     steps = env._step_limit
     longest = math.ceil(steps / config.frame_skip) if math.isfinite(steps) else sys.maxsize
     return check_actions(config, env).shape[0], longest, moving_points(env.physics.model)[0]

@@ -1,6 +1,6 @@
 """Episodes in HDF5: one file a shard, one group an episode, attributes that describe the recording.
 
-    shard.h5                    attributes: format_version, domain, task, seed, frame_skip, image_size, render_quality,
+    shard.h5                    attributes: format_version, domain, task, seed, frame_skip, image_size, camera, render_quality,
     |                           render_backend, policy, action_dim, position_names, versions (JSON), complete, attributes_sha256
     |- episode_00000/           attribute: sha256
     |    pixels    uint8   [T, H, W, 3]    picture at step t
@@ -44,9 +44,11 @@ SHARED = {
     "task": "--task",
     "frame_skip": "--frame-skip",
     "image_size": "--image-size",
+    "camera": "--camera",
     "render_quality": "--render-quality",
     "action_dim": None,
 }
+OMITTED = {"camera": "0"}  # what those mean that a file lacks, as files of older versions do
 ATTRIBUTE_TYPES = {key: int if key in ("frame_skip", "image_size", "action_dim") else str for key in SHARED}
 RECOLLECT = "re-collect it with `python -m aime_fast.collect --overwrite --out FILE`"
 COPY_AGAIN = f"copy the file again or {RECOLLECT}"
@@ -118,6 +120,7 @@ def read_attributes(file: h5py.File, path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: the attributes or the list of episodes differ from the checksum 'attributes_sha256'; {COPY_AGAIN}")
     if values.get("complete") is not True:
         raise DataError(f"{path}: attribute 'complete' is not set, the collection did not finish; {RECOLLECT}")
+    values = OMITTED | values
     for key, kind in ATTRIBUTE_TYPES.items():
         if key not in values:
             raise DataError(f"{path}: attribute '{key}' is missing; {RECOLLECT}")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from aime_fast.config import DataConfig
 from aime_fast.errors import DataError
 
 
@@ -20,6 +21,15 @@ class Split(NamedTuple):
 def saved_split(state: Mapping[str, Any]) -> Split:
     """The split that a checkpoint names."""
     return Split(**{part: tuple(identities) for part, identities in state["split"].items()})
+
+
+def held_out_shares(config: DataConfig, kept: Mapping[str, Any]) -> tuple[float, float]:
+    """Shares of the episodes that validate and that are tested: those of the config where they are not its defaults, else those that the
+    attributes of the file keep (`aime_fast.convert --split`), if any."""
+    names = ("validation_fraction", "test_fraction")
+    given = {name: getattr(config, name) for name in names}
+    default = all(given[name] == getattr(DataConfig, name) for name in names)
+    return tuple(float(kept.get(name, given[name]) if default else given[name]) for name in names)
 
 
 def split_episodes(identities: Sequence[str], validation_fraction: float, test_fraction: float, seed: int) -> Split:

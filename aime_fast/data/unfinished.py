@@ -18,10 +18,12 @@ from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError, explain
 
 SUFFIX = ".unfinished"
-SAME = (*SHARED, "seed", "policy", "shard", "seeding", "render_backend", "position_names")  # attributes that all episodes of a file share
+# Attributes that all episodes of a file share.
+SAME = (*SHARED, "seed", "policy", "shard", "seeding", "render_backend", "position_names", "conversion")
+ADDED_UP = ("collection_seconds", "diverged_episodes")  # attributes of an episode whose sum is the file's
 REMEDIES = {  # for those that no flag sets
     "seeding": "the version of aime_fast that recorded them", "render_backend": "the same renderer (MUJOCO_GL)",
-    "action_dim": "the same --domain and --task", "position_names": "the same --domain and --task",
+    "action_dim": "the same --domain and --task", "position_names": "the same --domain and --task", "conversion": "the same flags",
 }  # fmt: skip
 
 
@@ -61,11 +63,18 @@ class Unfinished:
 
     def add(self, number: int, episode: Mapping[str, np.ndarray], seconds: float, diverged: int) -> None:
         """Keep episode `number`, with the time that it took and the number of diverged ones before it. Raises DataError."""
-        path = self.folder / f"episode_{number:07d}.h5"
         facts = {"collection_seconds": seconds, "diverged_episodes": diverged}
-        with EpisodeWriter(path, {**self.attributes, **facts}) as writer:
+        with EpisodeWriter(self.place(number), {**self.attributes, **facts}) as writer:
             writer.write(episode)
-        self._shards[number] = path
+        self.added(number)
+
+    def place(self, number: int) -> Path:
+        """The file of episode `number`, for another process to write, which then is `added`."""
+        return self.folder / f"episode_{number:07d}.h5"
+
+    def added(self, number: int) -> None:
+        """Episode `number` is there."""
+        self._shards[number] = self.place(number)
 
     def join(self, numbers: Iterable[int]) -> None:
         """Write the file from these episodes, in this order, and delete the folder. Raises DataError, and then keeps the episodes."""
@@ -73,10 +82,7 @@ class Unfinished:
         with EpisodeWriter(self.out, self.attributes) as writer:
             for number in numbers:
                 facts.append(writer.copy(self._shards[number]))
-            writer.annotate(
-                collection_seconds=sum(each["collection_seconds"] for each in facts),
-                diverged_episodes=sum(each["diverged_episodes"] for each in facts),
-            )
+            writer.annotate(**{name: sum(each[name] for each in facts) for name in ADDED_UP if name in facts[0]})
         self._shards.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from aime_fast.data.episodes import (
     CHUNK_FRAMES,
     FORMAT_VERSION,
     LIBVER,
+    OMITTED,
     SHARED,
     check_episode,
     check_shard,
@@ -50,12 +51,13 @@ class EpisodeWriter:
 
     Args:
         path: final name; its folder is created. A symbolic link is followed.
-        attributes: file attributes; every key of `SHARED` must be among them.
+        attributes: file attributes; every key of `SHARED` must be among them, but those of `OMITTED`.
     Raises:
         DataError: the attributes are incomplete, the path is not one of a regular file, or the file cannot be written.
     """
 
     def __init__(self, path: str | Path, attributes: Mapping[str, Any]):
+        attributes = OMITTED | dict(attributes)
         if missing := sorted(set(SHARED) - set(attributes)):
             raise DataError(f"{path}: attributes {', '.join(missing)} are not given; an episode file must name them")
         self.path = writable_target(path)

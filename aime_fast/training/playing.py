@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aime_fast.config import DataConfig
-from aime_fast.data.collectors import MakePolicy, begin_worker, play_episodes
+from aime_fast.data.collectors import MakePolicy, play_episodes
 from aime_fast.data.growing import GrowingReplay
 from aime_fast.errors import DataError
+from aime_fast.runtime.processes import begin_worker
 from aime_fast.training.policies import make_recording_policy
 
 POLL = 0.2  # seconds between two looks at a signal while this process waits for the other

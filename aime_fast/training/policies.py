@@ -15,7 +15,7 @@ from aime_fast.control.policy import WorldModelPolicy
 from aime_fast.errors import CheckpointError, ConfigError
 from aime_fast.training.checkpoint import fitting, load_model
 
-SAME = ("domain", "task", "image_size", "frame_skip", "render_quality")  # settings in which a policy and what it plays must agree
+SAME = ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")  # settings in which a policy and what it plays must agree
 
 
 def load_policy(

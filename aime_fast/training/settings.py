@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aime_fast.config import PICTURE_SHARE, Compile, Config, RunConfig, preset, to_dict
+from aime_fast.config import PICTURE_SHARE, Compile, Config, DataConfig, RunConfig, preset, to_dict
 from aime_fast.data import DMCVBDataset, collect
 from aime_fast.errors import ConfigError, DataError
 from aime_fast.runtime import ranks
@@ -117,7 +117,8 @@ def default_run_dir(config: Config) -> Path:
 def data_file(config: Config) -> Path:
     """Where the data of these settings are stored without --data, named after the settings that change a frame."""
     d, seed = config.data, config.run.seed
-    name = f"{d.domain}-{d.task}-{d.image_size}px-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"
+    camera = "" if d.camera == DataConfig.camera else f"-camera{d.camera}"
+    name = f"{d.domain}-{d.task}-{d.image_size}px{camera}-skip{d.frame_skip}-{d.render_quality}-{d.policy}-{d.episodes}ep-seed{seed}.h5"
     return Path("data") / name
 
 

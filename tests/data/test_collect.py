@@ -140,6 +140,16 @@ def test_render_qualities_show_the_same_scene(domain, task, quality):
     assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20
 
 
+def test_a_camera_by_number_or_name():
+    config = DataConfig(domain="walker", task="walk", image_size=32)
+    task = lambda camera: RenderedTask(dataclasses.replace(config, camera=camera), 0)  # noqa: E731
+    side, back, named, free = (task(camera).reset().astype(int) for camera in ("0", "1", "back", "-1"))
+    assert np.array_equal(back, named)
+    assert all(np.abs(side - other).mean() > 5 for other in (back, free))
+    with pytest.raises(DataError, match=r"--camera front: walker walk has no such camera; choose one of -1, 0 \(side\), 1 \(back\)"):
+        task("front")
+
+
 def play(policy: NoisePolicy, first: bool) -> np.ndarray:
     return policy(TensorDict({"is_init": torch.tensor([first])}))["action"].numpy()
 

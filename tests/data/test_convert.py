@@ -12,7 +12,8 @@ import torch
 
 from aime_fast.config import DataConfig, preset
 from aime_fast.convert import main
-from aime_fast.data import DMCVBDataset, collect
+from aime_fast.data import DMCVBDataset, collect, make_batches
+from aime_fast.data.split import held_out_shares, split_episodes
 from aime_fast.errors import ConfigError, DataError
 from aime_fast.training import DMCVBTrainer
 
@@ -35,7 +36,8 @@ def episodes(tmp_path_factory) -> list[dict[str, np.ndarray]]:
 
 
 def convert(source: Path, out: Path, *flags: str) -> DMCVBDataset:
-    main([str(source), "--out", str(out), "--image-size", "16", "--frame-skip", "50", "--no-progress", *flags])
+    main([str(source), "--out", str(out), "--image-size", "16", "--source-frame-skip", "50", "--no-progress", *flags])
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return DMCVBDataset(out, 1)
 
 
@@ -113,7 +115,7 @@ def test_films_and_pictures_with_actions_beside_them(tmp_path, episodes, capsys)
         convert(folder, tmp_path / "a.h5")
     data = convert(folder, tmp_path / "a.h5", "--action-range", "-10", "10")
     assert_same(data, episodes, slice(None), reward=False)
-    assert (data.attributes["action_low"], data.attributes["action_high"]) == (-10.0, 10.0)
+    assert (data.attributes["action_low"], data.attributes["action_high"]) == ((-10.0,), (10.0,))
     assert "no rewards were recorded: zeros are stored" in capsys.readouterr().out
 
     import imageio_ffmpeg
@@ -151,21 +153,83 @@ def test_what_is_no_episode_is_one_line_and_leaves_nothing(tmp_path, episodes, c
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_damaged_and_mixed_sources(tmp_path, episodes):
-    source = write_npz(tmp_path / "source", episodes)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_damaged_file_costs_the_others_nothing(tmp_path, episodes, workers):
+    """A conversion that ends half-way goes on from the episodes that it wrote, and ends in the same file."""
+    source, out = write_npz(tmp_path / "source", episodes), tmp_path / "a.h5"
     whole = (source / "1.npz").read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:200] + b"\0" * 60 + whole[260:]):
+    for damaged, flag in ((whole[: len(whole) // 2], "--no-resume"), (whole[:200] + b"\0" * 60 + whole[260:], "--resume")):
         (source / "1.npz").write_bytes(damaged)
-        with pytest.raises(DataError, match=r"1.npz: cannot be read \(.*\); copy it again, or leave it out"):
-            convert(source, tmp_path / "a.h5")
-    assert not (tmp_path / "a.h5").exists()
-    assert convert(source, tmp_path / "a.h5", "--max-episodes", "1").num_episodes == 1
+        with pytest.raises(DataError, match=r"1.npz: cannot be read \(.*\); copy it again, .*; 1 episodes are in .*go on with --resume"):
+            convert(source, out, "--workers", workers, flag)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5.unfinished", "source"]
+    with pytest.raises(DataError, match=r"an earlier conversion left episodes in .*; pass --resume to keep them, or --overwrite"):
+        convert(source, out)
+    with pytest.raises(DataError, match=r"attribute 'conversion' is .*; resume with the same flags"):
+        convert(source, out, "--resume", "--shortest", "2")
+    (source / "1.npz").write_bytes(whole)
+    (source / "0.npz").write_bytes((source / "2.npz").read_bytes())  # it was converted and is not read for its content again
+    resumed = convert(source, out, "--resume", "--workers", workers)
+    assert_same(resumed, episodes, slice(0, -1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "a.png", "source"]
+
+
+def test_rows_joined_to_longer_steps(tmp_path, episodes, capsys):
+    source = write_npz(tmp_path / "source", episodes, is_first=lambda x: x, discount=lambda x: 1.0 * (np.arange(len(x)) < len(x) - 1))
+    data = convert(source, tmp_path / "a.h5", "--frame-skip", "3")
+    assert data.attributes["frame_skip"] == 150
+    first, episode = data.read_episode(0), {name: part[:-1] for name, part in episodes[0].items()}
+    assert torch.equal(first["pixels"].permute(0, 2, 3, 1), torch.from_numpy(episode["pixels"][::3]))
+    torch.testing.assert_close(first["action"], torch.from_numpy(episode["action"][::3]))
+    sums = torch.stack([part.sum() for part in torch.from_numpy(episode["reward"]).split(3)])
+    torch.testing.assert_close(first["reward"][:, 0], sums)
+    assert first["discount"][:, 0].tolist() == [1.0] * 6 + [0.0]  # the task ended within the last, shorter step
+    assert "the first action of 3 stands for all; they differ by up to 1." in capsys.readouterr().out
+    joined = convert(source, tmp_path / "b.h5", "--frame-skip", "3", "--skipped-actions", "concatenate").read_episode(0)["action"]
+    padded = np.concatenate([episode["action"], episode["action"][-1:], episode["action"][-1:]])
+    torch.testing.assert_close(joined, torch.from_numpy(padded.reshape(7, 3)))
+
+
+def test_the_range_of_actions_is_found_and_kept(tmp_path, episodes):
+    recorded = [{**e, "action": np.concatenate([4 * e["action"] + 7, np.full_like(e["action"], 3)], 1)} for e in episodes]
+    source = write_npz(tmp_path / "source", recorded)
+    data = convert(source, tmp_path / "a.h5", "--find-action-range")
+    low, high = (torch.tensor(data.attributes[name]) for name in ("action_low", "action_high"))
+    found = torch.cat([data.read_episode(i)["action"] for i in range(3)])
+    assert (found[:, 0].min().item(), found[:, 0].max().item()) == (-1.0, 1.0)
+    assert (found[:, 1] == 0).all()
+    back = low + (found + 1) * (high - low) / 2
+    torch.testing.assert_close(back, torch.cat([torch.from_numpy(e["action"][:-1]) for e in recorded]))
+
+
+def test_short_episodes_and_the_kept_split(tmp_path, episodes, capsys):
+    source = write_npz(tmp_path / "source", [*episodes, {name: part[:5] for name, part in episodes[0].items()}])
+    data = convert(source, tmp_path / "a.h5", "--shortest", "10", "--split", "train:34%")
+    assert_same(data, episodes, slice(0, -1))
+    assert "1 episodes are left out, shorter than --shortest 10 frames" in capsys.readouterr().out
+    settings = DataConfig(domain="converted", task="source", frame_skip=50, image_size=16, render_quality="full", sequence_length=5)
+    (batches,) = make_batches(dataclasses.replace(settings, data=str(tmp_path / "a.h5")), 0, "cpu", parts=("validation",))
+    assert batches.split == split_episodes(data.identities, 0.33, 0.33, 0)
+    batches.close()
+    assert held_out_shares(settings, data.attributes) == (0.33, 0.33)
+    assert held_out_shares(dataclasses.replace(settings, test_fraction=0.2), data.attributes) == (0.1, 0.2)
+    with pytest.raises(DataError, match="all 4 episodes are shorter than --shortest 100"):
+        convert(source, tmp_path / "b.h5", "--shortest", "100")
+
+
+def test_what_cannot_be_converted(tmp_path, episodes):
+    source = write_npz(tmp_path / "source", episodes)
     (source / "x.mp4").write_bytes(b"x")
     with pytest.raises(DataError, match=r"files of npz and videos; say which with --format npz\|hdf5\|videos"):
         convert(source, tmp_path / "b.h5")
     for flags, says in (
         (("--map", "pixels"), "--map pixels: expected WHAT=NAME"), (("--format", "tar"), "--format tar: expected auto, npz"),
         (("--action-range", "1", "-1"), "--action-range 1 -1: expected the lower number first"),
+        (("--action-range", "0", "1", "--find-action-range"), "--action-range 0 1 --find-action-range: pass one of them"),
+        (("--split", "95%"), r"--split 95%: expected train:SHARE% with a share between 0 and 100"),
+        (("--split", "train:100%"), r"--split train:100%: expected train:SHARE%"),
+        (("--shortest", "0"), "--shortest 0: expected at least 1"),
+        (("--resume", "--overwrite"), "--resume --overwrite: the one keeps episodes"), (("--workers", "0"), "--workers 0: "),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             convert(source, tmp_path / "b.h5", "--format", "npz", "--max-episodes", "1", *flags)

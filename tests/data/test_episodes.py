@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import ATTRIBUTES, random_episode, seal
+from torch.utils.data import DataLoader
 
-from aime_fast.data import DMCVBDataset, EpisodeWriter
+from aime_fast.data import DMCVBDataset, EpisodeWriter, normalise
 from aime_fast.errors import DataError
 
-CHECKED = {key: ATTRIBUTES[key] for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "action_dim")}
+CHECKED = {key: ATTRIBUTES[key] for key in ("domain", "task", "frame_skip", "image_size", "render_quality", "action_dim")} | {"camera": "0"}
 
 
 @settings(deadline=None, max_examples=15)
@@ -45,6 +46,8 @@ def test_round_trip(lengths, image_size, action_dim, sequence_length):
                 np.testing.assert_array_equal(read[key][:, 0], episode[key])
         first = data[0]
         assert {key: (value.dtype, tuple(value.shape)) for key, value in first.items()} == {
+            "observations": (torch.float32, (sequence_length, 3, image_size, image_size)),
+            "actions": (torch.float32, (sequence_length, action_dim)),
             "pixels": (torch.uint8, (sequence_length, 3, image_size, image_size)),
             "action": (torch.float32, (sequence_length, action_dim)),
             "reward": (torch.float32, (sequence_length, 1)),
@@ -52,6 +55,29 @@ def test_round_trip(lengths, image_size, action_dim, sequence_length):
             "is_init": (torch.bool, (sequence_length, 1)),
         }
         data.close()
+
+
+def test_several_files_and_wildcards(shard, tmp_path):
+    a, b = shard((20, 30), "a1.h5"), shard((25,), "b.h5")
+    c = shard((40,), "a2.h5")
+    lengths = lambda text: DMCVBDataset(root=text, sequence_length=10).lengths  # noqa: E731
+    assert lengths(f"{tmp_path}/a*.h5") == [20, 30, 40]
+    assert lengths(f"{b}, {tmp_path}/a?.h5") == [25, 20, 30, 40]
+    assert lengths(str(tmp_path / "*")) == [20, 30, 40, 25]
+    with pytest.raises(DataError, match=r"--data .*/z\*\.h5: no file matches; give an HDF5 file"):
+        lengths(f"{a},{tmp_path}/z*.h5")
+    with pytest.raises(DataError, match=r"gone\.h5: there is no such file"):
+        lengths(f"{c},{tmp_path}/gone.h5")
+    named = c.rename(tmp_path / "odd,[1].h5")
+    assert lengths(str(named)) == [40]
+
+
+def test_items_as_aime_had_them_feed_a_loader(shard):
+    data = DMCVBDataset(root=shard(), sequence_length=10)
+    batch = next(iter(DataLoader(data, batch_size=3, collate_fn=torch.stack, num_workers=1)))
+    assert (batch["observations"].shape, batch["actions"].shape) == ((3, 10, 3, 8, 8), (3, 10, 2))
+    assert torch.equal(batch["observations"], normalise(batch["pixels"]))
+    assert torch.equal(batch["actions"], batch["action"])
 
 
 def test_shards_are_joined_and_survive_pickling(shard):
@@ -143,6 +169,7 @@ BAD_FILES = {
     "another domain": (attribute("domain", "walker"), "'domain' is walker, expected cartpole; pass --domain walker"),
     "another task": (attribute("task", "balance"), "'task' is balance, expected swingup; pass --task balance"),
     "another quality": (attribute("render_quality", "full"), "'render_quality' is full, expected fast; pass --render-quality full"),
+    "another camera": (attribute("camera", "back"), "'camera' is back, expected 0; pass --camera back"),
     "another frame skip": (attribute("frame_skip", 2), "'frame_skip' is 2, expected 4; pass --frame-skip 2"),
     "another action width": (attribute("action_dim", 3), "'action_dim' is 3, expected 2"),
     "no episode": (remove("*"), "no group 'episode_00000'"),
