@@ -19,6 +19,8 @@ BENCHES = {
     "control": "what ours and a peer learn to do in the same processor time",
     "pillars": "what each pillar is worth, by runs without it",
     "collect": "recording episodes of a dm_control task",
+    "convert": "converting another program's episodes: speed and memory",
+    "codecs": "ways of compressing recorded pictures",
 }
 
 

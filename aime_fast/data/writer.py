@@ -29,6 +29,8 @@ from aime_fast.data.episodes import (
 from aime_fast.data.files import PartFile, writable_target
 from aime_fast.errors import DataError
 
+PIXELS = {"compression": "gzip", "compression_opts": 1}  # every h5py reads it; others: `python -m profiling.bench codecs`
+
 
 def of_fixed_length(value: Any) -> Any:
     """Text, or a list of texts, as an array that HDF5 stores within its metadata, under a checksum; other values as they are.
@@ -80,7 +82,7 @@ class EpisodeWriter:
                 )
             options = {"fletcher32": True}
             if key == "pixels":
-                options |= {"chunks": (min(CHUNK_FRAMES, len(value)), *value.shape[1:]), "compression": "gzip", "compression_opts": 1}
+                options |= {"chunks": (min(CHUNK_FRAMES, len(value)), *value.shape[1:]), **PIXELS}
             with self._failures_noticed():
                 group.create_dataset(key, data=value, **options).flush()
         with self._failures_noticed():

@@ -7,12 +7,14 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import debug_config
 from torch.autograd import DeviceType
 from torch.profiler import profile, record_function
 
+from aime_fast.data import EpisodeWriter
 from aime_fast.runtime.spans import span, use_nvtx
 from profiling import bench, bench_train, observe, trace
 from profiling.steps import Updates
@@ -78,6 +80,27 @@ def test_collection(tmp_path):
     (row,) = json.loads(file.read_text())
     assert in_order(row["frames_per_second"])
     assert row["frames"] > 100
+
+
+def test_conversion_and_codecs(tmp_path, capsys):
+    attributes = dict(domain="d", task="t", frame_skip=1, image_size=16, render_quality="full", action_dim=2)
+    with EpisodeWriter(tmp_path / "a.h5", attributes) as writer:
+        for seed in range(2):
+            pixels = np.random.default_rng(seed).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
+            numbers = {name: np.zeros(30, np.float32) for name in ("reward", "discount")}
+            writer.write({"pixels": pixels, "action": np.zeros((30, 2), np.float32), "is_init": np.arange(30) == 0, **numbers})
+    common = ["--data", str(tmp_path / "a.h5"), "--json", str(tmp_path / "rows.json"), "--folder", str(tmp_path)]
+    assert bench.main(["convert", "--frames", "100", "--workers", "1", *common]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["workers"], row["frames"]) == (1, 116)  # four episodes, each but for its last frame
+    assert row["largest_mib"] > 50
+    assert bench.main(["codecs", *common]) == 0
+    rows = {row["codec"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["none"]["bytes_per_frame"] >= 16 * 16 * 3
+    assert all(min(row[name] for name in row if name.endswith("_per_second")) > 0 for row in rows.values())
+    with pytest.raises(SystemExit):
+        bench.main(["codecs", "--data", str(tmp_path / "none.h5")])
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_time_by_pillar_adds_up_and_finds_the_backward():
