@@ -171,6 +171,7 @@ class RunConfig:
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     tf32: Literal["auto", "on", "off"] = "auto"  # TF32 in fp32 matrix products and convolutions on a GPU; auto: with bf16
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 runs the convolutions and matmuls under autocast
+    messages: Literal["fp32", "bf16"] = "fp32"  # what several processes send gradients as; bf16 halves the bytes
     compile: Compile | Literal["best"] = "off"  # on: regions; whole: all; capture: a CUDA graph; graph: regions, captured; bare: best
     compile_cache: str | None = None  # file of compiled code, read if it is there and written at the end: a job array compiles once
     kernels: Literal["auto", "reference", "triton"] | None = None  # auto: Triton on CUDA, references elsewhere; none: AIME_KERNELS, or auto

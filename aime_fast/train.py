@@ -40,7 +40,7 @@ def train_as_launched(config: Config) -> dict | None:
     from aime_fast.runtime.machine import choose_device
     from aime_fast.training import DMCVBTrainer
 
-    with ranks.joined(choose_device(ranks.local_device(config.run.device))):
+    with ranks.joined(choose_device(ranks.local_device(config.run.device)), config.run.messages):
         result = DMCVBTrainer(config).train()
         return result if ranks.leads() else None
 

@@ -114,7 +114,7 @@ def measure(spec: Path, out: Path) -> None:
     given = json.loads(spec.read_text())
     config = from_dict(given["config"])
     torch.set_num_threads(given["threads"])
-    with ranks.joined(choose_device(ranks.local_device(config.run.device))):
+    with ranks.joined(choose_device(ranks.local_device(config.run.device)), config.run.messages):
         updates = Updates(config)
         for _ in range(updates.warm_up):
             updates()

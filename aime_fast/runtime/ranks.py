@@ -51,6 +51,7 @@ class Traffic:
 traffic = Traffic()
 _run = Ranks()
 _sharing = Ranks()  # `_run` within `sharing`
+_halves = False  # gradients of fp32 are sent as bf16
 
 
 def launched() -> bool:
@@ -82,12 +83,14 @@ def local_device(name: str) -> str:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device, messages: str = "fp32") -> Iterator[None]:
     """Within it this process is one of those that a launcher started; NCCL joins GPUs, gloo joins processors.
+
+    messages: what gradients of fp32 are sent as, fp32 or bf16.
 
     Raises ConfigError where the launcher left something out, RankError where the others are not there.
     """
-    global _run
+    global _run, _halves
     if not launched():
         yield
         return
@@ -101,7 +104,7 @@ def joined(device: torch.device) -> Iterator[None]:
         # After a restart torchrun's store still has the addresses of the processes before it (github.com/pytorch/pytorch/issues/135712).
         store = dist.PrefixStore(f"start {_restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    _run = Ranks(dist.get_rank(), dist.get_world_size())
+    _run, _halves = Ranks(dist.get_rank(), dist.get_world_size()), messages == "bf16"
     try:
         yield
         wait()
@@ -184,9 +187,10 @@ def mean(x: Tensor) -> Tensor:
 
 
 def average_(x: Tensor) -> Tensor:
-    """`mean` in place of x, a contiguous tensor; returns it."""
+    """`mean` in place of gradients x, a contiguous tensor, which are sent as `joined` was told; returns it."""
     if _sharing.size > 1:
-        _reduced(x).div_(_sharing.size)
+        sent = x.bfloat16() if _halves and x.dtype == torch.float32 else x
+        x.copy_(_reduced(sent)).div_(_sharing.size)  # nothing is copied where it was sent as it is
     return x
 
 

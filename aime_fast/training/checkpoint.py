@@ -37,8 +37,8 @@ _NAME = re.compile(r"checkpoint_(\d{8,})\.pt")
 MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
-        "steps", "epochs", "device", "precision", "tf32", "compile", "compile_cache", "threads", "run_dir", "resume", "logger", "log_every",
-        "validate_every", "validation_batches", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nan",
+        "steps", "epochs", "device", "precision", "messages", "tf32", "compile", "compile_cache", "threads", "run_dir", "resume", "logger",
+        "log_every", "validate_every", "validation_batches", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nan",
     )
 ) | {
     "data.data", "data.workers", "data.prefetch", "data.replay", "optim.latent_phase_updates", "optim.latent_phase_batch_size",

@@ -1,6 +1,7 @@
 """Updates of every kind from the same start, in float64, by each of the processes that a launcher started: what `test_ranks.py` compares.
 
-Called as `rank_updates.py FOLDER`: rank r writes what it has come to as `r.pt` in the folder.
+Called as `rank_updates.py FOLDER [fp32|bf16]`: rank r writes what it has come to as `r.pt` in the folder. With the second argument all is
+in fp32, and gradients are sent as it says.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ def config() -> Config:
     )
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, messages: str | None = None) -> None:
     torch.set_num_threads(1)
     chosen = config()
-    with ranks.joined(torch.device("cpu")):
+    dtype = torch.float32 if messages else torch.float64
+    with ranks.joined(torch.device("cpu"), messages or "fp32"):
         training, validation = make_batches(chosen.data, 0, share=ranks.of_run())
         torch.manual_seed(0)
-        step = TrainingStep(DPGMMVariationalRecurrentAutoencoder.from_config(chosen, training.action_dim).double(), chosen)
+        step = TrainingStep(DPGMMVariationalRecurrentAutoencoder.from_config(chosen, training.action_dim).to(dtype), chosen)
         observe = step._observe
-        step._observe = lambda pixels: observe(pixels).double()
+        step._observe = lambda pixels: observe(pixels).to(dtype)
         rate, metrics = torch.tensor(1e-3), []
         for perceives in (True, False):
             metrics.append(step.learn_pictures([next(training)], rate, perceives).to_dict())
@@ -48,11 +50,12 @@ def main(folder: Path) -> None:
         phase = LatentPhase(ema, *latents, dataclasses.replace(chosen.optim, latent_phase_updates=8), outcome_share=0.5)
         for _ in range(8):
             phase.update()
-        state = {"step": step.state_dict(), "metrics": metrics, "phase": phase.state_dict(), "measured": phase.measure()}
+        sent = dataclasses.astuple(ranks.traffic)[:2]
+        state = {"sent": sent, "step": step.state_dict(), "metrics": metrics, "phase": phase.state_dict(), "measured": phase.measure()}
         torch.save(state, folder / f"{ranks.of_run().rank}.pt")
         training.close()
         validation.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -67,9 +67,29 @@ def test_updates_of_two_ranks_are_those_of_one(tmp_path):
         assert done.returncode == 0, done.stderr
         states.append([torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)])
     ((alone,), (first, second)) = states
+    assert alone.pop("sent") == (0, 0)
+    assert first.pop("sent") == second.pop("sent") > (0, 0)
     assert_alike(alone, first, 1e-10)
     first, second = numbers(first), numbers(second)
     assert all(torch.equal(first[name], second[name]) for name in first)  # to the bit, without being sent
+
+
+def test_gradients_sent_as_bf16(tmp_path):
+    """Half the bytes, the same bits in every process, and nearly the updates of fp32."""
+    states = {}
+    for messages in ("fp32", "bf16"):
+        (tmp_path / messages).mkdir()
+        done = run(2, "tests/training/rank_updates.py", str(tmp_path / messages), messages)
+        assert done.returncode == 0, done.stderr
+        states[messages] = [torch.load(tmp_path / messages / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    first, second = map(numbers, states["bf16"])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (count, size), (other_count, other_size) = (states[messages][0]["sent"] for messages in states)
+    assert count == other_count
+    assert 0.4 < other_size / size < 0.6
+    losses, halved = ([{n: x for n, x in row.items() if n.startswith("loss/")} for row in both[0]["metrics"]] for both in states.values())
+    assert losses != halved
+    assert_alike(losses[:4], halved[:4], 0.01)  # of updates that have not gone apart yet
 
 
 def train(folder: Path, processes: int, *flags: str, **options) -> subprocess.CompletedProcess:
