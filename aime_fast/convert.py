@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = parse_arguments(Conversion, PROG, "Convert recordings of other programs into one HDF5 file.", argv)
     held_out = _checked(options)
     from aime_fast.data import DMCVBDataset
-    from aime_fast.data.conversion import convert
+    from aime_fast.data.conversion import convert, file_attributes
     from aime_fast.data.files import writable_target
     from aime_fast.data.foreign import Episode, Names, detect, read
     from aime_fast.data.unfinished import unfinished_folder
@@ -77,10 +76,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         return itertools.islice(read(source, form, names), options.max_episodes)
 
     recipe = _recipe(options, episodes)
-    attributes = _attributes(options, source, form, recipe) | held_out
+    reading = {"map": options.map, "action_leads": options.action_leads, "max_episodes": options.max_episodes}
+    task = options.task or source.stem
+    attributes = file_attributes(source, form, recipe, options.domain, task, options.source_frame_skip, reading) | held_out
     with episode_bar("converting", options.progress, options.max_episodes) as advance:
         converted = convert(episodes(), options.out, attributes, recipe, options.workers, options.resume, advance)
-    _report(options, DMCVBDataset(options.out, 1), converted, attributes["task"])
+    _report(options, DMCVBDataset(options.out, 1), converted, task)
     return options.out
 
 
@@ -119,18 +120,6 @@ def _recipe(options: Conversion, episodes: Any) -> Recipe:
     lows, highs = action_range(episodes()) if options.find_action_range else ((low,), (high,))
     concatenate = options.skipped_actions == "concatenate"
     return Recipe(options.image_size, lows, highs, options.frame_skip, concatenate, options.shortest)
-
-
-def _attributes(options: Conversion, source: Path, form: str, recipe: Recipe) -> dict[str, Any]:
-    """Of the file, but for its number of actions."""
-    same = {"format": form, "map": options.map, "action_leads": options.action_leads, "max_episodes": options.max_episodes}
-    return {
-        "domain": options.domain, "task": options.task or source.stem, "frame_skip": options.source_frame_skip * options.frame_skip,
-        "image_size": options.image_size, "render_quality": "full", "source": str(source), "source_format": form,
-        "action_low": list(recipe.low), "action_high": list(recipe.high), "action_dim": 1, "policy": "recorded elsewhere",
-        "position_names": [],
-        "conversion": json.dumps(same | recipe._asdict()),
-    }  # fmt: skip
 
 
 def _report(options: Conversion, data: DMCVBDataset, converted: Converted, task: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -28,8 +29,8 @@ class Recipe(NamedTuple):
     """What each episode is brought to."""
 
     image_size: int  # H = W
-    low: tuple[float, ...]  # of recorded actions, one for all or one for each; brought to -1
-    high: tuple[float, ...]  # brought to 1
+    low: tuple[float, ...] = (-1.0,)  # of recorded actions, one for all or one for each; brought to -1
+    high: tuple[float, ...] = (1.0,)  # brought to 1
     skip: int = 1  # rows of the source for one
     concatenate: bool = False  # the actions of these rows become one action of `skip` times as many; else the first stands for all
     shortest: int = 1  # episodes of fewer frames are left out
@@ -41,6 +42,21 @@ class Converted(NamedTuple):
     too_short: int  # episodes left out
     rewards: bool  # whether they were recorded
     changed: float  # largest difference between the actions that one stands for
+
+
+def file_attributes(
+    source: Path, form: str, recipe: Recipe, domain: str, task: str, frame_skip: int = 1, reading: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Of a file that `convert` writes, but for its number of actions.
+
+    Args: frame_skip: simulator steps for one row of the source; reading: settings of the reader.
+    """
+    return {
+        "domain": domain, "task": task, "frame_skip": frame_skip * recipe.skip, "image_size": recipe.image_size, "render_quality": "full",
+        "policy": "recorded elsewhere", "position_names": [], "source": str(source), "source_format": form,
+        "action_low": list(recipe.low), "action_high": list(recipe.high), "action_dim": 1,
+        "conversion": json.dumps({"format": form, **(reading or {}), **recipe._asdict()}),
+    }  # fmt: skip
 
 
 def action_range(episodes: Iterable[Episode]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -116,7 +132,7 @@ def convert(
     Args:
         episodes: of a reader; all have as many actions, and all or none have rewards.
         out: file to write.
-        attributes: of the file; `action_dim`, of the actions as written, is added.
+        attributes: as of `file_attributes`; `action_dim` is corrected to that of the actions as written.
         recipe: what they are brought to.
         workers: processes that resize, compress and write; 1: this one does it.
         resume: keep the episodes of a conversion that ended early, of the same attributes.

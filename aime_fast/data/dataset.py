@@ -43,8 +43,9 @@ class DMCVBDataset(Dataset):
     once. Training uses `make_batches`, which is faster.
 
     Args:
-        root: HDF5 file, folder of shards (`*.h5`, `*.hdf5`), or a list of files. In text, commas separate several of them, and each
-            may have wildcards, as in "shards/*.h5".
+        root: HDF5 file, folder of shards (`*.h5`, `*.hdf5`), folder of an RLDS data set such as DMC-VB, which is converted into a cache
+            when it is first opened, or a list of files. In text, commas separate several of them, and each may have wildcards, as in
+            "shards/*.h5".
         sequence_length: T.
         image_size, domain, task, camera, render_quality, action_dim, frame_skip: settings that the shards must have been recorded with;
             None takes the value of the first shard. All shards must agree.
@@ -75,7 +76,7 @@ class DMCVBDataset(Dataset):
     ):
         self.sequence_length = sequence_length
         check_positive(self, "sequence_length")
-        self.paths = _shards(root)
+        self.paths = _shards(root, image_size)
         expected = {
             "image_size": image_size, "domain": domain, "task": task, "camera": camera,
             "render_quality": render_quality, "action_dim": action_dim, "frame_skip": frame_skip,
@@ -188,15 +189,15 @@ def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
     return TensorDict(values, batch_size=[len(values["pixels"])])
 
 
-def _shards(root: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that `root` names, in its order. Raises DataError where there is none."""
+def _shards(root: str | Path | Sequence[str | Path], image_size: int | None) -> list[Path]:
+    """The files that `root` names, in its order; `image_size` is that of what is converted. Raises DataError where there is none."""
     if isinstance(root, str) and not os.path.exists(root) and any(sign in root for sign in ",*?["):
-        return [shard for part in root.split(",") for path in _matching(part.strip()) for shard in _in_folder(path)]
+        return [shard for part in root.split(",") for path in _matching(part.strip()) for shard in _in_folder(path, image_size)]
     if not isinstance(root, (str, Path)):
         if not root:
             raise DataError("--data: the list of HDF5 files is empty, expected at least one")
         return [Path(path) for path in root]
-    return _in_folder(Path(root))
+    return _in_folder(Path(root), image_size)
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -208,14 +209,18 @@ def _matching(pattern: str) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def _in_folder(path: Path) -> list[Path]:
-    """A file as it is; of a folder, its shards."""
+def _in_folder(path: Path, image_size: int | None) -> list[Path]:
+    """A file as it is; of a folder, its shards, or what `cached.converted` makes of it."""
+    from aime_fast.data.cached import converted
+
     try:
         if not path.is_dir():
             return [path]
         shards = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({explain(error)})") from error
+    if not shards and (file := converted(path, image_size)):
+        return [file]
     if not shards:
         raise DataError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file; collect one with `python -m aime_fast.collect`")
     return shards

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from aime_fast.data.episodes import SHARED, check_shard, open_shard, read_attributes, read_episode
+from aime_fast.data.episodes import OMITTED, SHARED, check_shard, open_shard, read_attributes, read_episode
 from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError, explain
 
@@ -48,7 +48,7 @@ class Unfinished:
     """
 
     def __init__(self, out: Path, attributes: Mapping[str, Any], resume: bool):
-        self.out, self.folder, self.attributes = out, unfinished_folder(out), dict(attributes)
+        self.out, self.folder, self.attributes = out, unfinished_folder(out), OMITTED | dict(attributes)
         self._shards: dict[int, Path] = {}
         self._lock = self._locked()
         try:

@@ -38,7 +38,8 @@ MAY_CHANGE = frozenset(
     f"run.{name}"
     for name in (
         "steps", "epochs", "device", "precision", "messages", "tf32", "compile", "compile_cache", "threads", "run_dir", "resume", "logger",
-        "log_every", "validate_every", "validation_batches", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nan",
+        "log_every", "validate_every", "validation_batches", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+        "on_nan",
     )
 ) | {
     "data.data", "data.workers", "data.prefetch", "data.replay", "optim.latent_phase_updates", "optim.latent_phase_batch_size",

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aime_fast.data.foreign import hdf5, npz, videos
+from aime_fast.data.foreign import hdf5, npz, rlds, videos
 from aime_fast.data.foreign.episode import Episode, Names
 from aime_fast.errors import ConfigError, DataError
 
 __all__ = ["READERS", "Episode", "Names", "detect", "read"]
 
 # Each: a source and the names of what is in it -> its episodes, one at a time.
-READERS: dict[str, Callable[[Path, Names], Iterator[Episode]]] = {"npz": npz.read, "hdf5": hdf5.read, "videos": videos.read}
-SUFFIXES = {".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", **dict.fromkeys((*videos.FILMS, *videos.PICTURES), "videos")}
+READERS: dict[str, Callable[[Path, Names], Iterator[Episode]]] = {
+    "npz": npz.read,
+    "hdf5": hdf5.read,
+    "videos": videos.read,
+    "rlds": rlds.read,
+}
+SUFFIXES = {
+    ".npz": "npz",
+    ".tfrecord": "rlds",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    **dict.fromkeys((*videos.FILMS, *videos.PICTURES), "videos"),
+}
 
 
 def detect(source: Path) -> str:
@@ -21,7 +32,8 @@ def detect(source: Path) -> str:
     if not source.exists():
         raise DataError(f"{source}: there is no such file or folder; give the recording to convert")
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    found = {SUFFIXES[path.suffix.lower()] for path in files if path.suffix.lower() in SUFFIXES}
+    suffixes = {".tfrecord" if ".tfrecord" in path.name else path.suffix.lower() for path in files}  # shards: .tfrecord-00000-of-00002
+    found = {SUFFIXES[suffix] for suffix in suffixes if suffix in SUFFIXES}
     if len(found) != 1:
         what = f"files of {' and '.join(sorted(found))}" if found else "no file of a known format"
         raise DataError(f"{source}: {what}; say which with --format {'|'.join(READERS)}, or give a part of the folder")

@@ -12,7 +12,7 @@ from aime_fast.errors import DataError
 
 # Names that programs use, the likeliest first.
 KNOWN = {
-    "pixels": ("image", "pixels", "observation", "observations", "rgb", "images"),
+    "pixels": ("image", "pixels", "observation", "observations", "rgb", "images", "observation/pixels", "observation/image"),
     "action": ("action", "actions"),
     "reward": ("reward", "rewards"),
     "discount": ("discount",),
