@@ -145,7 +145,7 @@ def _report(options: Conversion, data: DMCVBDataset, converted: Converted, task:
     if converted.rewards:
         print(f"rewards {min(rewards):.3g} to {max(rewards):.3g}, returns {min(returns):.3g} to {max(returns):.3g}")
     else:
-        print("no rewards were recorded: zeros are stored, and what predicts rewards will learn nothing")
+        print("no rewards were recorded: zeros are stored, and what predicts rewards is not trained")
     if options.map and "action=none" in options.map:
         print("no actions were recorded: one action is stored, always 0, so the model learns nothing of what an action does")
     if converted.too_short:

@@ -136,7 +136,8 @@ def evaluate_run(options: EvaluateConfig, run: str, folder: str | None) -> dict:
             reader=None if "positions" in missing else reader, lpips=None if "lpips" in missing else lpips, seed=options.seed,
         )  # fmt: skip
         sequences = evaluate_sequences(model, evaluated.one_pass(), mean_frame, config.model.codebook_size, options.seed)
-        outcomes = evaluate_outcomes(model, clips, training.mean_reward(), options.batch)
+        learnt = config.loss.lambda_outcome > 0
+        outcomes = evaluate_outcomes(model, clips, training.mean_reward(), options.batch) if learnt else {"clips": 0}
         if "positions" not in missing:
             near = explain_reconstruction(model, clips, mean_frame, reader.names, options.batch)
             sequences["reconstruction"]["explained_near"] = near

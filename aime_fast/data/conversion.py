@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aime_fast.data.episodes import UNRECORDED
 from aime_fast.data.foreign import Episode
 from aime_fast.data.unfinished import Unfinished
 from aime_fast.data.writer import EpisodeWriter
@@ -145,6 +146,7 @@ def convert(
         raise DataError(f"{attributes['source']}: no episode is in it")
     actions, rewards = first.action.shape[1], first.reward is not None
     attributes = {**attributes, "action_dim": actions * (recipe.skip if recipe.concatenate else 1)}
+    attributes |= {} if rewards else {"rewards": UNRECORDED}
     too_short, changed = 0, 0.0
     with Unfinished(out, attributes, resume) as unfinished:
         try:

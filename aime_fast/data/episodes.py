@@ -48,6 +48,7 @@ SHARED = {
     "render_quality": "--render-quality",
     "action_dim": None,
 }
+UNRECORDED = "none"  # the attribute `rewards` of a file whose rewards are zeros because none were recorded
 OMITTED = {"camera": "0"}  # what those mean that a file lacks, as files of older versions do
 ATTRIBUTE_TYPES = {key: int if key in ("frame_skip", "image_size", "action_dim") else str for key in SHARED}
 RECOLLECT = "re-collect it with `python -m aime_fast.collect --overwrite --out FILE`"

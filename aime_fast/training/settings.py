@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from aime_fast.config import PICTURE_SHARE, Compile, Config, DataConfig, RunConfig, preset, to_dict
 from aime_fast.data import DMCVBDataset, collect
+from aime_fast.data.episodes import UNRECORDED
 from aime_fast.errors import ConfigError, DataError
 from aime_fast.runtime import ranks
 from aime_fast.runtime.compile_cache import load_compiled
@@ -134,6 +137,15 @@ def collected_data(config: Config) -> Path:
         print(f"collecting {config.data.episodes} episodes of {config.data.domain} {config.data.task} to {path}", flush=True)
         collect(config.data, config.run.seed, path, resume=config.run.resume)
     return path
+
+
+def without_unrecorded_rewards(config: Config, report: Callable[[str], Any]) -> Config:
+    """The config, whose outcome heads learn nothing where the data have no rewards. Raises DataError."""
+    data = config.data.data
+    if data == "synthetic" or not config.loss.lambda_outcome or DMCVBDataset(data, 1).attributes.get("rewards") != UNRECORDED:
+        return config
+    report(f"{data}: no rewards were recorded, so the heads of reward and continuation are not trained (--lambda-outcome 0)")
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, lambda_outcome=0.0))
 
 
 def run_facts(config: Config, device: torch.device) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from aime_fast.training.settings import (
     prepare_machine,
     run_facts,
     training_length,
+    without_unrecorded_rewards,
 )
 from aime_fast.training.step import TrainingStep, on_device
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
@@ -98,7 +99,8 @@ class DMCVBTrainer:
         with ranks.leader_first():
             self.saved, resumed = checkpoint.find_resume(self.run_dir, run.resume, report)
             data = dataclasses.replace(config.data, data=config.data.data or str(collected_data(config)))
-        self.config = config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
+        config = dataclasses.replace(config, data=data, run=dataclasses.replace(run, run_dir=str(self.run_dir)))
+        self.config = config = without_unrecorded_rewards(config, report)
         if resumed is not None:
             with checkpoint.fitting(self.saved):
                 checkpoint.check_same_config(resumed["config"], config)

@@ -129,7 +129,9 @@ def test_films_and_pictures_with_actions_beside_them(tmp_path, episodes, capsys)
     writer.close()
     with pytest.raises(DataError, match=r"no actions beside it, expected film\.npy or film\.csv; without any pass --map action=none"):
         convert(film, tmp_path / "film.h5")
-    (found,) = [convert(film, tmp_path / "film.h5", "--map", "action=none").read_episode(0)]
+    data = convert(film, tmp_path / "film.h5", "--map", "action=none")
+    assert data.attributes["rewards"] == "none"
+    found = data.read_episode(0)
     assert (found["action"] == 0).all()
     off = found["pixels"].permute(0, 2, 3, 1).float() - torch.from_numpy(episodes[0]["pixels"]).float()
     assert off.abs().mean() < 4
@@ -237,8 +239,10 @@ def test_what_cannot_be_converted(tmp_path, episodes):
         convert(tmp_path / "nowhere", tmp_path / "b.h5")
 
 
-def test_a_model_trains_on_it(tmp_path, episodes):
-    data = convert(write_npz(tmp_path / "mine", episodes), tmp_path / "a.h5", "--image-size", "32")
+@pytest.mark.parametrize("rewards", [True, False])
+def test_a_model_trains_on_it(tmp_path, episodes, rewards, capsys):
+    changes = {} if rewards else {"reward": None}
+    data = convert(write_npz(tmp_path / "mine", episodes, **changes), tmp_path / "a.h5", "--image-size", "32")
     config = preset("debug")
     settings = dict(data=str(tmp_path / "a.h5"), domain="converted", task="mine", frame_skip=50, render_quality="full")
     run = dataclasses.replace(config.run, steps=1, run_dir=str(tmp_path / "run"))
@@ -246,6 +250,7 @@ def test_a_model_trains_on_it(tmp_path, episodes):
     result = DMCVBTrainer(dataclasses.replace(config, data=dataclasses.replace(config.data, **settings), run=run, optim=optim)).train()
     assert result["step"] == 1
     assert data.image_size == 32
+    assert ("no rewards were recorded, so the heads of reward and continuation are not trained" in capsys.readouterr().out) != rewards
 
 
 def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from io import BytesIO
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +15,16 @@ from aime_fast.errors import DataError
 
 # Names that programs use, the likeliest first.
 KNOWN = {
-    "pixels": ("image", "pixels", "observation", "observations", "rgb", "images", "observation/pixels", "observation/image"),
+    "pixels": (
+        "image", "pixels", "observation", "observations", "rgb", "images", "observation/pixels", "observation/image",
+        "observations/pixels", "observations/image",
+    ),
     "action": ("action", "actions"),
-    "reward": ("reward", "rewards"),
+    "reward": ("reward", "rewards", "next.reward"),
     "discount": ("discount",),
-    "terminal": ("is_terminal", "terminal", "terminals", "dones"),
+    "terminal": ("is_terminal", "terminal", "terminals", "dones", "terminations", "next.done"),
     "first": ("is_first",),
-}
+}  # fmt: skip
 
 
 class Episode(NamedTuple):
@@ -93,3 +99,29 @@ def readable(where: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{where}: cannot be read ({reason}); copy it again, or leave it out") from error
+
+
+def decoded(where: str, coded: Sequence[bytes]) -> np.ndarray:
+    """Pictures of files in memory, such as PNG or JPEG: uint8 [T, h, w, 3]. Raises DataError for one that is damaged or of another size."""
+    from PIL import Image
+
+    pictures: np.ndarray | None = None
+    for t, part in enumerate(coded):
+        with readable(f"{where}: picture {t}"):
+            picture = np.asarray(Image.open(BytesIO(part)).convert("RGB"))
+        if pictures is None:
+            pictures = np.empty((len(coded), *picture.shape), np.uint8)
+        if picture.shape != pictures.shape[1:]:
+            raise DataError(
+                f"{where}: picture {t} is {list(picture.shape)}, the first is {list(pictures.shape[1:])}; the pictures of an episode must be alike"
+            )
+        pictures[t] = picture
+    return np.empty((0, 0, 0, 3), np.uint8) if pictures is None else pictures
+
+
+def optional(module: str, where: str, extra: str) -> ModuleType:
+    """A module that an extra of this package installs. Raises DataError where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise DataError(f"{where}: {module.partition('.')[0]} is not installed; pip install 'aime_fast[{extra}]'") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from aime_fast.data.foreign.episode import KNOWN, Episode, Names, build, readable
+from aime_fast.data.foreign.episode import KNOWN, Episode, Names, build, decoded, readable
 from aime_fast.errors import DataError
 
 LENGTHS = ("ep_len", "episode_lengths")
@@ -30,6 +30,7 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
                 for group in groups:
                     where = f"{path}: {group.name}"
                     arrays = {what: group[name][()] for what, name in names.choose(_datasets(group), where).items()}
+                    arrays["pixels"] = _pictures(where, arrays["pixels"])
                     yield build(where, arrays, leads=bool(names.leads))
             else:
                 yield from _columns(file, names, str(path))
@@ -44,6 +45,12 @@ def _episodes(file: h5py.File) -> list[h5py.Group]:
         if found and len({stem for stem, name in numbered if name != stem}) == 1:
             return [place[name] for _, name in sorted(found)]
     return []
+
+
+def _pictures(where: str, pixels: np.ndarray) -> np.ndarray:
+    """Decoded where each is a file in bytes, as Minari stores JPEG: object [T], or uint8 [T, N] where all happen to be of one length."""
+    coded = (pixels.dtype == object and pixels.ndim == 1) or (pixels.dtype == np.uint8 and pixels.ndim == 2)
+    return decoded(where, [bytes(part) for part in pixels]) if coded else pixels
 
 
 def _datasets(group: h5py.Group) -> list[str]:

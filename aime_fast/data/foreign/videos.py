@@ -34,12 +34,25 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
         yield build(str(path), arrays, leads=bool(names.leads))
 
 
-def _film(path: Path) -> np.ndarray:
+def frames(path: Path, begin: float = 0.0, seconds: float | None = None) -> Iterator[np.ndarray]:
+    """Frames of a film, uint8 [h, w, 3], decoded one at a time. Raises what imageio_ffmpeg raises for what is no film.
+
+    With `seconds` they are those of a part from `begin`, none added or left out to even out the rate, and end where one is damaged.
+    """
     import imageio_ffmpeg
 
-    frames = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
-    width, height = next(frames)["size"]
-    found = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
+    part, rate = [], []
+    if seconds is not None:
+        part = ["-err_detect", "explode", "-xerror", "-ss", f"{begin:.6f}", "-t", f"{seconds:.6f}"]
+        rate = ["-fps_mode", "passthrough"]
+    found = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24", input_params=part, output_params=rate)
+    width, height = next(found)["size"]
+    for frame in found:
+        yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+
+
+def _film(path: Path) -> np.ndarray:
+    found = list(frames(path))
     if not found:
         raise DataError(f"{path}: no frame can be read; copy it again, or leave it out")
     return np.stack(found)
