@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from aime_fast.cli import parse_arguments, run_command, tier_from
-from aime_fast.config import DataConfig, NoiseKind, preset
+from aime_fast.config import Backend, DataConfig, NoiseKind, preset
 from aime_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Collection:
     render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
     policy: str  # random, ou, swing, mixed (see train --help), or an online run or checkpoint, whose actor then acts with its noise
     workers: int  # collector processes
+    backend: Backend = "local"  # where they run: local, or distributed (they send by gloo): this machine; ray: the cluster of RAY_ADDRESS
     plan: bool = False  # with a run as --policy: choose each action by planning in its world model, by TorchRL's CEM (slow)
     seed: int = 0  # seed of initial states and actions
     shard: str = "1/1"  # I/N: every Nth of the episodes, from the Ith on, as one of N jobs; a folder of all shards is read as one
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
         name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
-        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard)
+        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, options.backend)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")}
     )

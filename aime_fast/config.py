@@ -23,6 +23,7 @@ from aime_fast.errors import ConfigError
 Compile = Literal["off", "capture", "on", "graph", "whole"]  # ways to run an update, see `aime_fast.runtime.machine.WAYS`
 
 NoiseKind = Literal["random", "ou", "swing", "mixed"]  # policies that see nothing, see `aime_fast.data.noise.NoisePolicy`
+Backend = Literal["local", "distributed", "ray"]  # where the workers of a collection run, see `aime_fast.data.backends`
 
 PICTURE_SHARE = 2 / 3  # of the steps, where `picture_steps` is None
 LATENT_UPDATES = 10  # of the latent phase for each joint update, where `latent_phase_updates` is None

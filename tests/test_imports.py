@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PILLARS = ("perceiver_io", "generative_prior", "encoder_decoder", "temporal_dynamics", "attention_schema", "multi_task_learning")
-COMMANDS = ("train", "collect", "convert", "evaluate", "report")
+COMMANDS = ("train", "collect", "convert", "evaluate", "report", "inspect")
 
 
 def modules() -> dict[str, Path]:

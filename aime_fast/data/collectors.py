@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import itertools
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +19,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
 from aime_fast.bounds import check
-from aime_fast.config import DataConfig, RunConfig
+from aime_fast.config import Backend, DataConfig, RunConfig
+from aime_fast.data.backends import MakePolicy, WorkerError, check_backend, messages, open_collector
 from aime_fast.data.environments import describe_task, make_environment, probe_renderer
 from aime_fast.data.files import writable_target
 from aime_fast.data.noise import NoisePolicy
 from aime_fast.data.unfinished import Unfinished
 from aime_fast.errors import DataError, Interrupted, stop_signals
-from aime_fast.runtime.processes import begin_worker
 from aime_fast.runtime.progress import episode_bar
 
 if TYPE_CHECKING:
@@ -42,9 +38,6 @@ MOST_DIVERGED = 20  # episodes in a row before a collection gives up
 RECORDED_PACKAGES = ("dm_control", "mujoco", "torchrl", "tensordict", "torch", "numpy", "h5py")
 
 
-MakePolicy = Callable[[], TensorDictModuleBase]  # the policy of a worker; it is called in the worker's process
-
-
 class Shard(NamedTuple):
     """The episodes that one of `count` recordings of a job array makes; `index` counts from 1."""
 
@@ -54,10 +47,6 @@ class Shard(NamedTuple):
     def of(self, episodes: int) -> range:
         """Numbers of its episodes, of so many in all."""
         return range(self.index - 1, episodes, self.count)
-
-
-class WorkerError(Exception):
-    """A process of the collector has ended."""
 
 
 class SeededPolicy(TensorDictModuleBase):
@@ -79,13 +68,13 @@ class SeededPolicy(TensorDictModuleBase):
 
 def collect(
     config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False, make_policy: MakePolicy | None = None,
-    policy_name: str | None = None, shard: Shard = Shard(),  # noqa: B008
+    policy_name: str | None = None, shard: Shard = Shard(), backend: Backend = "local",  # noqa: B008
 ) -> Path:  # fmt: skip
     """Record `config.episodes` whole episodes of a dm_control task, or a shard of them, into one HDF5 file.
 
-    Episode n is a function of `seed` and n, and for pixels of the OpenGL driver: it is the same whatever the number of workers and shards,
-    and whether the collection was stopped. The file appears under `out` only when every episode is written. Until then the finished
-    episodes are in the folder `out`.unfinished, and whatever ends the process leaves them there.
+    Episode n is a function of `seed` and n, and for pixels of the OpenGL driver: it is the same whatever the number of workers and shards
+    and the backend, and whether the collection was stopped. The file appears under `out` only when every episode is written. Until then
+    the finished episodes are in the folder `out`.unfinished, and whatever ends the process leaves them there.
 
     An episode whose simulation diverges is counted in the attribute `diverged_episodes` and played anew, from another initial state.
 
@@ -97,6 +86,7 @@ def collect(
         resume: begin with the finished episodes of a collection that ended early; otherwise they are deleted.
         make_policy: acts instead of `config.policy`; policy_name: what the attribute `policy` then says.
         shard: which of the episodes to record.
+        backend: where the workers run, see `open_collector`.
     Returns:
         `out` as a Path.
     Raises:
@@ -106,11 +96,12 @@ def collect(
     """
     check(config)
     check(RunConfig(seed=seed))
+    check_backend(backend)
     out = Path(out)
     target = writable_target(out)
-    backend = probe_renderer()
+    renderer = probe_renderer()
     action_dim, longest_episode, position_names = describe_task(config)
-    attributes = recording_attributes(config, seed, action_dim, position_names, backend, policy_name)
+    attributes = recording_attributes(config, seed, action_dim, position_names, renderer, policy_name)
     make_policy = make_policy or partial(NoisePolicy, config.policy, action_dim)
     frames, wanted = min(FRAMES_PER_MESSAGE, longest_episode), shard.of(config.episodes)
     if not wanted:
@@ -125,7 +116,7 @@ def collect(
                     f"--episodes {max(surplus) + 1} or more, or --overwrite to drop all"
                 )
             if missing := [number for number in wanted if number not in unfinished.numbers]:
-                _play(config, seed, missing, make_policy, frames, unfinished, interrupts, progress)
+                _play(config, seed, missing, make_policy, backend, frames, unfinished, interrupts, progress)
             unfinished.join(wanted)
         except (KeyboardInterrupt, DataError, WorkerError) as error:
             done = f"{len(unfinished.numbers)} of {len(wanted)} episodes"
@@ -160,7 +151,8 @@ def play_episodes(config: DataConfig, make_policy: MakePolicy, seed: int, begin:
     """
     _, longest, _ = describe_task(config)
     diverged = 0
-    with _collector(config, seed, [itertools.count(begin)], make_policy, min(FRAMES_PER_MESSAGE, longest)) as collector:
+    environments = [partial(make_environment, config, seed, itertools.count(begin))]
+    with open_collector("local", environments, partial(_seeded, make_policy), min(FRAMES_PER_MESSAGE, longest)) as collector:
         for _, episode in _whole_episodes(collector):
             diverged = 0 if episode is not None else diverged + 1
             if diverged == MOST_DIVERGED:
@@ -170,14 +162,15 @@ def play_episodes(config: DataConfig, make_policy: MakePolicy, seed: int, begin:
 
 
 def _play(
-    config: DataConfig, seed: int, missing: list[int], make_policy: MakePolicy, frames: int, unfinished: Unfinished,
+    config: DataConfig, seed: int, missing: list[int], make_policy: MakePolicy, backend: Backend, frames: int, unfinished: Unfinished,
     interrupts: _DeferredInterrupts, progress: bool,
 ) -> None:  # fmt: skip
     """Play until `unfinished` has the missing episodes. Raises KeyboardInterrupt after a signal, DataError, WorkerError."""
     diverged = in_a_row = idle = 0
     workers, left = min(config.workers, len(missing)), set(missing)
-    numbers = [missing[worker::workers] for worker in range(workers)]
-    with _collector(config, seed, numbers, make_policy, frames) as collector, episode_bar("collecting", progress, len(missing)) as advance:
+    environments = [partial(make_environment, config, seed, missing[worker::workers]) for worker in range(workers)]
+    playing = open_collector(backend, environments, partial(_seeded, make_policy), frames)
+    with playing as collector, episode_bar("collecting", progress, len(missing)) as advance:
         began = time.perf_counter()  # the workers are up
         for number, episode in _whole_episodes(collector):
             if interrupts.received:
@@ -208,7 +201,7 @@ def _play(
 def _whole_episodes(collector: BaseCollector) -> Iterator[tuple[int, dict[str, np.ndarray] | None]]:
     """Whole episodes of all workers by number, ordered by message, then by worker; None for one whose simulation diverged."""
     pending: list[list[TensorDict]] = []
-    for message in _messages(collector):
+    for message in messages(collector):
         streams = message if message.ndim == 2 else message.unsqueeze(0)  # [workers, frames]
         pending = pending or [[] for _ in streams]
         for parts, stream in zip(pending, streams.unbind(0)):
@@ -223,38 +216,6 @@ def _whole_episodes(collector: BaseCollector) -> Iterator[tuple[int, dict[str, n
                 parts.append(stream[begin:].clone())  # the collector writes its next message into the same memory
 
 
-def _messages(collector: BaseCollector) -> Iterator[TensorDict]:
-    """What a collector yields. Raises WorkerError if a worker has ended; TorchRL raises several kinds of errors then."""
-    try:
-        yield from collector
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        if not isinstance(error, DataError):
-            _raise_if_ended(collector, error)
-        raise
-
-
-def _raise_if_ended(collector: BaseCollector, error: Exception) -> None:
-    for process in getattr(collector, "procs", ()):
-        with contextlib.suppress(ValueError):  # raised by a process that was closed
-            process.join(timeout=1)
-            if process.exitcode:
-                how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
-                raise WorkerError(
-                    f"a worker process was ended by {how}; the system does that when memory runs out, pass fewer --workers"
-                    if process.exitcode < 0
-                    else f"a worker process ended with {how} ({(str(error).splitlines() or [''])[-1]}); pass --workers 1 to see its error"
-                ) from error
-
-
-def _raise_if_a_child_ended(error: Exception) -> None:
-    """Raise WorkerError if what ended the making of a collector is that one of its processes is gone, which `error` does not always say."""
-    gone = isinstance(error, EOFError) or isinstance(error.__cause__, EOFError) or isinstance(error, (BrokenPipeError, ConnectionError))
-    if gone:
-        raise WorkerError(
-            "a worker process ended while it started; pass --workers 1 to see its error, or fewer --workers where memory runs out"
-        ) from error
-
-
 def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
     """Consecutive pieces of one episode as the arrays of `episodes.py`: reward and discount share the row of their action."""
     keys = {
@@ -267,40 +228,6 @@ def _to_arrays(parts: list[TensorDict]) -> dict[str, np.ndarray]:
     }
     episode = {name: torch.cat([part[key] for part in parts]).numpy() for name, key in keys.items()}
     return {name: value[:, 0] if name in ("reward", "discount", "is_init") else value for name, value in episode.items()}
-
-
-@contextmanager
-def _collector(
-    config: DataConfig, seed: int, numbers: Sequence[Iterable[int]], make_policy: MakePolicy, frames: int
-) -> Iterator[BaseCollector]:
-    """A TorchRL collector, always shut down: the interpreter cannot exit while one runs. numbers: of the episodes of each worker."""
-    from torchrl.collectors import Collector, MultiSyncCollector
-
-    workers = len(numbers)
-    environments = [partial(make_environment, config, seed, own) for own in numbers]
-    policies = [partial(_seeded, make_policy)] * workers
-    common = {"total_frames": -1, "trust_policy": True, "auto_register_policy_transforms": False}
-    if workers == 1:
-        collector = Collector(environments[0], policy_factory=policies[0], frames_per_batch=frames, **common)
-    else:
-        try:
-            collector = MultiSyncCollector(
-                environments,
-                policy_factory=policies,
-                frames_per_batch=frames * workers,
-                cat_results="stack",
-                init_fn=partial(begin_worker, os.getpid()),
-                **common,
-            )
-        except (RuntimeError, OSError, EOFError) as error:
-            _raise_if_a_child_ended(error)
-            raise
-    atexit.register(collector.shutdown)
-    try:
-        yield collector
-    finally:
-        atexit.unregister(collector.shutdown)
-        collector.shutdown()
 
 
 def _seeded(make_policy: MakePolicy) -> SeededPolicy:

@@ -38,6 +38,7 @@ LIBVER = ("v110", "v110")  # the newest HDF5 layout that version 1.10 of the lib
 CHUNK_FRAMES = 16
 DTYPES = {"pixels": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "is_init": np.bool_}
 OPTIONAL = {"positions": np.float32}  # absent from files of other sources and from older files
+RANGES = (("action", -1.0, 1.0), ("reward", -np.inf, np.inf), ("discount", 0.0, 1.0), ("positions", -np.inf, np.inf))
 # Attributes that all shards of a data set must agree on, with the flag that sets each.
 SHARED = {
     "domain": "--domain",
@@ -178,12 +179,12 @@ def _episode_names(file: h5py.File, path: str | Path) -> list[str]:
     with readable(path, "the list of episodes"):
         names = sorted(name for name in file if name.startswith("episode_"))
         for name in names:
-            _check_link(file, name, path)
+            check_link(file, name, path)
             file[name]  # raises here, where the error is caught, if the group is damaged
         return names
 
 
-def _check_link(group: h5py.Group, name: str, path: str | Path) -> None:
+def check_link(group: h5py.Group, name: str, path: str | Path) -> None:
     """Raise DataError if `name` is not stored in this file: a soft or external link can name any file that the user may read."""
     link = group.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
@@ -209,7 +210,7 @@ def check_episode(group: h5py.Group, path: str | Path, attributes: Mapping[str, 
         where = f"{path}: dataset '{name}/{key}'"
         with readable(path, f"dataset '{name}/{key}'"):
             if key in present:
-                _check_link(group, key, path)
+                check_link(group, key, path)
             dataset = group[key] if key in present else None
             if not isinstance(dataset, h5py.Dataset):
                 raise DataError(f"{where} is missing; {RECOLLECT}")
@@ -256,8 +257,7 @@ def read_episode(group: h5py.Group, path: str | Path, start: int = 0, stop: int 
             episode[key] = group[key][start:stop]
     if start == 0 and stop is None and "sha256" in group.attrs and episode_sha256(episode) != recorded_sha256(group, path):
         raise DataError(f"{path}: the frames of '{name}' differ from its checksum 'sha256'; {COPY_AGAIN}")
-    ranges = (("action", -1.0, 1.0), ("reward", -np.inf, np.inf), ("discount", 0.0, 1.0), ("positions", -np.inf, np.inf))
-    for key, low, high in ranges:
+    for key, low, high in RANGES:
         value = episode.get(key, np.zeros(0))
         bad = ~np.isfinite(value) | (value < low) | (value > high)
         if bad.any():

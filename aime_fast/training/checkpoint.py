@@ -103,17 +103,7 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         DamagedError: truncated or damaged.
         CheckpointError: missing, unreadable, or of another format: an older one would not help, or should not be taken unasked.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a folder lies in its place" if path.is_dir() else "not a regular file" if path.exists() else "no such checkpoint"
-        raise CheckpointError(f"{path}: {found}; name another one, or move it away")
-    try:
-        data = path.read_bytes()  # once: what is verified is what is loaded
-        state = _unpack(path, data, device)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {explain(error)}") from error
-    except MemoryError as error:
-        raise CheckpointError(f"{path}: too little memory to read it ({path.stat().st_size / 1e6:.0f} MB); free some") from error
+    state = read_archive(path, device)
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != FORMAT:
         raise CheckpointError(
@@ -121,6 +111,21 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             "(git_commit in run.json), or start anew in another --run-dir"
         )
     return state
+
+
+def read_archive(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """What `read_checkpoint` reads, of whatever format it is. Raises DamagedError, or CheckpointError if it is missing or unreadable."""
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder lies in its place" if path.is_dir() else "not a regular file" if path.exists() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {found}; name another one, or move it away")
+    try:
+        data = path.read_bytes()  # once: what is verified is what is loaded
+        return _unpack(path, data, device)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {explain(error)}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: too little memory to read it ({path.stat().st_size / 1e6:.0f} MB); free some") from error
 
 
 def _unpack(path: Path, data: bytes, device: torch.device | str) -> Any:

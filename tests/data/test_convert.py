@@ -12,27 +12,10 @@ import torch
 
 from aime_fast.config import DataConfig, preset
 from aime_fast.convert import main
-from aime_fast.data import DMCVBDataset, collect, make_batches
+from aime_fast.data import DMCVBDataset, make_batches
 from aime_fast.data.split import held_out_shares, split_episodes
 from aime_fast.errors import ConfigError, DataError
 from aime_fast.training import DMCVBTrainer
-
-SMALL = DataConfig(image_size=16, frame_skip=50, episodes=3, workers=1, policy="random")
-
-
-@pytest.fixture(scope="module")
-def episodes(tmp_path_factory) -> list[dict[str, np.ndarray]]:
-    """Real episodes: an action is that taken after the picture of its row."""
-    data = DMCVBDataset(collect(SMALL, 0, tmp_path_factory.mktemp("recording") / "a.h5", progress=False), 1)
-    found = [data.read_episode(i) for i in range(3)]
-    assert found[0]["action"].std() > 0.3
-    return [
-        {
-            "pixels": e["pixels"].permute(0, 2, 3, 1).numpy(), "action": e["action"].numpy(), "reward": e["reward"].numpy()[:, 0],
-            "discount": e["discount"].numpy()[:, 0],
-        }
-        for e in found
-    ]  # fmt: skip
 
 
 def convert(source: Path, out: Path, *flags: str) -> DMCVBDataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aime_fast.data.foreign import hdf5, npz, rlds, videos
+from aime_fast.data.foreign import hdf5, lerobot, minari, npz, rlds, videos
 from aime_fast.data.foreign.episode import Episode, Names
 from aime_fast.errors import ConfigError, DataError
 
@@ -17,6 +17,8 @@ READERS: dict[str, Callable[[Path, Names], Iterator[Episode]]] = {
     "hdf5": hdf5.read,
     "videos": videos.read,
     "rlds": rlds.read,
+    "lerobot": lerobot.read,
+    "minari": minari.read,
 }
 SUFFIXES = {
     ".npz": "npz",
@@ -28,9 +30,13 @@ SUFFIXES = {
 
 
 def detect(source: Path) -> str:
-    """The format of a file or of the files of a folder, by their names. Raises DataError."""
+    """The format of a file or of the files of a folder, by their names, or by what is beside them. Raises DataError."""
     if not source.exists():
         raise DataError(f"{source}: there is no such file or folder; give the recording to convert")
+    if lerobot.is_dataset(source):
+        return "lerobot"
+    if minari.data_folder(source):
+        return "minari"
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     suffixes = {".tfrecord" if ".tfrecord" in path.name else path.suffix.lower() for path in files}  # shards: .tfrecord-00000-of-00002
     found = {SUFFIXES[suffix] for suffix in suffixes if suffix in SUFFIXES}

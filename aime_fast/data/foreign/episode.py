@@ -112,9 +112,7 @@ def decoded(where: str, coded: Sequence[bytes]) -> np.ndarray:
         if pictures is None:
             pictures = np.empty((len(coded), *picture.shape), np.uint8)
         if picture.shape != pictures.shape[1:]:
-            raise DataError(
-                f"{where}: picture {t} is {list(picture.shape)}, the first is {list(pictures.shape[1:])}; the pictures of an episode must be alike"
-            )
+            raise DataError(f"{where}: picture {t} is {list(picture.shape)}, the first {list(pictures.shape[1:])}; they must be alike")
         pictures[t] = picture
     return np.empty((0, 0, 0, 3), np.uint8) if pictures is None else pictures
 

@@ -1,11 +1,11 @@
 """LeRobot data sets, v2.0, v2.1 and v3: rows in parquet files, pictures in these or in mp4 films.
 
-By huggingface/lerobot, src/lerobot/datasets/{utils,dataset_metadata,dataset_writer,dataset_reader}.py and docs/source/lerobot-dataset-v3.mdx:
-meta/info.json has `codebase_version`, `fps`, `features` (name -> dtype, shape) and where the files are, `data_path` and `video_path`.
+By huggingface/lerobot (src/lerobot/datasets: utils.py, dataset_metadata.py, dataset_writer.py, dataset_reader.py):
+meta/info.json has `codebase_version`, `fps`, `features` (name -> dtype, shape) and where files are, `data_path` and `video_path`.
 v2: a parquet file and a film an episode, numbered in meta/episodes.jsonl, `chunks_size` of them a folder. v3: many episodes a file;
 meta/episodes/*/*.parquet says in which ones an episode lies, and at which second of a film it begins (`videos/KEY/from_timestamp`).
 Frame t of an episode is that at `from_timestamp` + t / `fps`. A feature of dtype `image` is a column of {bytes, path}.
-In row t lie the picture, the `action` taken after it, and `next.reward` and `next.done`, which it brought.
+In row t lie picture t, the `action` taken after it, and `next.reward` and `next.done`, which that brought.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Dataset(NamedTuple):
 
 def is_dataset(source: Path) -> bool:
     """Whether a folder is laid out as LeRobot does, even where meta/info.json is missing."""
-    return (source / INFO).is_file() or all((source / name).is_dir() for name in ("meta", "data"))
+    return (source / INFO).is_file() or any(source.glob("data/chunk-*/*.parquet"))
 
 
 def read(source: Path, names: Names) -> Iterator[Episode]:
@@ -70,8 +70,7 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
     if len(entries) != data.info.get("total_episodes", len(entries)):
         raise DataError(f"{source}: {len(entries)} episodes in meta, {INFO} says {data.info['total_episodes']}; {AGAIN}")
     for path, group in groupby(entries, key=lambda entry: entry.rows):
-        wanted = [*data.columns.values(), *([] if data.filmed else [data.camera])]
-        tables = _tables(path, wanted)
+        tables = _tables(path, [*data.columns.values(), *([] if data.filmed else [data.camera])])
         for entry in group:
             where = f"{path}: episode {entry.number}"
             with readable(where):
@@ -89,10 +88,10 @@ def _dataset(source: Path, names: Names) -> Dataset:
         if absent := [key for key in ("codebase_version", "fps", "features", "data_path") if key not in info]:
             raise DataError(f"{path}: no {', '.join(absent)} in it; {AGAIN}")
         version = re.match(r"v?(\d+)(\.|$)", str(info["codebase_version"]))
-        if version is None or version[1] not in "23":
-            raise DataError(f"{path}: codebase_version {info['codebase_version']}, expected v2.0 to v3; convert it with LeRobot's own scripts")
+        if version is None or version[1] not in ("2", "3"):
+            raise DataError(f"{path}: codebase_version {info['codebase_version']}, expected v2.0 to v3; bring it there with LeRobot")
         if info.get("storage_format", "parquet") != "parquet":
-            raise DataError(f"{path}: storage_format {info['storage_format']}, expected parquet; convert it with LeRobot's own scripts")
+            raise DataError(f"{path}: storage_format {info['storage_format']}, expected parquet; bring it there with LeRobot")
         cameras = {name: feature for name, feature in info["features"].items() if feature["dtype"] in ("image", "video")}
         others = [name for name in info["features"] if name not in cameras]
         found = {what: names.find(what, others, str(path), what == "action") for what in ("action", "reward", "discount", "terminal")}
@@ -127,11 +126,12 @@ def _numbered(data: Dataset) -> list[Entry]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         with readable(f"{path}: line {number}"):
             episode = json.loads(line)
-            index, length = (int(_value(episode, key)) for key in (EPISODE, "length"))
+            _check(list(episode), (EPISODE, "length"), f"{path}: line {number}")
+            index = int(episode[EPISODE])
             of = {EPISODE: index, "episode_chunk": index // data.info.get("chunks_size", 1000)}
             rows = data.path("data_path", **of, total_episodes=data.info.get("total_episodes"))
             film = data.path("video_path", **of, video_key=data.camera) if data.filmed else None
-            entries.append(Entry(index, length, rows, film, 0.0))
+            entries.append(Entry(index, int(episode["length"]), rows, film, 0.0))
     return sorted(entries)
 
 
@@ -146,7 +146,7 @@ def _packed(data: Dataset) -> list[Entry]:
     needed = [EPISODE, "length", "dataset_from_index", *(f"data/{key}" for key in place)]
     if data.filmed:
         needed += [f"videos/{data.camera}/{key}" for key in (*place, "from_timestamp")]
-    found: list[tuple[int, Entry]] = []
+    found = []
     for path in files:
         with readable(str(path)), parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check(file.schema_arrow.names, needed, str(path))
@@ -162,15 +162,9 @@ def _packed(data: Dataset) -> list[Entry]:
     return [entry for _, entry in sorted(found)]
 
 
-def _value(record: Mapping[str, Any], key: str) -> Any:
-    if key not in record:
-        raise KeyError(f"no {key}")
-    return record[key]
-
-
 def _check(present: Sequence[str], needed: Sequence[str], where: str) -> None:
     if absent := [name for name in needed if name not in present]:
-        raise DataError(f"{where}: no column {', '.join(absent)}; there are {', '.join(present)}; {AGAIN}")
+        raise DataError(f"{where}: no {', '.join(absent)}; there are {', '.join(present)}; {AGAIN}")
 
 
 def _tables(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -195,7 +189,7 @@ def _tables(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _arrays(where: str, data: Dataset, entry: Entry, table: Any) -> dict[str, np.ndarray]:
-    """Arrays of an episode for `build`. Raises DataError where rows or frames are missing, or shapes are others than meta/info.json says."""
+    """Arrays of an episode for `build`. Raises DataError where rows or frames are missing, or not as meta/info.json says."""
     steps = 0 if table is None else table.num_rows
     if steps != entry.length:
         raise DataError(f"{where}: {steps} rows, meta says {entry.length}; {AGAIN}")
@@ -212,29 +206,26 @@ def _arrays(where: str, data: Dataset, entry: Entry, table: Any) -> dict[str, np
 
 def _numbers(where: str, column: Any, feature: Mapping[str, Any]) -> np.ndarray:
     """[T], or [T, *shape]."""
-    shape = list(feature["shape"])
+    expected = [] if (shape := list(feature["shape"])) == [1] else shape
     rows = column.to_pylist()
-    sizes = {np.shape(row) if isinstance(row, list) else () for row in rows}
-    if len(sizes) != 1 or (list(sizes.copy().pop()) or [1]) != shape:
-        raise DataError(f"{where}: rows of shapes {', '.join(sorted(str(list(size)) for size in sizes))}, {INFO} says {shape}; {AGAIN}")
-    values = np.array(rows)
-    if values.dtype.kind not in "fiub":
-        raise DataError(f"{where}: {column.type} with values such as {rows[0]!r}, expected a number in every place; choose another with --map")
-    return values
+    for t, row in enumerate(rows):
+        values = np.array(row)
+        if values.dtype.kind not in "fiub":
+            raise DataError(f"{where}: row {t} is {str(row)[:60]}, expected numbers of shape {shape}; choose another with --map")
+        if list(values.shape) not in (expected, shape):
+            raise DataError(f"{where}: row {t} has shape {list(values.shape)}, {INFO} says {shape}; {AGAIN}")
+    return np.array(rows)
 
 
 def _bytes(cell: Any, folder: Path, where: str) -> bytes:
     """Of a picture's file, which lies in the cell or is named there."""
-    held = cell.as_py()
-    if isinstance(held, dict) and held.get("bytes") is None and held.get("path"):
-        path = folder / held["path"]
-        if not path.is_file():
-            raise DataError(f"{where}: {path} is missing; {AGAIN}")
-        return path.read_bytes()
-    held = held.get("bytes") if isinstance(held, dict) else held
-    if not isinstance(held, bytes):
-        raise DataError(f"{where}: {cell.type} without a picture, expected its bytes or path; {AGAIN}")
-    return held
+    held = found if isinstance(found := cell.as_py(), dict) else {"bytes": found}
+    if held.get("bytes") is None and held.get("path"):
+        with readable(where):
+            return (folder / held["path"]).read_bytes()
+    if not isinstance(held.get("bytes"), bytes):
+        raise DataError(f"{where}: {str(held)[:60]}, expected a picture's bytes or path; {AGAIN}")
+    return held["bytes"]
 
 
 def _film(where: str, entry: Entry, rate: float) -> np.ndarray:
@@ -254,6 +245,6 @@ def _film(where: str, entry: Entry, rate: float) -> np.ndarray:
             found += 1
     if found != steps:
         raise DataError(
-            f"{where}: {found} frames can be read in {path} from second {entry.begin:g}, there are {steps} rows at {rate:g} a second; {AGAIN}"
+            f"{where}: {found} frames can be read in {path} from second {entry.begin:g}, expected {steps}, {rate:g} a second; {AGAIN}"
         )
     return pixels
