@@ -183,9 +183,11 @@ class DMCVBDataset(Dataset):
 
 def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
     """Arrays laid out as in the file (`episodes.py`) to a TensorDict [T]: pixels [T, 3, H, W], scalars [T, 1]."""
+    # Copied by NumPy: PyTorch's own memory is aligned, so it does not fit where an array was freed, and a process that reads one episode
+    # after the other would grow by each of them.
+    episode = {**episode, "pixels": np.ascontiguousarray(episode["pixels"].transpose(0, 3, 1, 2))}  # [T, 3, H, W]
     values = {key: torch.from_numpy(value) for key, value in episode.items()}
     values = {key: value[:, None] if value.dim() == 1 else value for key, value in values.items()}
-    values["pixels"] = values["pixels"].permute(0, 3, 1, 2).contiguous()  # [T, 3, H, W]
     return TensorDict(values, batch_size=[len(values["pixels"])])
 
 

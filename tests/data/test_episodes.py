@@ -1,6 +1,8 @@
 """HDF5: reading returns what was written, and each kind of bad file has its own message."""
 
 import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,28 @@ def test_items_as_aime_had_them_feed_a_loader(shard):
     assert (batch["observations"].shape, batch["actions"].shape) == ((3, 10, 3, 8, 8), (3, 10, 2))
     assert torch.equal(batch["observations"], normalise(batch["pixels"]))
     assert torch.equal(batch["actions"], batch["action"])
+
+
+GROWTH = """
+import resource, sys
+from aime_fast.data import DMCVBDataset
+data = DMCVBDataset(sys.argv[1], 1)
+grown = []
+for i in range(300):
+    data.read_episode(i % data.num_episodes)
+    grown.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(grown[-1] - grown[20])
+"""
+
+
+def test_reading_many_episodes_needs_no_more_memory_than_a_few(tmp_path):
+    path, attributes = tmp_path / "a.h5", {**ATTRIBUTES, "image_size": 32}
+    with EpisodeWriter(path, attributes) as writer:
+        for seed in range(300):  # 0.7 MiB each, of pictures that compress
+            episode = random_episode(249, seed, 8)
+            writer.write({**episode, "pixels": episode["pixels"].repeat(4, 1).repeat(4, 2)})
+    done = subprocess.run([sys.executable, "-c", GROWTH, str(path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 60  # MiB
 
 
 def test_shards_are_joined_and_survive_pickling(shard):
