@@ -197,12 +197,12 @@ class ControlConfig:
     online: bool = False  # collect with the policy, learn the world model, learn to act in what it imagines, and again
     environment_frames: Count = 100_000  # simulator steps in all; an agent step is --frame-skip of them
     seed_episodes: Annotated[int, Bound(3, 1_000_000)] = 10  # episodes of --policy before anything is learnt
-    cycle_episodes: Count = 2  # episodes that the actor then plays between updates
+    cycle_episodes: Count = 4  # episodes that the actor then plays between updates
     plays_beside: bool = False  # a second process plays the next cycle's episodes while this one learns, by the policy of the cycle before
-    train_ratio: Positive = 12.0  # frames of sequences that updates of the world model replay, for each new frame of an agent step
-    seed_train_ratio: Positive = 12.0  # the same for the seed episodes
+    train_ratio: Positive = 6.0  # frames of sequences that updates of the world model replay, for each new frame of an agent step
+    seed_train_ratio: Positive = 10.0  # the same for the seed episodes
     latent_updates: Weight = 4.0  # updates of the latent phase for each of those
-    policy_updates: Weight = 6.0  # updates of actor and critic for each of those
+    policy_updates: Weight = 13.0  # updates of actor and critic for each of those
     replay_frames: Count = 1_000_000  # agent steps to train on, at most; the oldest training episodes are deleted
     average_decay: OpenShare = 0.98  # of the weights' average that infers and acts, in place of --ema-decay: it must follow what is new
     imagination_starts: Count = 64  # states that an update of actor and critic imagines from, in pieces of 8

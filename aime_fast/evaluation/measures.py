@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from aime_fast.evaluation.sums import Sums
 from aime_fast.generative_prior import get_effective_components
 from aime_fast.multi_task_learning.losses import mixture_log_prob
 
@@ -64,20 +65,21 @@ def _gaussian_windows(size: int, like: Tensor) -> Tensor:
 class Reconstruction:
     """Reconstruction of held-out batches, beside a constant picture, and usage of codebook and mixture.
 
-    Sums stay on the device until `compute`.
-
     Args:
         mean_frame: [3, H, W] in [-1, 1], the baseline.
         codebook_size: V.
+
+    Attributes: sums: over the batches so far.
     """
 
     def __init__(self, mean_frame: Tensor, codebook_size: int):
         self.mean_frame, self.codebook_size = mean_frame, codebook_size
-        self.frames = 0
-        self._sums: dict[str, Tensor] = {}
-        self._codes: Tensor | float = 0.0  # [Q, V], how often each occurred
-        self._weights: Tensor | float = 0.0  # [K], summed mixture weights
-        self._likeliest: Tensor | float = 0.0  # [K], in how many frames each was the likeliest
+        self.sums = Sums()
+
+    @property
+    def frames(self) -> int:
+        """How many were measured."""
+        return int(self.sums["frames"]) if "frames" in self.sums else 0
 
     def update(self, outputs: Mapping[str, Tensor], video: Tensor) -> None:
         """Add a batch: outputs of `forward_sequence`, and its frames [B, T, 3, H, W] in [-1, 1]."""
@@ -91,11 +93,12 @@ class Reconstruction:
             "per_frame": get_effective_components(weights)[1],
         }
         for name, values in measured.items():
-            self._sums[name] = self._sums.get(name, 0.0) + values.double().sum()
-        self._codes = self._codes + torch.stack([head.bincount(minlength=self.codebook_size) for head in codes.unbind(1)]).double()
-        self._weights = self._weights + weights.double().sum(0)
-        self._likeliest = self._likeliest + weights.argmax(-1).bincount(minlength=weights.shape[-1])
-        self.frames += len(weights)
+            self.sums.add(name, values.double().sum())
+        occurred = [head.bincount(minlength=self.codebook_size) for head in codes.unbind(1)]
+        self.sums.add("codes", torch.stack(occurred))  # [Q, V]
+        self.sums.add("weights", weights.double().sum(0))  # [K]
+        self.sums.add("likeliest", weights.argmax(-1).bincount(minlength=weights.shape[-1]))  # [K]
+        self.sums.add("frames", len(weights))
 
     def compute(self) -> dict[str, float]:
         """The measures over all batches.
@@ -109,18 +112,18 @@ class Reconstruction:
         """
         if not self.frames:
             raise ValueError("the held-out episodes give no sequence; raise --validation-fraction or lower --sequence-length")
-        mean = {name: (total / self.frames).item() for name, total in self._sums.items()}
-        share = self._codes / self._codes.sum(1, keepdim=True)
+        codes, mean = self.sums["codes"], lambda name: self.sums[name] / self.frames
+        share = codes / codes.sum(1, keepdim=True)
         return {
-            "psnr": psnr(mean["squared_error"]),
-            "ssim": mean["ssim"],
-            "psnr_mean_frame": psnr(mean["squared_error_mean_frame"]),
-            "ssim_mean_frame": mean["ssim_mean_frame"],
-            "code_usage": (self._codes > 0).double().mean().item(),
+            "psnr": psnr(mean("squared_error").item()),
+            "ssim": mean("ssim").item(),
+            "psnr_mean_frame": psnr(mean("squared_error_mean_frame").item()),
+            "ssim_mean_frame": mean("ssim_mean_frame").item(),
+            "code_usage": (codes > 0).double().mean().item(),
             "code_perplexity": torch.special.entr(share).sum(1).exp().mean().item(),
-            "effective_components": get_effective_components(self._weights / self.frames)[1].item(),
-            "effective_components_per_frame": mean["per_frame"],
-            "components_used": int((self._likeliest > 0).sum()),
+            "effective_components": get_effective_components(mean("weights"))[1].item(),
+            "effective_components_per_frame": mean("per_frame").item(),
+            "components_used": int((self.sums["likeliest"] > 0).sum()),
         }
 
 

@@ -20,6 +20,7 @@ from aime_fast.data import normalise
 from aime_fast.evaluation.clips import Clips
 from aime_fast.evaluation.films import GAIN_STEPS
 from aime_fast.evaluation.measures import psnr, squared_error
+from aime_fast.evaluation.sums import Sums
 from aime_fast.imagination.frame import State, state_after
 from aime_fast.imagination.sequence import predict_latents
 from aime_fast.layers import starts
@@ -48,14 +49,13 @@ def row(intact: float, replaced: float | None, unit: str) -> Row:
 
 
 class SequenceProbes:
-    """Probes on sequences of the trained length. Sums stay on the device until `compute`.
+    """Probes on sequences of the trained length, added to `sums`.
 
     In every batch context and actions are exchanged with those of the sequence `shift` rows before.
     """
 
-    def __init__(self):
-        self._sums: dict[str, Tensor | float] = {}
-        self._frames = 0
+    def __init__(self, sums: Sums | None = None):
+        self.sums = sums or Sums()
 
     def update(
         self, model: nn.Module, video: Tensor, actions: Tensor, start: Tensor, outputs: Mapping[str, Tensor], shift: int = 1, seed: int = 0
@@ -71,22 +71,22 @@ class SequenceProbes:
         other_context, other_actions = context.roll(shift, 0), actions.roll(shift, 0)
         confused = model.encoder(frames, other_context.flatten(0, 1)).mean
         weight = len(video)
-        self._add("error", squared_error(outputs["reconstructions"], video).double().mean() * weight)
-        self._add("error_uniform", squared_error(_decode(model, mean, uniform), frames).double().mean() * weight)
-        self._add("error_other_context", squared_error(_decode(model, confused, attention), frames).double().mean() * weight)
+        self.sums.add("error", squared_error(outputs["reconstructions"], video).double().mean() * weight)
+        self.sums.add("error_uniform", squared_error(_decode(model, mean, uniform), frames).double().mean() * weight)
+        self.sums.add("error_other_context", squared_error(_decode(model, confused, attention), frames).double().mean() * weight)
 
         deviation = (context - context.mean(0)).float().square().mean()
-        self._add("context_spread", (deviation / context.float().square().mean().clamp_min(1e-30)).sqrt() * weight)
+        self.sums.add("context_spread", (deviation / context.float().square().mean().clamp_min(1e-30)).sqrt() * weight)
         maps = attention.float().flatten(1)
-        self._add("map_nats", (maps * (maps * maps.shape[1]).clamp_min(1e-30).log()).sum(1).mean() * weight)
+        self.sums.add("map_nats", (maps * (maps * maps.shape[1]).clamp_min(1e-30).log()).sum(1).mean() * weight)
 
         predictor, tokens = model.perceiver_io.predictor, outputs["tokens"]
-        self._add("nats", outputs["next_token"] * weight)
-        self._add("accuracy", outputs["token_accuracy"] * weight)
+        self.sums.add("nats", outputs["next_token"] * weight)
+        self.sums.add("accuracy", outputs["token_accuracy"] * weight)
         for name, given in (("other_context", (other_context, actions)), ("other_actions", (context, other_actions))):
             nats, accuracy = predictor.loss(tokens, *given, start)
-            self._add(f"nats_{name}", nats * weight)
-            self._add(f"accuracy_{name}", accuracy * weight)
+            self.sums.add(f"nats_{name}", nats * weight)
+            self.sums.add(f"accuracy_{name}", accuracy * weight)
 
         later = ~start.flatten()
         weights, means, logvars = (
@@ -98,16 +98,16 @@ class SequenceProbes:
         other = predict_latents(model, outputs["posterior_mean"], context, other_actions, start, sample=False).prior
         alike = other.log_weights.exp().float().clamp_min(torch.finfo(weights.dtype).tiny).log()  # rounded as those of the outputs
         other = mixture_log_prob(mean.float(), alike, other.means.float(), other.logvars.float())
-        self._add("prior", -(own * later).sum() * share)
-        self._add("prior_other_actions", -(other * later).sum() * share)
+        self.sums.add("prior", -(own * later).sum() * share)
+        self.sums.add("prior_other_actions", -(other * later).sum() * share)
 
         logvar = outputs["posterior_logvar"].flatten(0, 1).float()
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(logvar)  # validation's own draws stay the same
         z = mean.float() + noise * (0.5 * logvar).exp()
         alone = torch.full_like(log_weights, -torch.inf).scatter(1, log_weights.argmax(1, keepdim=True), 0.0)
-        self._add("kl", kl_monte_carlo(z, mean.float(), logvar, log_weights, means, logvars).mean() * weight)
-        self._add("kl_alone", kl_monte_carlo(z, mean.float(), logvar, alone, means, logvars).mean() * weight)
-        self._frames += weight
+        self.sums.add("kl", kl_monte_carlo(z, mean.float(), logvar, log_weights, means, logvars).mean() * weight)
+        self.sums.add("kl_alone", kl_monte_carlo(z, mean.float(), logvar, alone, means, logvars).mean() * weight)
+        self.sums.add("sequences", weight)
 
     def compute(self, exchanged: bool = True) -> dict[str, Row]:
         """The rows; without `exchanged`, where there is no other sequence, those that exchange have no value.
@@ -118,9 +118,9 @@ class SequenceProbes:
 
         Raises ValueError where there was no batch.
         """
-        if not self._frames:
+        if "sequences" not in self.sums:
             raise ValueError("probes: the held-out episodes give no sequence; lower --sequence-length")
-        m = {name: float(total) / self._frames for name, total in self._sums.items()}
+        m = {name: float(self.sums[name] / self.sums["sequences"]) for name in self.sums}
         other = {name: value if exchanged else None for name, value in m.items() if "other" in name}
         context_error = other["error_other_context"]
         return {
@@ -135,9 +135,6 @@ class SequenceProbes:
             "attention_from_uniform": row(m["map_nats"], None, "nats"),
             "context_spread": row(m["context_spread"], None, "share"),
         }
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value.double()
 
 
 def _decode(model: nn.Module, latents: Tensor, attention: Tensor) -> Tensor:
@@ -255,29 +252,29 @@ class ValidationProbes:
     """
 
     def __init__(self):
-        self._sequences = SequenceProbes()
-        self._errors: Tensor | float = 0.0  # [2]
-        self._batches = 0
+        self.sums = Sums()
+        self._sequences = SequenceProbes(self.sums)
 
-    def update(self, model: nn.Module, video: Tensor, actions: Tensor, is_init: Tensor, outputs: Mapping[str, Tensor]) -> None:
+    def update(
+        self, model: nn.Module, video: Tensor, actions: Tensor, is_init: Tensor, outputs: Mapping[str, Tensor], seed: int = 0
+    ) -> None:
         """Add a batch, as `SequenceProbes.update` with `is_init` bool [B, T] or [B, T, 1]. One with a single sequence, or frame, has no
         other to exchange with and is passed over."""
         batch, frames = video.shape[:2]
         if min(batch, frames) < 2:
             return
         start = starts(is_init, batch, frames, video.device)
-        self._sequences.update(model, video, actions, start, outputs, shift=batch // 2, seed=self._batches)
+        self._sequences.update(model, video, actions, start, outputs, shift=batch // 2, seed=seed)
         half = slice(None, None, 2 if batch > 3 else 1)  # films cost as much as all other probes
-        self._errors = self._errors + shuffled_actions_errors(model, video[half], actions[half]).double()
-        self._batches += 1
+        self.sums.add("film_errors", shuffled_actions_errors(model, video[half], actions[half]))  # [2]
 
     def compute(self) -> dict[str, float]:
         """`probe_<pillar>_<unit>`: costs of a replaced input; `probe_attention_from_uniform`, `probe_context_spread`, see
         `SequenceProbes.compute`; `probe_action_shuffle_ratio`. Empty where no batch was probed."""
-        if not self._batches:
+        if "film_errors" not in self.sums:
             return {}
         rows = self._sequences.compute()
-        own, shuffled = self._errors.tolist()
+        own, shuffled = self.sums["film_errors"].tolist()
         signals = {f"probe_{name}": rows[name]["intact"] for name in ("attention_from_uniform", "context_spread")}
         costs = {name: rows[source]["cost"] for name, source in LOGGED.items()}
         return costs | signals | {"probe_action_shuffle_ratio": shuffled / own if own > 0 else 1.0}

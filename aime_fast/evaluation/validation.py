@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from aime_fast.data import normalise
 from aime_fast.evaluation.measures import Calibration, Reconstruction
 from aime_fast.evaluation.probes import ValidationProbes
+from aime_fast.evaluation.sums import Sums
 from aime_fast.multi_task_learning import LossAggregator
+from aime_fast.runtime import ranks
 
 PROBE_EVERY = 4  # one of so many batches is probed: on a CPU that makes a validation of four batches a sixth longer
 
@@ -22,6 +24,8 @@ def validate(
     model: nn.Module, batches: Iterable[TensorDict], losses: LossAggregator, mean_frame: Tensor, codebook_size: int, limit: int
 ) -> dict[str, float]:
     """Losses and measures over at most `limit` held-out batches, with the model in eval mode.
+
+    Of several processes each measures every Nth batch, and all return the measures of all. Random numbers depend on a batch's place alone.
 
     Args:
         model: in eval mode.
@@ -37,19 +41,22 @@ def validate(
     Raises:
         ValueError: the held-out episodes give no batch.
     """
-    measured, probes = Reconstruction(mean_frame, codebook_size), ValidationProbes()
-    totals: dict[str, Tensor | float] = {}
-    count = 0
-    for number, batch in enumerate(islice(batches, limit)):
+    measured, probes, terms = Reconstruction(mean_frame, codebook_size), ValidationProbes(), Sums()
+    share = ranks.of_run()
+    for number, batch in islice(enumerate(batches), share.rank, limit, share.size):
+        torch.manual_seed(number)
         video = normalise(batch["pixels"])  # [B, T, 3, H, W]
         outputs = model.forward_sequence(video, batch["action"], batch["is_init"], brought=(batch["reward"], batch["discount"]))
         measured.update(outputs, video)
         if number % PROBE_EVERY == 0:
-            probes.update(model, video, batch["action"], batch["is_init"], outputs)
+            probes.update(model, video, batch["action"], batch["is_init"], outputs, seed=number // PROBE_EVERY)
         for name, value in losses.compute_losses(outputs)[0].items():
-            totals[name] = totals.get(name, 0.0) + value.float() * len(video)
-        count += len(video)
-    return measured.compute() | {f"loss/{name}": float(total) / count for name, total in totals.items()} | probes.compute()
+            terms.add(name, value.float() * len(video))
+        terms.add("sequences", len(video))
+    for sums in (measured.sums, probes.sums, terms):
+        sums.join()
+    weighed = {f"loss/{name}": float(terms[name] / terms["sequences"]) for name in terms if name != "sequences"}
+    return measured.compute() | weighed | probes.compute()
 
 
 @torch.no_grad()

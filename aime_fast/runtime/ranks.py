@@ -5,7 +5,8 @@ draw the same random numbers for the whole batch and keep those of their sequenc
 averaged (`mean`) and sums added (`total`) before anything is done with them, so weights, codebooks and optimizers stay the same bits on
 every rank without ever being sent.
 
-Outside of `sharing`, as in validation, a rank does the whole of a task as if it were alone. With one rank nothing here does anything.
+Outside of `sharing` a rank draws the random numbers of a task as if it were alone. It infers the latents of some episodes (`gathered`) and
+validates on some batches (`collected`). With one rank nothing here does anything.
 """
 
 from __future__ import annotations
@@ -200,6 +201,29 @@ def means(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(scalars)
     averaged = mean(torch.stack([value.detach().double() for value in scalars.values()]))
     return {name: value.to(given.dtype) for (name, given), value in zip(scalars.items(), averaged)}
+
+
+def gathered(x: Tensor, rows: Tensor, share: Ranks) -> Tensor:
+    """Groups of rows, of which rank r of N has the groups r, r + N, ...: those of all ranks in order, the same bits on each.
+
+    Args: x [R, ...], the rows of this rank's groups, one after the other; rows int64 [G], of each group, whosever it is.
+    """
+    if share.size == 1:
+        return x
+    own = (torch.arange(len(rows)) % share.size == share.rank).repeat_interleave(rows)
+    whole = x.new_zeros(len(own), *x.shape[1:])
+    whole[own.to(x.device)] = x
+    return _reduced(whole)  # the others have zeros there
+
+
+def collected(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What each process of the run has, in their order: tensors on the CPU, by names of its own."""
+    if _run.size == 1:
+        return [values]
+    parts: list[dict[str, Tensor]] = [{}] * _run.size
+    with _answering():
+        dist.all_gather_object(parts, values)
+    return parts
 
 
 def anywhere(*flags: bool) -> list[bool]:

@@ -57,7 +57,7 @@ class LatentReplay:
     """`Latents` of every frame of the episodes of `batches` that have `length` frames, in fp32 whatever the run's precision.
 
     An episode is inferred as one sequence, in parts where it is long. The recurrence of the phase begins anew in each piece; the context of
-    its first frames remembers some before it.
+    its first frames remembers some before it. The processes of a run infer every Nth episode each, and all have the latents of all.
 
     Args: model in eval mode; batches with at least one episode of `length` frames; where `limit` says how many pieces will be drawn, only
     as many episodes as hold so many are inferred, spread over all; `stopped` is asked before each. Raises _Stopped once it is true.
@@ -72,18 +72,20 @@ class LatentReplay:
         if limit is not None:
             count = min(len(episodes), math.ceil(limit * length * len(episodes) / sum(batches.lengths[i] for i in episodes)))
             episodes = [episodes[len(episodes) * k // count] for k in range(count)]
+        self.lengths = torch.tensor([batches.lengths[i] for i in episodes])
+        own = ranks.of_run() if len(episodes) >= ranks.of_run().size else ranks.Ranks()
         inferred = []
-        for i in episodes:
+        for first in range(0, len(episodes), own.size):  # of each process one, so that all ask as often whether to stop
             if stopped():
                 raise _Stopped
-            episode = batches.episode(i)
-            brought = (episode[name].squeeze(-1) for name in ("reward", "discount"))
-            parts = zip(*(x[None].split(AT_ONCE, 1) for x in (episode["pixels"], episode["action"], *brought)))
-            inferred += [infer_latents(model, *part) for part in parts]
+            for i in episodes[first : first + own.size][own.rank : own.rank + 1]:
+                episode = batches.episode(i)
+                brought = (episode[name].squeeze(-1) for name in ("reward", "discount"))
+                parts = zip(*(x[None].split(AT_ONCE, 1) for x in (episode["pixels"], episode["action"], *brought)))
+                inferred += [infer_latents(model, *part) for part in parts]
         fields = [[part[0] for part in parts] for parts in zip(*inferred)]
         inferred.clear()  # what is joined is freed field by field: all of it lies on the device
-        self.frames = Latents(*(torch.cat(fields.pop(0)) for _ in Latents._fields))
-        self.lengths = torch.tensor([batches.lengths[i] for i in episodes])
+        self.frames = Latents(*(ranks.gathered(torch.cat(fields.pop(0)), self.lengths, own) for _ in Latents._fields))
         self._lengths = self.lengths.to(self.device)
 
     def draw(self, batch: int, length: int) -> Latents:

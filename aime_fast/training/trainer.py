@@ -271,7 +271,6 @@ class DMCVBTrainer:
         """Measure the averaged weights. Training's random numbers are unaffected."""
         config = self.config
         with torch.random.fork_rng(self._cuda()), self.training_step.autocast():
-            torch.manual_seed(0)  # the same random numbers at each validation
             spread = self.validation.one_pass(config.run.validation_batches)
             measured = validate(
                 self.ema, spread, self.training_step.losses, self.mean_frame, config.model.codebook_size, config.run.validation_batches

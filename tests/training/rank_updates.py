@@ -14,6 +14,7 @@ import torch
 
 from aime_fast.config import Config, preset
 from aime_fast.data import make_batches
+from aime_fast.evaluation.validation import validate
 from aime_fast.runtime import ranks
 from aime_fast.training import TrainingStep
 from aime_fast.training.latent_phase import LatentPhase, LatentReplay
@@ -51,7 +52,12 @@ def main(folder: Path, messages: str | None = None) -> None:
         for _ in range(8):
             phase.update()
         sent = dataclasses.astuple(ranks.traffic)[:2]
-        state = {"sent": sent, "step": step.state_dict(), "metrics": metrics, "phase": phase.state_dict(), "measured": phase.measure()}
+        untrained = DPGMMVariationalRecurrentAutoencoder.from_config(chosen, training.action_dim).eval()
+        validated = validate(untrained, training.one_pass(3), step.losses, training.mean_frame(), chosen.model.codebook_size, 3)
+        state = {
+            "sent": sent, "step": step.state_dict(), "metrics": metrics, "phase": phase.state_dict(), "measured": phase.measure(),
+            "validated": validated,
+        }  # fmt: skip
         torch.save(state, folder / f"{ranks.of_run().rank}.pt")
         training.close()
         validation.close()
