@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise DataError(f"--out {options.out}: an earlier conversion left episodes in {left}; pass --resume to keep them, or --overwrite")
     source = Path(options.source)
     form = detect(source) if options.format == "auto" else options.format
-    names = Names(dict(pair.split("=", 1) for pair in options.map), options.action_leads)
+    names = Names(dict(pair.split("=", 1) for pair in options.map), options.action_leads, options.image_size)
 
     def episodes() -> Iterator[Episode]:
         return itertools.islice(read(source, form, names), options.max_episodes)

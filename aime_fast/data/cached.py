@@ -33,9 +33,9 @@ def converted(folder: Path, image_size: int | None) -> Path | None:
     if not out.exists():
         print(f"{folder}: converting it into {out}", flush=True)
         try:
-            _convert(folder, form, Names(), out, Recipe(size))
+            _convert(folder, form, Names(image_size=size), out, Recipe(size))
         except RewardsUnclear:  # as DMC-VB's own loader takes them
-            _convert(folder, form, Names({"reward": "next/reward"}), out, Recipe(size))
+            _convert(folder, form, Names({"reward": "next/reward"}, image_size=size), out, Recipe(size))
     return out
 
 

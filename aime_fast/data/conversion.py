@@ -18,6 +18,7 @@ import numpy as np
 
 from aime_fast.data.episodes import UNRECORDED
 from aime_fast.data.foreign import Episode
+from aime_fast.data.foreign.pictures import square
 from aime_fast.data.unfinished import Unfinished
 from aime_fast.data.writer import EpisodeWriter
 from aime_fast.errors import DataError, Interrupted
@@ -109,16 +110,10 @@ def _changed(action: np.ndarray, skip: int) -> float:
 
 
 def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [T, h, w, 3] -> [T, size, size, 3]: the middle square, by the area of its pixels; smaller pictures are enlarged linearly."""
-    from PIL import Image
-
-    height, width = pixels.shape[1:3]
-    if (height, width) == (size, size):
+    """uint8 [T, h, w, 3] -> [T, size, size, 3], see `square`."""
+    if pixels.shape[1:3] == (size, size):
         return np.ascontiguousarray(pixels)
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    box, how = (left, top, left + side, top + side), Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    return np.stack([np.asarray(Image.fromarray(frame).resize((size, size), how, box)) for frame in pixels])
+    return np.stack([square(frame, size) for frame in pixels])
 
 
 def convert(

@@ -266,15 +266,17 @@ class ValidationProbes:
         start = starts(is_init, batch, frames, video.device)
         self._sequences.update(model, video, actions, start, outputs, shift=batch // 2, seed=seed)
         half = slice(None, None, 2 if batch > 3 else 1)  # films cost as much as all other probes
-        self.sums.add("film_errors", shuffled_actions_errors(model, video[half], actions[half]))  # [2]
+        own, shuffled = shuffled_actions_errors(model, video[half], actions[half])
+        self.sums.add("film_error", own)
+        self.sums.add("film_error_shuffled", shuffled)
 
     def compute(self) -> dict[str, float]:
         """`probe_<pillar>_<unit>`: costs of a replaced input; `probe_attention_from_uniform`, `probe_context_spread`, see
         `SequenceProbes.compute`; `probe_action_shuffle_ratio`. Empty where no batch was probed."""
-        if "film_errors" not in self.sums:
+        if "film_error" not in self.sums:
             return {}
         rows = self._sequences.compute()
-        own, shuffled = self.sums["film_errors"].tolist()
+        own, shuffled = (float(self.sums[name]) for name in ("film_error", "film_error_shuffled"))
         signals = {f"probe_{name}": rows[name]["intact"] for name in ("attention_from_uniform", "context_spread")}
         costs = {name: rows[source]["cost"] for name, source in LOGGED.items()}
         return costs | signals | {"probe_action_shuffle_ratio": shuffled / own if own > 0 else 1.0}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from io import BytesIO
 from types import ModuleType
 from typing import NamedTuple
 
@@ -38,10 +37,11 @@ class Episode(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What is called how. given: by `--map`, other things by `KNOWN`; leads: an action led to the picture of its row, as in Dreamer."""
+    """How a recording is read: what is called how, by `--map`, other things by `KNOWN`."""
 
     given: Mapping[str, str] = {}
-    leads: bool | None = None  # None: as is usual in the format
+    leads: bool | None = None  # an action led to the picture of its row, as in Dreamer; None: as is usual in the format
+    image_size: int | None = None  # of pictures that are decoded one by one, see `pictures.square`; None: as they are
 
     def choose(self, present: Sequence[str], where: str) -> dict[str, str]:
         """The name of each thing of `KNOWN` that is present. Raises DataError as `find`, for pixels and actions."""
@@ -99,22 +99,6 @@ def readable(where: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{where}: cannot be read ({reason}); copy it again, or leave it out") from error
-
-
-def decoded(where: str, coded: Sequence[bytes]) -> np.ndarray:
-    """Pictures of files in memory, such as PNG or JPEG: uint8 [T, h, w, 3]. Raises DataError for one that is damaged or of another size."""
-    from PIL import Image
-
-    pictures: np.ndarray | None = None
-    for t, part in enumerate(coded):
-        with readable(f"{where}: picture {t}"):
-            picture = np.asarray(Image.open(BytesIO(part)).convert("RGB"))
-        if pictures is None:
-            pictures = np.empty((len(coded), *picture.shape), np.uint8)
-        if picture.shape != pictures.shape[1:]:
-            raise DataError(f"{where}: picture {t} is {list(picture.shape)}, the first {list(pictures.shape[1:])}; they must be alike")
-        pictures[t] = picture
-    return np.empty((0, 0, 0, 3), np.uint8) if pictures is None else pictures
 
 
 def optional(module: str, where: str, extra: str) -> ModuleType:

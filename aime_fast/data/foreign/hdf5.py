@@ -13,7 +13,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from aime_fast.data.foreign.episode import KNOWN, Episode, Names, build, decoded, readable
+from aime_fast.data.foreign.episode import KNOWN, Episode, Names, build, readable
+from aime_fast.data.foreign.pictures import decoded
 from aime_fast.errors import DataError
 
 LENGTHS = ("ep_len", "episode_lengths")

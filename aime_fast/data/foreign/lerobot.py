@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aime_fast.data.foreign import videos
-from aime_fast.data.foreign.episode import Episode, Names, build, decoded, optional, readable
+from aime_fast.data.foreign.episode import Episode, Names, build, optional, readable
+from aime_fast.data.foreign.pictures import decoded
 from aime_fast.errors import DataError
 
 INFO = "meta/info.json"

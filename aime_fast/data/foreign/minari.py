@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from aime_fast.data.foreign import hdf5
-from aime_fast.data.foreign.episode import Episode, Names, build, decoded, optional, readable
+from aime_fast.data.foreign.episode import Episode, Names, build, optional, readable
+from aime_fast.data.foreign.pictures import decoded
 from aime_fast.errors import DataError
 
 MAIN = "main_data.hdf5"
