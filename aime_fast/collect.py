@@ -37,6 +37,7 @@ class Collection:
     plan: bool = False  # with a run as --policy: choose each action by planning in its world model, by TorchRL's CEM (slow)
     seed: int = 0  # seed of initial states and actions
     shard: str = "1/1"  # I/N: every Nth of the episodes, from the Ith on, as one of N jobs; a folder of all shards is read as one
+    split: str | None = None  # train:95% keeps in the file how large a share trains; half of the rest validates, half is tested
     out: Path | None = None  # HDF5 file to write; none: data/<domain>-<task>-seed<seed>.h5, of a shard data/.../shard<I>of<N>.h5
     overwrite: bool = False  # replace an existing file, and drop the episodes of a collection that ended early
     resume: bool = False  # go on with the episodes that a collection left in OUT.unfinished; does nothing if OUT is complete
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if options.plan and not acts:
         raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
     shard = _shard(options.shard)
+    kept = _kept(options.split)
     make_policy = _policy_of(options.policy, config, options.plan) if acts else None
     recording = f"{options.domain}-{options.task}-seed{options.seed}"
     of_shard = f"{recording}/shard{shard.index:03d}of{shard.count:03d}.h5"  # in a folder of their own, which is read as one
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
         name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
-        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, options.backend)
+        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, options.backend, kept)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")}
     )
@@ -88,6 +90,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     size = out.stat().st_size / 2**20
     print(f"{out}: {recorded.num_episodes} episodes, {frames} frames, {frames / seconds:.0f} frames/s, {size:.1f} MiB")
     return out
+
+
+def _kept(split: str | None) -> dict[str, float]:
+    """The attributes that keep `--split`. Raises ConfigError."""
+    if split is None:
+        return {}
+    from aime_fast.data.split import kept_split
+
+    return kept_split(split)
 
 
 def _shard(text: str) -> Shard:

@@ -16,6 +16,7 @@ from aime_fast.config import DataConfig
 from aime_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from aime_fast.data import DMCVBDataset
@@ -31,9 +32,11 @@ class Conversion:
     """What to convert, and into what."""
 
     source: Positional[str]  # a file, or a folder of them
-    out: Path  # HDF5 file to write
+    out: Path  # HDF5 file to write; a name without a suffix: a folder of files of 100 episodes, which is read as one
     format: str = "auto"  # see docs/data.md; auto: by the names of files
-    map: tuple[str, ...] = ()  # what is called how: pixels=obs/agentview_image action=actions; action=none for films without actions
+    map: tuple[str, ...] = ()  # what is called how: pixels=obs/agentview_image action=actions
+    camera: str | None = None  # which of several: the same as --map pixels=NAME, and kept in the file; training asks for the same
+    actions: Literal["recorded", "none"] = "recorded"  # none: whatever was recorded, one action is stored, always 0
     action_leads: bool | None = None  # a row's action led to its picture, as in Dreamer; usual for npz alone
     action_range: tuple[float, float] | None = None  # of recorded actions, LOW HIGH, brought to [-1, 1]; none: they are in it
     find_action_range: bool = False  # bring each action's own least and largest value to -1 and 1; everything is read twice
@@ -60,28 +63,35 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from aime_fast.data.conversion import convert, file_attributes
     from aime_fast.data.files import writable_target
     from aime_fast.data.foreign import Episode, Names, detect, read
+    from aime_fast.data.foreign.rlds import subset
     from aime_fast.data.unfinished import unfinished_folder
     from aime_fast.runtime.progress import episode_bar
 
-    left = unfinished_folder(writable_target(options.out))
-    if options.out.exists() and not options.overwrite:
-        raise DataError(f"--out {options.out}: the file exists; pass --overwrite to replace it, or another --out")
+    source, picture, is_folder = Path(options.source), options.out.with_suffix(".png"), not options.out.suffix
+    left = unfinished_folder(options.out.resolve() if is_folder else writable_target(options.out))
+    for path in (options.out, picture):
+        if path.exists() and is_folder and path == options.out:
+            raise DataError(f"--out {path}: the folder exists; name another, or remove it")
+        if path.exists() and not options.overwrite:
+            raise DataError(f"--out {options.out}: the file {path} exists; pass --overwrite to replace it, or another --out")
+    if source.is_dir() and options.out.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"--out {options.out}: it lies in {source}, where it would be read as a part of it; name a place elsewhere")
     if left.exists() and not (options.overwrite or options.resume):
         raise DataError(f"--out {options.out}: an earlier conversion left episodes in {left}; pass --resume to keep them, or --overwrite")
-    source = Path(options.source)
     form = detect(source) if options.format == "auto" else options.format
-    names = Names(dict(pair.split("=", 1) for pair in options.map), options.action_leads, options.image_size)
+    names = Names(_given(options), options.action_leads, options.image_size)
 
     def episodes() -> Iterator[Episode]:
         return itertools.islice(read(source, form, names), options.max_episodes)
 
     recipe = _recipe(options, episodes)
-    reading = {"map": options.map, "action_leads": options.action_leads, "max_episodes": options.max_episodes}
-    task = options.task or source.stem
+    reading = {"map": names.given, "action_leads": options.action_leads, "max_episodes": options.max_episodes}
+    task = options.task or subset(source) or source.resolve().stem
     attributes = file_attributes(source, form, recipe, options.domain, task, options.source_frame_skip, reading) | held_out
+    attributes |= {} if options.camera is None else {"camera": options.camera}
     with episode_bar("converting", options.progress, options.max_episodes) as advance:
-        converted = convert(episodes(), options.out, attributes, recipe, options.workers, options.resume, advance)
-    _report(options, DMCVBDataset(options.out, 1), converted, task)
+        converted = convert(episodes(), source, options.out, attributes, recipe, options.workers, options.resume, advance)
+    _report(options, DMCVBDataset(options.out, 1), converted, task, picture)
     return options.out
 
 
@@ -102,14 +112,22 @@ def _checked(options: Conversion) -> dict[str, Any]:
         raise ConfigError("--resume --overwrite: the one keeps episodes, the other drops them; pass one of them")
     if wrong := [pair for pair in options.map if "=" not in pair]:
         raise ConfigError(f"--map {wrong[0]}: expected WHAT=NAME, such as pixels=obs/agentview_image")
+    if options.out.suffix not in ("", ".h5", ".hdf5"):
+        raise ConfigError(f"--out {options.out}: expected a file NAME.h5 or NAME.hdf5, or a folder, NAME")
     if options.split is None:
         return {}
-    part, _, share = options.split.partition(":")
-    number = share.removesuffix("%")
-    if part != "train" or not share.endswith("%") or not number.replace(".", "", 1).isdecimal() or not 0 < float(number) < 100:
-        raise ConfigError(f"--split {options.split}: expected train:SHARE% with a share between 0 and 100, such as train:95%")
-    rest = (100 - float(number)) / 200
-    return {"validation_fraction": rest, "test_fraction": rest}
+    from aime_fast.data.split import kept_split
+
+    return kept_split(options.split)
+
+
+def _given(options: Conversion) -> dict[str, str]:
+    """What `--map`, `--camera` and `--actions` say. Raises ConfigError where two of them say something of the same."""
+    given = dict(pair.split("=", 1) for pair in options.map)
+    for flag, what, name in (("camera", "pixels", options.camera), ("actions", "action", "none" if options.actions == "none" else None)):
+        if name is not None and given.setdefault(what, name) != name:
+            raise ConfigError(f"--{flag} {name} --map {what}={given[what]}: pass one of them")
+    return given
 
 
 def _recipe(options: Conversion, episodes: Any) -> Recipe:
@@ -122,31 +140,25 @@ def _recipe(options: Conversion, episodes: Any) -> Recipe:
     return Recipe(options.image_size, lows, highs, options.frame_skip, concatenate, options.shortest)
 
 
-def _report(options: Conversion, data: DMCVBDataset, converted: Converted, task: str) -> None:
+def _report(options: Conversion, data: DMCVBDataset, converted: Converted, task: str, picture: Path) -> None:
     """Print what is in the file, and draw some of it."""
     from aime_fast.evaluation.pictures import write_png
 
-    size, returns, rewards = options.out.stat().st_size / 2**20, [], []
+    size = sum(path.stat().st_size for path in data.paths) / 2**20
     shown = sorted({data.num_episodes * k // SHEET[0] for k in range(SHEET[0])})
-    rows = []
-    for i in range(data.num_episodes):
-        episode = data.read_episode(i) if converted.rewards or i in shown else None
-        if converted.rewards:
-            returns.append(float(episode["reward"].sum()))
-            rewards += [float(episode["reward"].min()), float(episode["reward"].max())]
-        if i in shown:
-            rows.append(_row(episode["pixels"]))
-    picture = options.out.with_suffix(".png")
-    write_png(picture, _sheet(rows))
+    write_png(picture, _sheet([_row(data.read_episode(i)["pixels"]) for i in shown]))
     print(
         f"{options.out}: {data.num_episodes} episodes of {min(data.lengths)} to {max(data.lengths)} frames, {sum(data.lengths)} in all, "
         f"{data.action_dim} actions, {size:.1f} MiB; {picture} shows some"
     )
     if converted.rewards:
-        print(f"rewards {min(rewards):.3g} to {max(rewards):.3g}, returns {min(returns):.3g} to {max(returns):.3g}")
+        rewards = _rewards(data.paths)
+        returns = [float(part.sum()) for part in rewards]
+        least, largest = min(float(part.min()) for part in rewards), max(float(part.max()) for part in rewards)
+        print(f"rewards {least:.3g} to {largest:.3g}, returns {min(returns):.3g} to {max(returns):.3g}")
     else:
         print("no rewards were recorded: zeros are stored, and what predicts rewards is not trained")
-    if options.map and "action=none" in options.map:
+    if _given(options).get("action") == "none":
         print("no actions were recorded: one action is stored, always 0, so the model learns nothing of what an action does")
     if converted.too_short:
         print(f"{converted.too_short} episodes are left out, shorter than --shortest {options.shortest} frames")
@@ -155,7 +167,19 @@ def _report(options: Conversion, data: DMCVBDataset, converted: Converted, task:
     print(
         f"train on it with: python -m aime_fast.train --tier 1 --data {options.out} --domain {options.domain} --task {task} --frame-skip "
         f"{options.frame_skip * options.source_frame_skip} --image-size {options.image_size} --render-quality full"
+        + ("" if options.camera is None else f" --camera {options.camera}")
     )
+
+
+def _rewards(paths: Sequence[Path]) -> list[np.ndarray]:
+    """Of each episode, without its pictures."""
+    from aime_fast.data.episodes import episode_names, open_shard
+
+    found = []
+    for path in paths:
+        with open_shard(path) as file:
+            found += [file[name]["reward"][()] for name in episode_names(file, path)]
+    return found
 
 
 def _row(pixels: torch.Tensor) -> torch.Tensor:

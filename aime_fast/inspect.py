@@ -10,6 +10,7 @@ if __name__ == "inspect":
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _play(options: InspectConfig, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _print(facts: dict[str, Any], options: InspectConfig) -> None:
     if options.json:
-        print(json.dumps(facts, indent=2, allow_nan=False))
+        print(json.dumps(_plain(facts), indent=2, allow_nan=False, default=str))
         return
     from aime_fast.reporting import listing
 
@@ -158,6 +159,15 @@ def _print(facts: dict[str, Any], options: InspectConfig) -> None:
     print("\n".join(listing.fault_lines(facts["faults"])))
     if film := facts.get("film"):
         print(f"\n{film['path']}: {film['frames']} frames of {film['episode']} of {film['file']}")
+
+
+def _plain(value: Any) -> Any:
+    """With numbers that JSON lacks as text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def train_peer(sizes: DreamerV3AgentConfig, config: Config, seconds: float, fold
 
     clock, _ = _clock(), probe_renderer()  # which is paid by ours too
     data, control, seed = config.data, config.control, config.run.seed
-    action_dim = describe_task(data)[0]
+    action_dim = describe_task(data).action_dim
     agent, replay = DreamerV3Agent(data.image_size, action_dim, seed, sizes), EpisodeReplay(seed)
     torch.manual_seed(seed)
     curve, frames, spent, each = [], 0, 0.0, sizes.batch_size * sizes.sequence_length

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModuleBase
 from aime_fast.bounds import check
 from aime_fast.config import Backend, DataConfig, RunConfig
 from aime_fast.data.backends import MakePolicy, WorkerError, check_backend, messages, open_collector
-from aime_fast.data.environments import describe_task, make_environment, probe_renderer
+from aime_fast.data.environments import Task, describe_task, make_environment, probe_renderer
 from aime_fast.data.files import writable_target
 from aime_fast.data.noise import NoisePolicy
 from aime_fast.data.unfinished import Unfinished
@@ -69,6 +69,7 @@ class SeededPolicy(TensorDictModuleBase):
 def collect(
     config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False, make_policy: MakePolicy | None = None,
     policy_name: str | None = None, shard: Shard = Shard(), backend: Backend = "local",  # noqa: B008
+    kept: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Record `config.episodes` whole episodes of a dm_control task, or a shard of them, into one HDF5 file.
 
@@ -87,6 +88,7 @@ def collect(
         make_policy: acts instead of `config.policy`; policy_name: what the attribute `policy` then says.
         shard: which of the episodes to record.
         backend: where the workers run, see `open_collector`.
+        kept: further attributes of the file.
     Returns:
         `out` as a Path.
     Raises:
@@ -100,10 +102,10 @@ def collect(
     out = Path(out)
     target = writable_target(out)
     renderer = probe_renderer()
-    action_dim, longest_episode, position_names = describe_task(config)
-    attributes = recording_attributes(config, seed, action_dim, position_names, renderer, policy_name)
-    make_policy = make_policy or partial(NoisePolicy, config.policy, action_dim)
-    frames, wanted = min(FRAMES_PER_MESSAGE, longest_episode), shard.of(config.episodes)
+    task = describe_task(config)
+    attributes = recording_attributes(config, seed, task, renderer, policy_name) | dict(kept or {})
+    make_policy = make_policy or partial(NoisePolicy, config.policy, task.action_dim)
+    frames, wanted = min(FRAMES_PER_MESSAGE, task.longest), shard.of(config.episodes)
     if not wanted:
         raise DataError(f"--shard {shard.index}/{shard.count}: of --episodes {config.episodes} none are left for it; give fewer shards")
     if shard.count > 1:
@@ -127,16 +129,16 @@ def collect(
     return out
 
 
-def recording_attributes(
-    config: DataConfig, seed: int, action_dim: int, position_names: list[str], backend: str, policy_name: str | None = None
-) -> dict[str, Any]:
+def recording_attributes(config: DataConfig, seed: int, task: Task, backend: str, policy_name: str | None = None) -> dict[str, Any]:
     """The attributes of a file of episodes; `policy_name`, where it was not `config.policy` that acted."""
     settings = ("domain", "task", "frame_skip", "image_size", "camera", "render_quality", "policy", "workers")
     return {key: getattr(config, key) for key in settings} | {
         **({"policy": policy_name} if policy_name else {}),
-        "action_dim": action_dim,
+        "action_dim": task.action_dim,
+        "action_low": list(task.action_low),
+        "action_high": list(task.action_high),
         "seeding": SEEDING,
-        "position_names": position_names,
+        "position_names": task.position_names,
         "seed": seed,
         "render_backend": backend,
         "versions": json.dumps({name: version(name) for name in RECORDED_PACKAGES}),
@@ -149,7 +151,7 @@ def play_episodes(config: DataConfig, make_policy: MakePolicy, seed: int, begin:
     `begin` is the number of the first one: see `make_environment`. Close the iterator when done. Raises DataError if the simulation
     diverges again and again.
     """
-    _, longest, _ = describe_task(config)
+    longest = describe_task(config).longest
     diverged = 0
     environments = [partial(make_environment, config, seed, itertools.count(begin))]
     with open_collector("local", environments, partial(_seeded, make_policy), min(FRAMES_PER_MESSAGE, longest)) as collector:

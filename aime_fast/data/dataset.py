@@ -194,7 +194,10 @@ def to_tensordict(episode: dict[str, np.ndarray]) -> TensorDict:
 def _shards(root: str | Path | Sequence[str | Path], image_size: int | None) -> list[Path]:
     """The files that `root` names, in its order; `image_size` is that of what is converted. Raises DataError where there is none."""
     if isinstance(root, str) and not os.path.exists(root) and any(sign in root for sign in ",*?["):
-        return [shard for part in root.split(",") for path in _matching(part.strip()) for shard in _in_folder(path, image_size)]
+        parts = [part.strip() for part in root.split(",")]
+        if "" in parts:
+            raise DataError(f"--data {root}: a name is missing before or after a comma; give HDF5 files or folders of them, A,B")
+        return [shard for part in parts for path in _matching(part) for shard in _in_folder(path, image_size)]
     if not isinstance(root, (str, Path)):
         if not root:
             raise DataError("--data: the list of HDF5 files is empty, expected at least one")

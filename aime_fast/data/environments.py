@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -231,8 +231,21 @@ def find_camera(model: Any, config: DataConfig) -> int:
     return int(config.camera) if names else -1
 
 
-def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
-    """(A, agent steps of the longest episode or `sys.maxsize`, names of the moving points), without rendering. Raises DataError."""
+class Task(NamedTuple):
+    """What is known of a task before it is played."""
+
+    action_low: tuple[float, ...]  # [A], of the simulator; an action of -1 stands for it
+    action_high: tuple[float, ...]  # an action of 1
+    longest: int  # agent steps of the longest episode, or `sys.maxsize`
+    position_names: list[str]  # of the moving points
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_low)
+
+
+def describe_task(config: DataConfig) -> Task:
+    """The task of a config, without rendering. Raises DataError."""
     check_task(config.domain, config.task)
     from dm_control import suite
 
@@ -240,7 +253,8 @@ def describe_task(config: DataConfig) -> tuple[int, int, list[str]]:
     find_camera(env.physics.model, config)
     steps = env._step_limit
     longest = math.ceil(steps / config.frame_skip) if math.isfinite(steps) else sys.maxsize
-    return check_actions(config, env).shape[0], longest, moving_points(env.physics.model)[0]
+    spec = check_actions(config, env)
+    return Task(tuple(spec.minimum.tolist()), tuple(spec.maximum.tolist()), longest, moving_points(env.physics.model)[0])
 
 
 def moving_points(model: Any) -> tuple[list[str], np.ndarray, np.ndarray]:

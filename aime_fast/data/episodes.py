@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def read_attributes(file: h5py.File, path: str | Path) -> dict[str, Any]:
 def file_sha256(file: h5py.File, path: str | Path, attributes: Mapping[str, Any]) -> str:
     """The checksum that `attributes_sha256` of an open shard must have, for these attributes of it."""
     covered = {key: value for key, value in attributes.items() if key != "attributes_sha256"}
-    return attributes_sha256(covered, {name: recorded_sha256(file[name], path) for name in _episode_names(file, path)})
+    return attributes_sha256(covered, {name: recorded_sha256(file[name], path) for name in episode_names(file, path)})
 
 
 def recorded_sha256(group: h5py.Group, path: str | Path) -> str:
@@ -169,19 +169,25 @@ def check_shard(file: h5py.File, path: str | Path, attributes: Mapping[str, Any]
         if wanted is not None and recorded != wanted:
             remedy = f"pass {flag} {recorded}" if flag else "use the settings of the task it was recorded with"
             raise DataError(f"{path}: attribute '{key}' is {recorded}, expected {wanted}; {remedy}, or give another file with --data")
-    names = _episode_names(file, path)
+    names = episode_names(file, path)
     if not names:
         raise DataError(f"{path}: there is no group 'episode_00000', expected at least one episode; {RECOLLECT}")
     return {name: check_episode(file[name], path, attributes) for name in names}
 
 
-def _episode_names(file: h5py.File, path: str | Path) -> list[str]:
+def episode_names(file: h5py.File, path: str | Path) -> list[str]:
+    """Groups of an open shard that are episodes, in order. Raises DataError where one is damaged, or a link."""
     with readable(path, "the list of episodes"):
-        names = sorted(name for name in file if name.startswith("episode_"))
+        names = in_order(name for name in file if name.startswith("episode_"))
         for name in names:
             check_link(file, name, path)
             file[name]  # raises here, where the error is caught, if the group is damaged
         return names
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of episodes by number, of which those above 99999 are longer."""
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def check_link(group: h5py.Group, name: str, path: str | Path) -> None:

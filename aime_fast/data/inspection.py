@@ -23,6 +23,7 @@ from aime_fast.data.episodes import (
     check_episode,
     check_link,
     dtypes,
+    in_order,
     open_shard,
     read_attributes,
     readable,
@@ -138,7 +139,7 @@ def _compare(path: Path, own: dict[str, Any], first: dict[str, Any], first_path:
 def _names(file: h5py.File, path: Path, faults: list[Fault]) -> list[str]:
     try:
         with readable(path, "the list of episodes"):
-            names = sorted(name for name in file if name.startswith("episode_"))
+            names = in_order(name for name in file if name.startswith("episode_"))
             if not names:
                 raise DataError(f"{path}: no episode is in it; {COPY_AGAIN}")
             return names

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aime_fast.config import DataConfig
-from aime_fast.errors import DataError
+from aime_fast.errors import ConfigError, DataError
 
 
 class Split(NamedTuple):
@@ -30,6 +30,16 @@ def held_out_shares(config: DataConfig, kept: Mapping[str, Any]) -> tuple[float,
     given = {name: getattr(config, name) for name in names}
     default = all(given[name] == getattr(DataConfig, name) for name in names)
     return tuple(float(kept.get(name, given[name]) if default else given[name]) for name in names)
+
+
+def kept_split(text: str) -> dict[str, float]:
+    """The attributes of a file that keep `--split train:SHARE%`: half of the rest validates, half is tested. Raises ConfigError."""
+    part, _, share = text.partition(":")
+    number = share.removesuffix("%")
+    if part != "train" or not share.endswith("%") or not number.replace(".", "", 1).isdecimal() or not 0 < float(number) < 100:
+        raise ConfigError(f"--split {text}: expected train:SHARE% with a share between 0 and 100, such as train:95%")
+    rest = (100 - float(number)) / 200
+    return {"validation_fraction": rest, "test_fraction": rest}
 
 
 def split_episodes(identities: Sequence[str], validation_fraction: float, test_fraction: float, seed: int) -> Split:

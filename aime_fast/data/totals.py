@@ -12,6 +12,7 @@ from aime_fast.config import DataConfig
 from aime_fast.data.episodes import UNRECORDED
 from aime_fast.data.faults import Fault, Place
 
+PARTS = 3  # of a split: so many episodes does training want
 SHORT = DataConfig.sequence_length  # frames; a shorter episode gives no training sequence of the usual length
 HIDDEN = ("attributes_sha256", "complete", "validation_fraction", "test_fraction", "format_version")  # attributes with a place of their own
 Row = dict[str, Any]
@@ -65,6 +66,8 @@ def totals(
 
 def _joined(episodes: list[Episode], key: str) -> np.ndarray | None:
     found = [episode[key] for episode in episodes if key in episode]
+    if len({part.shape[1:] for part in found}) > 1:
+        return None  # files of other numbers of actions, which is a fault of its own
     return np.concatenate(found).astype(np.float64) if found else None
 
 
@@ -92,6 +95,9 @@ def between_episodes(rows: list[Row], episodes: list[Episode], attributes: Mappi
             yield place.fault(
                 "identical", False, said, "it counts once when episodes are held out, and twice in training; drop one of them"
             )
+    if (known := {row["identity"] for row in rows if row["identity"] is not None}) and len(known) < PARTS:
+        said = f"{len(known)} different episodes, training wants {PARTS}: one each to train, to validate and to test on"
+        yield Fault("few", False, f"{rows[0]['file']}: {said}; record or convert more, and give all files with --data", rows[0]["file"])
     yield from _constant_actions(rows, episodes)
     yield from _constant_rewards(rows, episodes, attributes)
 
@@ -102,7 +108,7 @@ def _constant_actions(rows: list[Row], episodes: list[Episode]) -> Iterator[Faul
         for row, episode in zip(rows, episodes)
         if len(episode.get("action", ())) > 1
     ]
-    if not ranges:
+    if len({low.shape for _, low, _ in ranges}) != 1:
         return
     low, high = np.min([low for _, low, _ in ranges], 0), np.max([high for _, _, high in ranges], 0)
     everywhere = low == high

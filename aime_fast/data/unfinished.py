@@ -1,4 +1,4 @@
-"""The finished episodes of a recording that is not complete: a folder beside its file, one shard an episode."""
+"""The finished episodes of a recording that is not complete: a folder beside its file or folder, one shard an episode."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from aime_fast.errors import DataError, explain
 
 SUFFIX = ".unfinished"
 # Attributes that all episodes of a file share.
-SAME = (*SHARED, "seed", "policy", "shard", "seeding", "render_backend", "position_names", "conversion")
+SAME = (*SHARED, "seed", "policy", "shard", "seeding", "render_backend", "position_names", "source", "conversion")
+EPISODES_A_FILE = 100  # where a folder of files is written
+WHOLE = "whole"  # that folder until it is complete
 ADDED_UP = ("collection_seconds", "diverged_episodes")  # attributes of an episode whose sum is the file's
 REMEDIES = {  # for those that no flag sets
     "seeding": "the version of aime_fast that recorded them", "render_backend": "the same renderer (MUJOCO_GL)",
-    "action_dim": "the same --domain and --task", "position_names": "the same --domain and --task", "conversion": "the same flags",
+    "action_dim": "the same --domain and --task", "position_names": "the same --domain and --task", "source": "the same SOURCE",
+    "conversion": "the same flags",
 }  # fmt: skip
 
 
@@ -38,18 +41,21 @@ class Unfinished:
     Use it as a context manager: it locks the folder, and removes it if it is empty at the end.
 
     Args:
-        out: the file to make.
+        out: the file to make, or the folder of files of `EPISODES_A_FILE` each.
         attributes: of the file, as for `EpisodeWriter`.
         resume: keep the episodes of a collection that ended early; otherwise they are deleted.
+        as_folder: `out` is a folder, which does not exist yet.
     Attributes:
-        numbers: of the finished episodes.
+        numbers: of the finished episodes. facts: attributes of those that an earlier process left, by number.
     Raises:
         DataError: another process records to the same file, the episodes there have other settings, or the folder cannot be written.
     """
 
-    def __init__(self, out: Path, attributes: Mapping[str, Any], resume: bool):
+    def __init__(self, out: Path, attributes: Mapping[str, Any], resume: bool, as_folder: bool = False):
         self.out, self.folder, self.attributes = out, unfinished_folder(out), OMITTED | dict(attributes)
+        self._as_folder = as_folder
         self._shards: dict[int, Path] = {}
+        self.facts: dict[int, Mapping[str, Any]] = {}
         self._lock = self._locked()
         try:
             self._read_finished() if resume else self._delete_finished()
@@ -77,14 +83,27 @@ class Unfinished:
         self._shards[number] = self.place(number)
 
     def join(self, numbers: Iterable[int]) -> None:
-        """Write the file from these episodes, in this order, and delete the folder. Raises DataError, and then keeps the episodes."""
+        """Write what is to be made from these episodes, in order, and delete `folder`. Raises DataError, and then keeps the episodes."""
+        numbers = list(numbers)
+        if self._as_folder:
+            whole = self.folder / WHOLE
+            for first in range(0, len(numbers), EPISODES_A_FILE):
+                self._write(whole / f"episodes_{first:07d}.h5", numbers[first : first + EPISODES_A_FILE])
+            try:
+                whole.rename(self.out)
+            except OSError as error:
+                raise DataError(f"{self.out}: cannot be written ({explain(error)})") from error
+        else:
+            self._write(self.out, numbers)
+        self._shards.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, path: Path, numbers: list[int]) -> None:
         facts: list[dict[str, Any]] = []
-        with EpisodeWriter(self.out, self.attributes) as writer:
+        with EpisodeWriter(path, self.attributes) as writer:
             for number in numbers:
                 facts.append(writer.copy(self._shards[number]))
             writer.annotate(**{name: sum(each[name] for each in facts) for name in ADDED_UP if name in facts[0]})
-        self._shards.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Unfinished:
         return self
@@ -132,11 +151,12 @@ class Unfinished:
                         f"{path}: attribute '{key}' is {recorded.get(key)}, expected {wanted}; resume with {same}, or move {self.folder} "
                         "away to begin again"
                     )
-            self._shards[int(path.stem.removeprefix("episode_"))] = path
+            number = int(path.stem.removeprefix("episode_"))
+            self._shards[number], self.facts[number] = path, recorded
 
     def _delete_finished(self) -> None:
         try:
             for path in self.folder.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be emptied ({explain(error)})") from error

@@ -284,10 +284,12 @@ def load_model(run_or_checkpoint: str | Path, device: torch.device | str = "cpu"
 
 
 def _phase_updates(phase: dict[str, Any] | None) -> int:
-    """Updates of a latent phase that were made."""
+    """Updates of a latent phase that the weights went through."""
     if phase is None:
         return 0
-    return phase["made"]["latent_phase_updates"] if phase["progress"] is None else phase["progress"].get("update", 0)
+    if phase["progress"] is not None:
+        return phase["progress"].get("update", 0)
+    return phase["best"]["update"] if "best" in phase else phase["made"]["latent_phase_updates"]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
 pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior
-and attention prior go on training on pieces of them. Every other update imagines samples, so that the
+and attention prior go on training on pieces of them, and the weights by which held-out roll-outs cost least are kept: few episodes are
+learnt by heart. Every other update imagines samples, so that the
 places that a sampled film comes to are known. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
 
 Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.
@@ -40,6 +41,7 @@ STAGES = 6  # numbers of imagined frames in between
 CLIP = 1.0  # global gradient norm
 REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
+CHOOSES = "rolled_out"  # the measure whose least value says which weights are kept
 AT_ONCE = 1000  # frames of an episode inferred at once, at most
 BETAS = (0.9, 0.95)  # of Adam: the gradients of longer roll-outs are of another size
 # Of a loss, as they are computed.
@@ -257,7 +259,7 @@ def train_latent_phase(
     optim: OptimConfig,
     seed: int,
     state: dict[str, Any],
-    report: Callable[[int, dict[str, float]], None],
+    report: Callable[[int, dict[str, float], int], None],
     due: Callable[[int], bool],
     save: Callable[[], None],
     stopped: Callable[[], bool],
@@ -272,8 +274,9 @@ def train_latent_phase(
         optim: its fields `latent_phase_*` are read.
         seed: of all random numbers.
         state: of the phase: `before`, the weights of `trained_modules` before it, and `progress`, what `LatentPhase.state_dict` gave
-            ({} where it begins). Up to date at every call of `save`; `progress` is None when the phase is done.
-        report: called some 20 times with the updates made and the measures of held-out episodes.
+            ({} where it begins). Up to date at every call of `save`; `progress` is None when the phase is done. `best` is added: the
+            `update` after which held-out roll-outs cost least so far, what they cost, and until the phase is done the `weights`.
+        report: called some 20 times with the updates made, the measures of held-out episodes, and the best update so far.
         due: whether to save after so many updates.
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
@@ -298,7 +301,11 @@ def train_latent_phase(
             phase.update()
             if should_report(phase.made) or phase.made == phase.updates:
                 phase.check()
-                report(phase.made, phase.measure())
+                measured = phase.measure()
+                if measured[CHOOSES] < state.get("best", {CHOOSES: math.inf})[CHOOSES]:
+                    weights = {name: value.clone() for name, value in modules.state_dict().items()}
+                    state["best"] = {"update": phase.made, CHOOSES: measured[CHOOSES], "weights": weights}
+                report(phase.made, measured, state.get("best", {"update": 0})["update"])
             state["progress"] = phase.state_dict()
             if phase.made < phase.updates and due(phase.made):
                 phase.check()
@@ -307,5 +314,7 @@ def train_latent_phase(
     finally:
         phase.close()
     if phase.made == phase.updates:
+        if "best" in state:
+            modules.load_state_dict(state["best"].pop("weights"))
         state["progress"] = None
     save()

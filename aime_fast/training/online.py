@@ -90,7 +90,8 @@ class OnlineTrainer:
             with checkpoint.fitting(self.saved):
                 checkpoint.check_same_config(resumed["config"], config)
         backend = probe_renderer()
-        self.action_dim, self.longest, positions = describe_task(config.data)
+        task = describe_task(config.data)
+        self.action_dim, self.longest = task.action_dim, task.longest
         check_control(config, self.longest)
         self.wanted = math.ceil(config.control.environment_frames / config.data.frame_skip)  # agent steps
         if self.device.type == "cpu" or config.data.replay == "host":
@@ -104,7 +105,7 @@ class OnlineTrainer:
                 f"--environment-frames {config.control.environment_frames}: fewer than those of --seed-episodes "
                 f"{config.control.seed_episodes}, {seeds}; give more of the one or fewer of the other"
             )
-        attributes = recording_attributes(config.data, run.seed, self.action_dim, positions, backend, "actor")
+        attributes = recording_attributes(config.data, run.seed, task, backend, "actor")
         self.replay = GrowingReplay(folder, config.data, attributes, resumed["episodes"] if resumed else 0)
         self.picture_share = PICTURE_SHARE if config.data.stills and config.optim.picture_steps != 0 else 0.0
         self.frames_per_step = config.data.batch_size * config.data.sequence_length * config.optim.accumulate

@@ -322,11 +322,12 @@ class DMCVBTrainer:
             "priors alone"
         )
 
-        def report(made: int, measured: dict[str, float]) -> None:
+        def report(made: int, measured: dict[str, float], best: int) -> None:
             seconds = self.seconds + time.perf_counter() - began
             self.console.line(
                 f"latent phase {made}/{optim.latent_phase_updates}, {seconds:.0f} s, held out: latent one frame ahead "
                 f"{measured['one_step']:.2f} nats, rolled out {measured['rolled_out']:.2f}"
+                + (f"; kept are the weights after update {best}" if made == optim.latent_phase_updates and best else "")
             )
             row = {f"latent_phase/{name}": value for name, value in measured.items()}
             self.logger.log(self.step, {"time": seconds, "latent_phase/update": made, **row})

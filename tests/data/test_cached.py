@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +24,26 @@ SAMPLES = Path(__file__).parent / "samples" / "rlds"
 
 
 @pytest.fixture(params=["png", "raw"])  # raw: rewards lie as in DMC-VB
-def folder(request, tmp_path, monkeypatch) -> Path:
+def sample(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(sample, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Path(shutil.copytree(SAMPLES / request.param, tmp_path / "walker"))
+    return Path(shutil.copytree(SAMPLES / sample, tmp_path / "walker"))
 
 
-def test_it_is_converted_once_and_feeds_a_loop(folder, capsys):
+def test_it_is_converted_once_and_feeds_a_loop(folder, sample, capsys):
     data = DMCVBDataset(root=folder, sequence_length=3, image_size=32)
     assert "converting it into" in capsys.readouterr().out
     (file,) = cache_folder().iterdir()
     assert data.paths == [file]
     assert DMCVBDataset(root=str(folder), sequence_length=3, image_size=32).paths == [file]
     assert capsys.readouterr().out == ""
-    recorded = np.load(SAMPLES / "episodes.npz")
-    assert any(np.array_equal(data.read_episode(0)["reward"][:, 0], recorded[name][:-1]) for name in recorded.files if "reward" in name)
+    brought = np.load(SAMPLES / "episodes.npz")["reward_0"]  # by the action of its row: `png` has it there, `raw` with the next picture
+    reward = data.read_episode(0)["reward"][:-1, 0].numpy()
+    assert np.array_equal(reward, brought[: len(reward)] if sample == "raw" else brought[1 : len(reward) + 1])  # as DMC-VB's loader
     batch = next(iter(DataLoader(data, batch_size=1, shuffle=True, collate_fn=torch.stack)))
     model = DPGMMVariationalRecurrentAutoencoder.from_config(preset("debug"), data.action_dim)
     outputs = model.forward_sequence(batch["observations"], batch["actions"])
@@ -58,3 +66,18 @@ def test_what_has_changed_is_converted_anew_and_what_is_damaged_is_one_line(fold
         path.unlink()
     with pytest.raises(DataError, match=r"the folder holds no \.h5 or \.hdf5 file"):
         DMCVBDataset(folder, 2, image_size=16)
+
+
+def test_two_processes_that_open_it_at_once_convert_it_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(SAMPLES / "raw", tmp_path / "walker")
+    command = [
+        sys.executable,
+        "-c",
+        f"from aime_fast.data import DMCVBDataset; print(DMCVBDataset({str(folder)!r}, 2, image_size=16).paths)",
+    ]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert sum("converting it into" in out for out, _ in said) == 1
+    assert len({out.splitlines()[-1] for out, _ in said}) == 1

@@ -86,6 +86,28 @@ def test_it_improves_prediction_and_leaves_perception_and_decoder_alone():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_the_weights_that_predict_held_out_episodes_best_are_kept(tmp_path, monkeypatch):
+    """Also where the phase is stopped after they were there."""
+    costs, seen = iter([4.0, 2.0, 3.0, 5.0]), []
+
+    def measure(phase):
+        seen.append({name: value.clone() for name, value in phase.model.state_dict().items()})
+        return {"one_step": 1.0, "rolled_out": next(costs)}
+
+    monkeypatch.setattr(LatentPhase, "measure", measure)
+    stop_after(monkeypatch, 3)
+    config = config_of(tmp_path, latent_phase_updates=4)
+    with pytest.raises(Interrupted):
+        DMCVBTrainer(config).train()
+    assert len(seen) == 3
+    DMCVBTrainer(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))).train()
+    model, _, info = load_model(tmp_path)
+    assert info["latent_phase_updates"] == 2
+    kept = model.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
+    assert any(not torch.equal(kept[name], value) for name, value in seen[3].items())
+
+
 def test_what_the_updates_of_a_phase_imagine(monkeypatch):
     """Few frames at first and all in the end, every other time samples; attention is scored with and without them."""
     config = config_of(Path(), latent_phase_updates=10)
