@@ -94,7 +94,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-MANY = ("--tier", "debug", "--frame-skip", "8", "--workers", "2", "--out", "a.h5", "--no-progress")
+MANY = ("--tier", "debug", "--image-size", "16", "--frame-skip", "20", "--workers", "2", "--out", "a.h5", "--no-progress")
 
 
 @pytest.mark.parametrize(("victim", "number", "status"), [("worker", 9, 2), ("main", 9, -9), ("main", 15, 143)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -58,66 +57,6 @@ def test_npz_episodes_are_shifted_to_the_action_after_a_picture(tmp_path, episod
     assert "3 episodes of 19 to 19 frames, 57 in all, 1 actions" in capsys.readouterr().out
     assert_same(convert(tmp_path / "dreamer", tmp_path / "b.h5", "--action-leads", "False"), [{**e, "action": leading(e["action"]),
                 "reward": leading(e["reward"])} for e in episodes], slice(None))  # fmt: skip
-
-
-def test_a_group_an_episode(tmp_path, episodes):
-    """As robomimic; one more picture than actions."""
-    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
-        for i in (10, 2, 0):
-            group, e = file.create_group(f"data/demo_{i}"), episodes[{0: 0, 2: 1, 10: 2}[i]]
-            group["obs/agentview_image"] = np.concatenate([e["pixels"], e["pixels"][-1:]])
-            group["actions"], group["rewards"] = e["action"], e["reward"]
-    with pytest.raises(DataError, match=r"which is pixels\? there are .*obs/agentview_image.*--map pixels=NAME"):
-        convert(tmp_path / "demo.hdf5", tmp_path / "a.h5")
-    assert_same(convert(tmp_path / "demo.hdf5", tmp_path / "a.h5", "--map", "pixels=obs/agentview_image"), episodes, slice(None))
-
-
-@pytest.mark.parametrize("cut", ["ep_len", "is_first", "terminal"])
-def test_columns_of_all_episodes(tmp_path, episodes, cut):
-    lengths = [len(e["action"]) for e in episodes]
-    with h5py.File(tmp_path / "shard.hdf5", "w") as file:
-        for name, part in (("observation", "pixels"), ("action", "action"), ("reward", "reward")):
-            file[name] = np.concatenate([e[part] for e in episodes])
-        first = np.concatenate([np.arange(n) == 0 for n in lengths])
-        file[cut] = {"ep_len": np.array(lengths), "is_first": first, "terminal": np.roll(first, -1)}[cut]
-    data = convert(tmp_path / "shard.hdf5", tmp_path / "a.h5")
-    assert_same(data, episodes, slice(None))
-    assert data.read_episode(0)["discount"][-1].item() == (cut != "terminal")
-
-
-def test_films_and_pictures_with_actions_beside_them(tmp_path, episodes, capsys):
-    from PIL import Image
-
-    folder = tmp_path / "pictures"
-    for i, e in enumerate(episodes):
-        (folder / f"ep{i}").mkdir(parents=True)
-        for t, frame in enumerate(e["pixels"]):
-            Image.fromarray(frame).save(folder / f"ep{i}" / f"{t:03d}.png")
-        np.savetxt(folder / f"ep{i}.csv", 10 * e["action"], delimiter=",")
-    with pytest.raises(DataError, match=r"ep0: action 0 of row \d+ is .*, outside \[-1, 1\]; give the range .*--action-range"):
-        convert(folder, tmp_path / "a.h5")
-    data = convert(folder, tmp_path / "a.h5", "--action-range", "-10", "10")
-    assert_same(data, episodes, slice(None), reward=False)
-    assert (data.attributes["action_low"], data.attributes["action_high"]) == ((-10.0,), (10.0,))
-    assert "no rewards were recorded: zeros are stored" in capsys.readouterr().out
-
-    import imageio_ffmpeg
-
-    film = tmp_path / "film.mp4"
-    big = np.repeat(np.repeat(episodes[0]["pixels"], 4, 1), 4, 2)
-    writer = imageio_ffmpeg.write_frames(str(film), (64, 64), macro_block_size=16, codec="libx264", pix_fmt_out="yuv444p", quality=10)
-    writer.send(None)
-    for frame in big:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    with pytest.raises(DataError, match=r"no actions beside it, expected film\.npy or film\.csv; without any pass --map action=none"):
-        convert(film, tmp_path / "film.h5")
-    data = convert(film, tmp_path / "film.h5", "--map", "action=none")
-    assert data.attributes["rewards"] == "none"
-    found = data.read_episode(0)
-    assert (found["action"] == 0).all()
-    off = found["pixels"].permute(0, 2, 3, 1).float() - torch.from_numpy(episodes[0]["pixels"]).float()
-    assert off.abs().mean() < 4
 
 
 @pytest.mark.parametrize(

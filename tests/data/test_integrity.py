@@ -94,47 +94,49 @@ def test_identities_name_the_content_and_not_the_place(tmp_path):
 
 
 FILL = """
-import sys; sys.path[:0] = sys.argv[2:]
+import resource, sys; sys.path[:0] = sys.argv[1:3]
 from test_integrity import write
 from aime_fast.errors import DataError
-try:
-    write(sys.argv[1], 40, image_size=8)
-except DataError as error:
-    print(error); sys.exit(2)
+for path, limit in zip(sys.argv[3::2], map(int, sys.argv[4::2])):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        write(path, 40, image_size=8)
+    except DataError as error:
+        print(error)
 """
 
 
-def record(path: Path, limit: int | None = None) -> subprocess.CompletedProcess:
-    """Write 0.4 MB of episodes to `path` in a process whose files may have `limit` bytes."""
+def record(*files: tuple[Path, int]) -> list[str]:
+    """Write 0.4 MB of episodes to each path, by one process whose files may have as many bytes as beside it; returns the errors."""
     here = Path(__file__)
-    limits = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.run(
-        [sys.executable, "-c", FILL, path, here.parent, here.parents[2]],
-        preexec_fn=limits, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", FILL, here.parent, here.parents[2], *(str(each) for pair in files for each in pair)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("room", [4, 30_000, 200_000])
-def test_a_full_disk_gives_one_error_and_leaves_no_file(tmp_path, room):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system")
-    try:
-        (disk / "ballast").write_bytes(bytes(2 * 2**20 - room))
-        done = record(disk / "a.h5")
-        assert (done.returncode, done.stderr) == (2, "")
-        assert "a.h5: cannot be written (No space left on device; free some space" in done.stdout
-        assert [each.name for each in disk.iterdir()] == ["ballast"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_gives_one_error_and_leaves_no_file(tmp_path):
+    with contextlib.ExitStack() as mounts:
+        disks = []
+        for room in (4, 30_000, 200_000):
+            disk = tmp_path / str(room)
+            disk.mkdir()
+            if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False).returncode:
+                pytest.skip("no right to mount a file system")
+            mounts.callback(subprocess.run, ["umount", disk], check=True)
+            (disk / "ballast").write_bytes(bytes(2 * 2**20 - room))
+            disks.append(disk)
+        errors = record(*((disk / "a.h5", resource.RLIM_INFINITY) for disk in disks))
+        for disk, error in zip(disks, errors, strict=True):
+            assert f"{disk}/a.h5: cannot be written (No space left on device; free some space" in error
+            assert [each.name for each in disk.iterdir()] == ["ballast"]
 
 
-@pytest.mark.parametrize("limit", [50, 5_000, 200_000])
-def test_a_limited_file_size_gives_one_error_and_leaves_no_file(tmp_path, limit):
-    done = record(tmp_path / "a.h5", limit)
-    assert (done.returncode, done.stderr) == (2, "")
-    assert "a.h5: cannot be written (File too large; raise the limit" in done.stdout
+def test_a_limited_file_size_gives_one_error_and_leaves_no_file(tmp_path):
+    limits = (50, 5_000, 200_000)
+    errors = record(*((tmp_path / f"{limit}.h5", limit) for limit in limits))
+    for limit, error in zip(limits, errors, strict=True):
+        assert f"{limit}.h5: cannot be written (File too large; raise the limit" in error
     assert list(tmp_path.iterdir()) == []
 
 

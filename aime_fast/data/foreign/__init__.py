@@ -47,7 +47,8 @@ def detect(source: Path) -> str:
 
 
 def read(source: Path, form: str, names: Names) -> Iterator[Episode]:
-    """Episodes of a source. Raises DataError where it is damaged or lacks something."""
+    """Episodes of a source. Raises DataError where it is damaged or lacks something, ConfigError for what `names` has that is unknown."""
+    names.check()
     if form not in READERS:
         raise ConfigError(f"--format {form}: expected auto, {', '.join(READERS)}")
     return READERS[form](source, names)

@@ -21,7 +21,7 @@ import numpy as np
 
 from aime_fast.data.foreign import videos
 from aime_fast.data.foreign.episode import Episode, Names, build, optional, readable
-from aime_fast.data.foreign.pictures import decoded
+from aime_fast.data.foreign.pictures import decoded, gathered
 from aime_fast.errors import DataError
 
 INFO = "meta/info.json"
@@ -48,6 +48,7 @@ class Dataset(NamedTuple):
     version: int  # 2 or 3
     camera: str
     columns: dict[str, str]  # action and perhaps reward, discount, terminal -> column
+    size: int | None  # of pictures, see `Names`
 
     @property
     def filmed(self) -> bool:
@@ -97,7 +98,7 @@ def _dataset(source: Path, names: Names) -> Dataset:
         others = [name for name in info["features"] if name not in cameras]
         found = {what: names.find(what, others, str(path), what == "action") for what in ("action", "reward", "discount", "terminal")}
         columns = {what: name for what, name in found.items() if name is not None}
-        return Dataset(source, info, int(version[1]), _camera(cameras, names, str(path)), columns)
+        return Dataset(source, info, int(version[1]), _camera(cameras, names, str(path)), columns, names.image_size)
 
 
 def _camera(cameras: Mapping[str, Any], names: Names, where: str) -> str:
@@ -201,8 +202,8 @@ def _arrays(where: str, data: Dataset, entry: Entry, table: Any) -> dict[str, np
     arrays = {what: _numbers(f"{where}: {name}", table.column(name), features[name]) for what, name in data.columns.items()}
     if entry.film is None:
         coded = [_bytes(cell, data.folder, f"{where}: {data.camera} of row {t}") for t, cell in enumerate(table.column(data.camera))]
-        return arrays | {"pixels": decoded(f"{where}: {data.camera}", coded)}
-    return arrays | {"pixels": _film(where, entry, float(data.info["fps"]))}
+        return arrays | {"pixels": decoded(f"{where}: {data.camera}", coded, data.size)}
+    return arrays | {"pixels": _film(where, entry, float(data.info["fps"]), data.size)}
 
 
 def _numbers(where: str, column: Any, feature: Mapping[str, Any]) -> np.ndarray:
@@ -229,23 +230,17 @@ def _bytes(cell: Any, folder: Path, where: str) -> bytes:
     return held["bytes"]
 
 
-def _film(where: str, entry: Entry, rate: float) -> np.ndarray:
-    """Frames of an episode in its film, uint8 [T, h, w, 3]; one for each row, `rate` a second."""
+def _film(where: str, entry: Entry, rate: float, size: int | None) -> np.ndarray:
+    """Frames of an episode in its film, uint8 [T, h, w, 3], or squares of a size; one for each row, `rate` a second."""
     steps, path = entry.length, entry.film
     if not path.is_file():
         raise DataError(f"{where}: its film {path} is missing; {AGAIN}")
     begin = max(entry.begin - 0.5 / rate, 0.0)  # between two frames, so that rounded times choose the same
-    seconds = entry.begin + (steps - 0.5) / rate - begin
-    pixels, found = np.empty((steps, 0, 0, 3), np.uint8), 0
+    film = videos.Film(path, begin, entry.begin + (steps - 0.5) / rate - begin)
     with readable(f"{where}: its film {path}"):
-        for frame in videos.frames(path, begin, seconds):
-            if not found:
-                pixels = np.empty((steps, *frame.shape), np.uint8)
-            if found < steps:
-                pixels[found] = frame
-            found += 1
-    if found != steps:
-        raise DataError(
-            f"{where}: {found} frames can be read in {path} from second {entry.begin:g}, expected {steps}, {rate:g} a second; {AGAIN}"
-        )
+        pixels = gathered(((f"{where}: its film {path}: picture {t}", frame) for t, frame in enumerate(film)), size, steps)
+    if film.frames != steps:
+        reason = f" ({film.fault})" if film.fault else ""
+        found = f"{film.frames} frames can be read in {path} from second {entry.begin:g}{reason}"
+        raise DataError(f"{where}: {found}, expected {steps}, {rate:g} a second; {AGAIN}")
     return pixels

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aime_fast.data.foreign import tfrecord
-from aime_fast.data.foreign.episode import Episode, Names, build, readable
+from aime_fast.data.foreign.episode import LAST, MOVED, NEXT, Episode, Names, build, readable
 from aime_fast.data.foreign.shards import expected_records, find_shards
-from aime_fast.errors import ConfigError, DataError
+from aime_fast.errors import DataError
 
-NEXT = "next/"  # before the name of a column: the value of the following step
-MOVED = ("action", "reward", "discount")  # what may be
 STEPS = "steps/"
+KINDS = ("locomotion", "antmaze")  # folders of DMC-VB's subsets
 
 
 class Feature(NamedTuple):
@@ -73,6 +72,20 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
             raise DataError(f"{path}: {number + 1} records, dataset_info.json says {expected}; copy it again, or leave it out")
 
 
+def as_dmc_vb(source: Path, names: Names) -> Names:
+    """These names, and rewards taken from the following step, if there are any, as DMC-VB's loader takes them. Raises DataError."""
+    columns = _columns(next(iter(find_shards(source))) / "features.json", names)
+    reward = columns.names.get("reward")
+    return names if reward is None else names._replace(given={**names.given, "reward": NEXT + reward})
+
+
+def subset(source: Path) -> str | None:
+    """What a folder of DMC-VB is called, as `cheetah_run-expert-none`: of its data, what lies below `KINDS`; None elsewhere."""
+    parts = source.resolve().parts
+    below = next((parts[i + 1 :] for i in reversed(range(len(parts))) if parts[i] in KINDS), ())
+    return "-".join(below) or None
+
+
 def _columns(path: Path, names: Names) -> Columns:
     """What is what by `features.json`, `--map` and known names. Raises DataError."""
     if not path.exists():
@@ -83,17 +96,13 @@ def _columns(path: Path, names: Names) -> Columns:
         except KeyError as error:
             raise DataError(f"{path}: no {error} in it, expected the features of RLDS steps as TFDS writes them") from error
         present = dict(_flattened(features, ""))
-    plain = {what: name.removeprefix(NEXT) for what, name in names.given.items()}
-    found = names._replace(given=plain).choose(list(present), str(path))
-    found["last"] = plain.get("last", "is_last")
-    if found["last"] not in present:
+    plain, following = names.following(list(present))
+    found = plain.choose(list(present), str(path))
+    found[LAST] = plain.given.get(LAST, "is_last")
+    if found[LAST] not in present:
         raise DataError(f"{path}: which column marks the last step? there are {', '.join(present)}; say so with --map last=NAME")
     if "terminal" in found and "discount" not in names.given:
         found.pop("discount", None)  # a discount may be that of a method; what is terminal is certain
-    following = frozenset(what for what, name in names.given.items() if name.startswith(NEXT))
-    if following and (names.leads or not following <= {*MOVED}):
-        what = ", ".join(f"{what}={names.given[what]}" for what in sorted(following))
-        raise ConfigError(f"--map {what}: {NEXT} is for {', '.join(MOVED)} and excludes --action-leads True")
     return Columns(found, {what: present[name] for what, name in found.items()}, following, "reward" in names.given)
 
 
@@ -119,7 +128,7 @@ def _arrays(where: str, recorded: Mapping[str, Any], columns: Columns) -> dict[s
         if STEPS + name not in recorded:
             raise DataError(f"{where}: {STEPS}{name} is missing, features.json has it; copy both again, from the same data set")
         held[what] = tfrecord.values(recorded[STEPS + name])
-    steps = len(held["last"])
+    steps = len(held[LAST])
     if not steps:
         raise DataError(f"{where}: an episode without steps; leave it out")
     return {what: _array(f"{where}: {STEPS}{columns.names[what]}", held[what], columns.features[what], steps) for what in held}
@@ -155,15 +164,11 @@ def _decoded(part: bytes, feature: Feature) -> np.ndarray:
     return flat.reshape(feature.shape) if flat.size == np.prod(feature.shape) else flat
 
 
-class RewardsUnclear(DataError):
-    """Rewards may be of the action of their row, or have come with the picture of their row."""
-
-
 def _episode(where: str, arrays: dict[str, np.ndarray], columns: Columns, leads: bool) -> Episode:
     """An episode of the steps after whose pictures an action and what it brought are known."""
-    last, first = arrays.pop("last").reshape(-1), arrays.pop("first", None)
+    last, first = arrays.pop(LAST).reshape(-1), arrays.pop("first", None)
     steps = len(last)
-    for flag, rows, expected in (("first", first, 0), ("last", last, steps - 1)):
+    for flag, rows, expected in (("first", first, 0), (LAST, last, steps - 1)):
         marked = [] if rows is None else np.flatnonzero(rows).tolist()
         if marked not in ([], [expected]):
             raise DataError(f"{where}: {columns.names[flag]} at rows {marked} of {steps}, expected one episode a record")
@@ -173,14 +178,12 @@ def _episode(where: str, arrays: dict[str, np.ndarray], columns: Columns, leads:
     reward = arrays.get("reward")
     if ended and reward is not None and not columns.sure and reward.flat[0] == 0 and reward.flat[-1] != 0:
         name = columns.names["reward"]
-        raise RewardsUnclear(
+        raise DataError(
             f"{where}: the first {name} is 0, that of the last step {reward.flat[-1]:g}, so rewards seem to lie where dm_env has them, "
             f"with the pictures they led to; if so pass --map reward={NEXT}{name}, if they follow their rows' actions --map reward={name}"
         )
-    known = steps - 1 if ended or columns.following else steps
     if "terminal" in arrays:  # what an action brought is marked with the next picture
         arrays["terminal"] = np.append(arrays["terminal"].reshape(-1)[1:], False)
-    for what in (*MOVED, "terminal"):
-        if what in arrays:
-            arrays[what] = (arrays[what][1:] if what in columns.following else arrays[what])[:known]
-    return build(where, arrays, leads=False)
+    if ended:
+        arrays |= {what: arrays[what][:-1] for what in {*MOVED} - columns.following if what in arrays}
+    return build(where, arrays, leads=False, following=columns.following)
