@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from aime_fast.data import DMCVBDataset
     from aime_fast.data.conversion import Converted, Recipe
+    from aime_fast.data.foreign import Episode
 
 PROG = "python -m aime_fast.convert"
 UNIT = (-1.0, 1.0)  # range of actions
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from aime_fast.data import DMCVBDataset
     from aime_fast.data.conversion import convert, file_attributes
     from aime_fast.data.files import writable_target
-    from aime_fast.data.foreign import Episode, Names, detect, read
+    from aime_fast.data.foreign import Names, detect, read
     from aime_fast.data.foreign.rlds import subset
     from aime_fast.data.unfinished import unfinished_folder
     from aime_fast.runtime.progress import episode_bar
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     def episodes() -> Iterator[Episode]:
         return itertools.islice(read(source, form, names), options.max_episodes)
 
-    recipe = _recipe(options, episodes)
+    with episode_bar("finding the range of actions", options.progress and options.find_action_range, options.max_episodes) as advance:
+        recipe = _recipe(options, episodes, advance)
     reading = {"map": names.given, "action_leads": options.action_leads, "max_episodes": options.max_episodes}
     task = options.task or subset(source) or source.resolve().stem
     attributes = file_attributes(source, form, recipe, options.domain, task, options.source_frame_skip, reading) | held_out
@@ -130,12 +132,17 @@ def _given(options: Conversion) -> dict[str, str]:
     return given
 
 
-def _recipe(options: Conversion, episodes: Any) -> Recipe:
-    """What every episode is brought to; with `--find-action-range` all are read."""
+def _recipe(options: Conversion, episodes: Callable[[], Iterator[Episode]], advance: Callable[[int], None]) -> Recipe:
+    """What every episode is brought to; with `--find-action-range` all are read, and `advance` is called with the frames of each."""
     from aime_fast.data.conversion import Recipe, action_range
 
+    def counted() -> Iterator[Episode]:
+        for episode in episodes():
+            advance(len(episode.action))
+            yield episode
+
     low, high = options.action_range or UNIT
-    lows, highs = action_range(episodes()) if options.find_action_range else ((low,), (high,))
+    lows, highs = action_range(counted()) if options.find_action_range else ((low,), (high,))
     concatenate = options.skipped_actions == "concatenate"
     return Recipe(options.image_size, lows, highs, options.frame_skip, concatenate, options.shortest)
 

@@ -206,13 +206,15 @@ def find_resume(run_dir: Path, resume: bool, report=print) -> tuple[Path, dict[s
 def check_same_config(saved: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError naming each field in which a resumed run differs from the one that wrote the checkpoint.
 
-    Fields in `MAY_CHANGE` may differ. A field that the checkpoint does not know yet counts as its default.
+    Fields in `MAY_CHANGE` may differ, and those of `control` but `online` where nothing is played. A field that the checkpoint does not
+    know yet counts as its default.
     """
     old, new = flatten(to_dict(from_dict(saved))), flatten(to_dict(config))
+    unread = () if old["control.online"] or new["control.online"] else {name for name in new if name.startswith("control.")}
     differing = [
         f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if name not in MAY_CHANGE and old.get(name) != new.get(name)
+        if name not in MAY_CHANGE and name not in unread and old.get(name) != new.get(name)
     ]
     if differing:
         allowed = ", ".join(sorted(name.split(".")[1] for name in MAY_CHANGE))

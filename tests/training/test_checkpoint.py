@@ -74,6 +74,11 @@ def test_resume_names_the_fields_that_differ_and_allows_the_rest():
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, latent_dim=7), run=dataclasses.replace(run, seed=5))
     with pytest.raises(CheckpointError, match=r"model\.latent_dim was 6, is now 7; run\.seed was 0, is now 5") as error:
         ck.check_same_config(to_dict(config), changed)
+    control = dataclasses.replace(config.control, train_ratio=3.0)
+    ck.check_same_config(to_dict(config), dataclasses.replace(config, control=control))  # nobody plays
+    plays = dataclasses.replace(config, control=dataclasses.replace(config.control, online=True))
+    with pytest.raises(CheckpointError, match=r"control.train_ratio was \S+, is now 3.0"):
+        ck.check_same_config(to_dict(plays), dataclasses.replace(plays, control=dataclasses.replace(control, online=True)))
     assert "steps" in str(error.value).split("only these may change")[1]
 
 
