@@ -16,7 +16,7 @@ from aime_fast.data.foreign import Names, read
 from aime_fast.errors import DataError
 
 FRAMES, SIZE = 40, 32
-NONE, NO_ACTIONS = {"action": "none"}, ("--map", "action=none")
+NONE, NO_ACTIONS = {"action": "none"}, ("--actions", "none")
 CODECS = {
     "a.mp4": ("libx264", "yuv420p", []), "fast.mp4": ("libx264", "yuv420p", ["-movflags", "+faststart"]),
     "a.mkv": ("libx264", "yuv420p", []), "intra.mkv": ("libx264", "yuv420p", ["-g", "1"]), "a.mov": ("libx264", "yuv420p", []),
@@ -85,7 +85,7 @@ def test_pictures_with_actions_beside_them(tmp_path, episodes, capsys):
 def test_a_film(tmp_path, episodes):
     big = episodes[0]["pixels"].repeat(4, 1).repeat(4, 2)
     film = write_film(tmp_path / "film.mp4", big, pix_fmt_out="yuv444p", quality=10)
-    refused(film, tmp_path / "a.h5", r"no actions beside it, expected film\.npy or film\.csv; without any pass --map action=none")
+    refused(film, tmp_path / "a.h5", r"no actions beside it, expected film\.npy or film\.csv; without any pass --actions none")
     data = convert(film, tmp_path / "a.h5", *NO_ACTIONS)
     assert data.attributes["rewards"] == "none"
     found = data.read_episode(0)
@@ -189,7 +189,7 @@ PICTURES = [
     (lambda f: truncate(f / "run" / "3.png"), r"run/3\.png: cannot be read \(.*\); copy it again, or leave it out"),
     (lambda f: (f / "run" / "3.png").write_bytes(b""), r"run/3\.png: cannot be read \("),
     (lambda f: Image.fromarray(moving(1, 16, 32)[0]).save(f / "run" / "3.png"), r"run/3\.png is \[16, 32, 3\], the first \[32, 32, 3\]"),
-    (lambda f: (f / "run.npy").unlink(), r"run: no actions beside it, expected run\.npy or run\.csv; .* --map action=none"),
+    (lambda f: (f / "run.npy").unlink(), r"run: no actions beside it, expected run\.npy or run\.csv; .* --actions none"),
     (lambda f: truncate(f / "run.npy"), r"run\.npy: cannot be read \("),
     (lambda f: np.save(f / "run.npy", np.zeros((3, 1))), r"run: 3 actions for 6 pictures, expected as many, or one less"),
     (lambda f: np.save(f / "run.npy", np.zeros((6, 1, 1))), r"run: actions have shape \[6, 1, 1\], expected \[T, A\]"),

@@ -25,7 +25,7 @@ KNOWN = {
     "first": ("is_first",),
 }  # fmt: skip
 LAST = "last"  # what `--map` names besides: the column that marks the last row of an episode
-NONE = "none"  # `--map action=none`: one action is stored, always 0, whatever was recorded
+NONE = "none"  # `--actions none`: one action is stored, always 0, whatever was recorded
 NEXT = "next/"  # before a name in `--map`: the value of the following row
 MOVED = ("action", "reward", "discount")  # what may be taken from there
 

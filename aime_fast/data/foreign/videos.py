@@ -1,7 +1,7 @@
 """Films (mp4 and so on) or folders of pictures, an episode each, with actions beside them: NAME.npy or NAME.csv, rows of T actions.
 
 NAME is that of the film without its suffix, or the whole name of the folder. Rewards may lie in NAME.reward.npy or NAME.reward.csv.
-Numbers in names are put in order by their value. `--map action=none`: no actions are known, A = 1 and zeros.
+Numbers in names are put in order by their value. `--actions none`: no actions are known, A = 1 and zeros.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import IO
 
 import numpy as np
 
-from aime_fast.data.foreign.episode import Episode, Names, build, readable
+from aime_fast.data.foreign.episode import NONE, Episode, Names, build, readable
 from aime_fast.data.foreign.pictures import gathered, opened
 from aime_fast.errors import DataError
 
 FILMS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
 PICTURES = (".png", ".jpg", ".jpeg")
-NONE = "none"
 AGAIN = "copy it again, or leave it out"
 # ffmpeg: say how serious each message is; end at the first frame that is damaged; add and leave out none to even out the rate.
 LOUD = ("-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info")
@@ -43,7 +42,7 @@ def read(source: Path, names: Names) -> Iterator[Episode]:
     for path in [*sorted(films, key=_order), *sorted(folders, key=_order)]:
         with readable(str(path)):
             pixels = (_film if path.is_file() else _pictures)(path, names.image_size)
-            arrays = {"pixels": pixels, "action": _actions(path, names, len(pixels))}
+            arrays = {"pixels": pixels} | ({} if names.given.get("action") == NONE else {"action": _actions(path)})
             reward = _table(path, ".reward")
             if reward is not None:
                 arrays["reward"] = reward
@@ -184,13 +183,11 @@ def _pictures(folder: Path, size: int | None) -> np.ndarray:
     return opened(sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURES), key=_order), size)
 
 
-def _actions(path: Path, names: Names, frames: int) -> np.ndarray:
-    if names.given.get("action") == NONE:
-        return np.zeros((frames, 1), np.float32)
+def _actions(path: Path) -> np.ndarray:
     found = _table(path)
     if found is None:
         expected = " or ".join(file.name for file in _beside(path))
-        raise DataError(f"{path}: no actions beside it, expected {expected}; without any pass --map action=none")
+        raise DataError(f"{path}: no actions beside it, expected {expected}; without any pass --actions none")
     return found
 
 
