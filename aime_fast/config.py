@@ -159,6 +159,7 @@ class OptimConfig:
     latent_phase_batch_size: Count = 64  # pieces of episodes in such an update
     latent_phase_frames: Count = 30  # frames imagined in it, at first fewer, after some observed ones
     latent_phase_learning_rate: Annotated[float, Bound(0, 1)] = 3e-3  # of its Adam, falling as a cosine
+    keep_best_latent_phase: bool = False  # keep its weights by which held-out roll-outs cost least in nats, not the last: for few episodes
     accumulate: Annotated[int, Bound(1, 4096)] = 1  # batches whose gradients make one update
 
 

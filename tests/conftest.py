@@ -18,8 +18,22 @@ if not torch.cuda.is_available():
 
 from models import make_model
 
+from aime_fast.data import environments
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from kernels.backend import select_kernels, selected_kernels
+
+probe, found = environments.probe_renderer, {}
+
+
+def probe_once(timeout: float = 60.0) -> str:
+    """A process renders its test frame, with which every recording begins, once for all tests, and not for each: it takes a second."""
+    wanted = os.environ.get("MUJOCO_GL"), timeout
+    if wanted not in found:
+        found[wanted] = probe(timeout)
+    return environments.select_renderer(found[wanted])
+
+
+environments.probe_renderer = probe_once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -62,7 +62,8 @@ def test_a_job_whose_time_is_up_saves_enters_the_queue_again_and_goes_on(tmp_pat
     assert "interrupted by SIGTERM: stopped after step" in said
     assert "requeue 7" in (tmp_path / "bin" / "asked").read_text()
     saved = max(int(path.stem.removeprefix("checkpoint_")) for path in run_dir.glob("checkpoint_*.pt"))
-    again = subprocess.run([*command, "--steps", str(saved + 2)], env=cluster, capture_output=True, text=True, timeout=200, check=False)
+    alone = cluster | {"PROCESSES_PER_NODE": "1"}
+    again = subprocess.run([*command, "--steps", str(saved + 2)], env=alone, capture_output=True, text=True, timeout=200, check=False)
     assert again.returncode == 0, again.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert sorted({row["step"] for row in rows})[-1] == saved + 2

@@ -43,8 +43,8 @@ MAY_CHANGE = frozenset(
     )
 ) | {
     "data.data", "data.workers", "data.prefetch", "data.replay", "optim.latent_phase_updates", "optim.latent_phase_batch_size",
-    "optim.latent_phase_frames", "optim.latent_phase_learning_rate", "control.environment_frames", "control.return_episodes",
-    "control.plays_beside",
+    "optim.latent_phase_frames", "optim.latent_phase_learning_rate", "optim.keep_best_latent_phase", "control.environment_frames",
+    "control.return_episodes", "control.plays_beside",
 }  # fmt: skip
 
 

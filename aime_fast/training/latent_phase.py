@@ -2,8 +2,7 @@
 
 Nearly all of the cost of a joint update is pictures. Prediction needs thousands of long roll-outs through a small recurrence; without
 pictures an update costs a fraction. So the averaged weights infer the latents of the whole training set, and recurrence, mixture prior
-and attention prior go on training on pieces of them, and the weights by which held-out roll-outs cost least are kept: few episodes are
-learnt by heart. Every other update imagines samples, so that the
+and attention prior go on training on pieces of them. Every other update imagines samples, so that the
 places that a sampled film comes to are known. Source of the two stages: Ha and Schmidhuber, arXiv 1803.10122.
 
 Update n draws its random numbers from a seed of its own: a phase goes on from any update as if it had not been stopped.
@@ -271,12 +270,13 @@ def train_latent_phase(
     Args:
         model: in eval mode, without gradients; half-way through the phase where `state` says so.
         training, held_out: episodes.
-        optim: its fields `latent_phase_*` are read.
+        optim: its fields `latent_phase_*` and `keep_best_latent_phase` are read.
         seed: of all random numbers.
         state: of the phase: `before`, the weights of `trained_modules` before it, and `progress`, what `LatentPhase.state_dict` gave
-            ({} where it begins). Up to date at every call of `save`; `progress` is None when the phase is done. `best` is added: the
-            `update` after which held-out roll-outs cost least so far, what they cost, and until the phase is done the `weights`.
-        report: called some 20 times with the updates made, the measures of held-out episodes, and the best update so far.
+            ({} where it begins). Up to date at every call of `save`; `progress` is None when the phase is done. With
+            `optim.keep_best_latent_phase` there is `best`: the `update` after which held-out roll-outs cost least so far, what they cost,
+            and until the phase is done the `weights`.
+        report: called some 20 times with the updates made, the measures of held-out episodes, and the best update so far, or 0.
         due: whether to save after so many updates.
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
@@ -302,7 +302,7 @@ def train_latent_phase(
             if should_report(phase.made) or phase.made == phase.updates:
                 phase.check()
                 measured = phase.measure()
-                if measured[CHOOSES] < state.get("best", {CHOOSES: math.inf})[CHOOSES]:
+                if optim.keep_best_latent_phase and measured[CHOOSES] < state.get("best", {CHOOSES: math.inf})[CHOOSES]:
                     weights = {name: value.clone() for name, value in modules.state_dict().items()}
                     state["best"] = {"update": phase.made, CHOOSES: measured[CHOOSES], "weights": weights}
                 report(phase.made, measured, state.get("best", {"update": 0})["update"])

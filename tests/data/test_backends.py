@@ -41,7 +41,8 @@ def test_a_file_does_not_tell_where_it_was_recorded(tmp_path, local, backend):
     assert there.identities == local.identities
     assert len(set(there.identities)) == 3
     assert there.attributes.keys() == local.attributes.keys()
-    assert {key for key in there.attributes if there.attributes[key] != local.attributes[key]} <= TIMING
+    assert {key for key in there.attributes if there.attributes[key] != local.attributes[key]} <= TIMING | {"workers"}
+    assert (there.attributes["workers"], local.attributes["workers"]) == (2, 1)
     assert [each.name for each in tmp_path.iterdir()] == ["a.h5"]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert not [pid for pid in children(os.getpid()) if "multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_text()]

@@ -124,10 +124,10 @@ def test_the_best_sample_is_one_film_and_scores_do_not_depend_on_the_batch(model
 
 def test_samples_depend_on_neither_batch_nor_number_of_samples(model):
     clips = make_clips(model)
-    several, single, fewer = (evaluate(model, clips, samples=s, batch=b, seed=3) for s, b in ((3, 8), (3, 1), (1, 2)))
+    several, single, fewer = (evaluate(model, clips, samples=s, batch=b, seed=3) for s, b in ((2, 8), (2, 1), (1, 2)))
     assert several["sample_mean"]["psnr"] == pytest.approx(single["sample_mean"]["psnr"], rel=1e-5)
     assert several["sample_mean"]["psnr"] != pytest.approx(
-        evaluate(model, clips, samples=3, batch=8, seed=4)["sample_mean"]["psnr"], rel=1e-8
+        evaluate(model, clips, samples=2, batch=8, seed=4)["sample_mean"]["psnr"], rel=1e-8
     )
     seeds = [films.sample_seed(3, clip, 0) for clip in range(len(clips))]
     first = films.predict(model, clips, sample=True, seeds=seeds)["latents"]

@@ -91,12 +91,9 @@ def test_the_layout_of_the_state_never_changes(model, batch):
 @torch.no_grad()
 def test_imagination_compiles_once_into_one_graph(model):
     video, actions = make_batch(model, 2, 3)
-    future = make_batch(model, 2, 20, seed=1)[1]
+    future = make_batch(model, 2, 8, seed=1)[1]
     state = model.initial_state(2)
     _, state = model.step(video[:, 0], actions[:, 0], state)
-    torch._dynamo.reset()
-    assert torch._dynamo.explain(model.imagine)(future[:, 0], state).graph_break_count == 0
-
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model.imagine, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -109,7 +106,7 @@ def test_imagination_compiles_once_into_one_graph(model):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("refinement_steps", [0, 3])
+@pytest.mark.parametrize("refinement_steps", [0, 2])
 @torch.no_grad()
 def test_generation_compiles_once_into_one_graph(refinement_steps):
     perceiver = make_model(refinement_steps=refinement_steps).perceiver_io

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kernels import backend
@@ -32,20 +32,30 @@ def run(function, inputs, groups):
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs[3])]
 
 
-def check(inputs, groups):
-    """The kernel's error is at most twice that of the eager reference, plus rounding."""
-    kernel, eager = (run(f, inputs, groups) for f in (group_norm_silu, group_norm_silu_reference))
-    exact = run(group_norm_silu_reference, [t.double() for t in inputs], groups)
-    for name, ours, theirs, target in zip(NAMES, kernel, eager, exact):
-        assert ours.dtype == theirs.dtype, name
-        budget = 2 * (theirs.double() - target).abs().max() + 4 * torch.finfo(inputs[0].dtype).eps * target.abs().max()
-        assert (ours.double() - target).abs().max() <= budget, name
+def errors(function, inputs, groups):
+    """What it comes to, how far that is from the float64 reference at most, and the reference."""
+    found, exact = run(function, inputs, groups), run(group_norm_silu_reference, [t.double() for t in inputs], groups)
+    return found, torch.stack([(x.double() - y).abs().max() for x, y in zip(found, exact)]), exact
+
+
+def check(inputs, groups, others=()):
+    """The kernel's error is at most twice that of the eager reference, plus rounding.
+
+    `others`: problems of the same kind, so that one in which the reference is right by luck sets no budget.
+    """
+    kernel, ours, exact = errors(group_norm_silu, inputs, groups)
+    eager = [errors(group_norm_silu_reference, each, groups) for each in (inputs, *others)]
+    theirs = torch.stack([error for _, error, _ in eager]).amax(0)
+    for i, name in enumerate(NAMES):
+        assert kernel[i].dtype == eager[0][0][i].dtype, name
+        assert ours[i] <= 2 * theirs[i] + 4 * torch.finfo(inputs[0].dtype).eps * exact[i].abs().max(), name
     for x in kernel[:2]:
         assert x.is_contiguous(memory_format=torch.channels_last)
     return kernel
 
 
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(1140, (5, 5), 3, (6, 9), 30.0, torch.float32, False)  # the reference is right by luck
 @given(
     st.integers(0, 2**31),
     st.sampled_from([(48, 8), (96, 8), (32, 8), (7, 1), (130, 1), (5, 5), (256, 8)]),
@@ -56,7 +66,8 @@ def check(inputs, groups):
     st.booleans(),
 )
 def test_forward_and_backward_within_the_budget(seed, channels, frames, grid, offset, dtype, channels_last):
-    check(problem(seed, (frames, channels[0], *grid), offset, dtype, channels_last), channels[1])
+    first, *others = (problem(seed + i, (frames, channels[0], *grid), offset, dtype, channels_last) for i in range(5))
+    check(first, channels[1], others)
 
 
 @pytest.mark.parametrize("architecture", backend.ARCHITECTURES)

@@ -5,11 +5,12 @@ The budget comes from data: a kernel's error may be twice that of the reference 
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from architectures import distinct
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kernels import backend
-from kernels.kumaraswamy import kumaraswamy_sticks, kumaraswamy_sticks_reference
+from kernels.kumaraswamy import kumaraswamy_sticks, kumaraswamy_sticks_reference, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("v", "pi", "log pi", "kl", "to log a", "to log b", "to alpha", "to log alpha")
@@ -78,10 +79,13 @@ def check(inputs, kl="exact", weights=None, larger=None, scale=0.0):
     return kernel
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(0, (17, 3), True, "exact", "row", True)
+@example(1, (2, 37), True, "series10", "scalar", False)
+@example(2, (16, 7), False, "exact", "stick", True)
 @given(
     st.integers(0, 2**31),
-    st.sampled_from([(2, 37), (3, 7), (8, 37), (15, 1), (15, 7), (16, 7), (17, 7), (64, 1)]),  # each tile costs the interpreter time
+    st.sampled_from([(2, 37), (3, 7), (8, 7), (15, 1), (15, 7), (16, 7), (17, 3), (64, 1)]),  # each tile costs the interpreter time
     st.booleans(),
     st.sampled_from(["exact", "exact", "series10"]),
     st.sampled_from(["row", "stick", "scalar"]),
@@ -98,11 +102,11 @@ def test_forward_and_backward_within_the_budget(seed, sizes, ends, kl, alpha, lo
     check(make(rows), kl, larger=make(max(rows, 1024 // components)))
 
 
-@pytest.mark.parametrize("architecture", backend.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", distinct(launch.TILES))
 @pytest.mark.parametrize("kl", ["exact", "series10", None])
 def test_each_committed_configuration_on_ragged_tiles(architecture, kl):
     with backend.pin_architecture(architecture):
-        inputs = problem(5, ({None: 67, "exact": 7, "series10": 19}[kl], 14))  # each more than two tiles and less than four
+        inputs = problem(5, ({None: 67, "exact": 5, "series10": 9}[kl], 14))  # each more than a tile, the last one ragged
         if kl is None:
             inputs[3:] = None, None
         first = check(inputs, kl or "exact")
@@ -122,7 +126,7 @@ def test_batch_dimensions_and_stride_0_gradients_of_some_outputs(used):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_worked_in_float32(dtype):
-    inputs = problem(2, (13, 14), dtype=dtype)
+    inputs = problem(2, (5, 14), dtype=dtype)
     check(inputs)
     weights = [torch.ones((), device=DEVICE)] * 4
     low, single = (run(kumaraswamy_sticks, inputs, "exact", d, weights) for d in (dtype, torch.float32))
@@ -158,11 +162,11 @@ def test_float64_and_no_rows():
 def test_operators_are_sound():
     torch.use_deterministic_algorithms(False)  # opcheck compares memory that it does not write itself
     log_a, log_b, u, alpha, log_alpha = (x.requires_grad_(i != 2) for i, x in enumerate(problem(6, (3, 4))))
-    for arguments in ((u, None, None, "exact"), (u, alpha, None, "exact"), (u, alpha, log_alpha, "series10")):
+    for arguments in ((u, None, None, "exact"), (u, alpha, None, "series10"), (u, alpha, log_alpha, "series10")):
         torch.library.opcheck(torch.ops.aime_fast.kumaraswamy_sticks, (log_a, log_b, *arguments))
     inputs = [x.detach() for x in (log_a, log_b, u, alpha, log_alpha)]
     grads = (None, torch.ones(3, 5, device=DEVICE), None, torch.ones(3, 4, device=DEVICE))
-    torch.library.opcheck(torch.ops.aime_fast.kumaraswamy_sticks_backward, (*inputs, "exact", *grads))
+    torch.library.opcheck(torch.ops.aime_fast.kumaraswamy_sticks_backward, (*inputs, "series10", *grads))
 
 
 def test_compiles_whole():

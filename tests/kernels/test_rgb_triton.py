@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from architectures import distinct
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kernels.backend import ARCHITECTURES, pin_architecture, select_kernels
-from kernels.rgb import rgb_rotate, rgb_rotate_
+from kernels.backend import pin_architecture, select_kernels
+from kernels.rgb import launch, rgb_rotate, rgb_rotate_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -41,10 +42,15 @@ def assert_within_budget(inputs, **options):
         assert error <= 2 * yardstick + 8 * EPS * x.abs().max(), f"{name}: {error:.2e}, eager {yardstick:.2e}"
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(n=1, size=31, seed=0, zero=set(), aggregation="norm_weighted", lam=1.0)
+@example(n=1, size=1, seed=1, zero={0}, aggregation="mean", lam=0.0)
+@example(n=4, size=2053, seed=2, zero=set(), aggregation="norm_weighted", lam=10.0)
+@example(n=9, size=1, seed=3, zero={2, 8}, aggregation="norm_weighted", lam=1.0)
+@example(n=5, size=1021, seed=4, zero={0, 3}, aggregation="mean", lam=1.0)
 @given(
     n=st.integers(1, 9),
-    size=st.sampled_from([1, 31, 1021, 5003]),
+    size=st.sampled_from([1, 31, 1021]),
     seed=st.integers(0, 2**31),
     zero=st.sets(st.integers(0, 8), max_size=2),
     aggregation=st.sampled_from(["norm_weighted", "mean"]),
@@ -58,7 +64,7 @@ def test_kernel_is_as_good_as_eager(n, size, seed, zero, aggregation, lam):
     assert_within_budget(inputs, aggregation=aggregation, lam=lam)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", distinct(launch.GRAM, launch.ROTATION, launch.COMBINE))
 @pytest.mark.parametrize("n", [1, 4, 5, 8, 9, 15])
 def test_every_configuration(arch, n):
     with pin_architecture(arch):

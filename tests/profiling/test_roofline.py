@@ -124,13 +124,13 @@ def test_a_host_read_in_the_step_fails_and_a_picture_step_has_none():
     updates = FakeUpdates(preset("debug"))
     with updates._mode:
         assert "gradient_norm/perception" in updates.step.learn_pictures([updates._batch], updates._one)
-    learn = updates.step.rgb.rotate
+    observe = updates.step._observe
 
-    def reads(gradients, **options):
-        gradients.sum().item()
-        return learn(gradients, **options)
+    def reads(pixels):
+        pixels.float().sum().item()
+        return observe(pixels)
 
-    updates.step.rgb.rotate = reads
+    updates.step._observe = reads
     with open_spans() as names, pytest.raises(DataDependentOutputException):
         updates(Recorder(names))
 

@@ -30,7 +30,7 @@ def config_of(run_dir: Path, **optim) -> Config:
         config,
         data=dataclasses.replace(config.data, data="synthetic", episodes=4),
         optim=dataclasses.replace(config.optim, latent_phase_frames=3, latent_phase_batch_size=4, **optim),
-        run=dataclasses.replace(config.run, device="cpu", steps=2, run_dir=str(run_dir)),
+        run=dataclasses.replace(config.run, device="cpu", steps=2, validate_every=0, sample_every=0, run_dir=str(run_dir)),
     )
 
 
@@ -96,7 +96,7 @@ def test_the_weights_that_predict_held_out_episodes_best_are_kept(tmp_path, monk
 
     monkeypatch.setattr(LatentPhase, "measure", measure)
     stop_after(monkeypatch, 3)
-    config = config_of(tmp_path, latent_phase_updates=4)
+    config = config_of(tmp_path, latent_phase_updates=4, keep_best_latent_phase=True)
     with pytest.raises(Interrupted):
         DMCVBTrainer(config).train()
     assert len(seen) == 3

@@ -21,7 +21,12 @@ def train(kernels: str, steps: int = 2) -> tuple[list[dict[str, torch.Tensor]], 
     """Metrics of each step, and the weights after the last."""
     select_kernels(kernels)
     config = preset("debug")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0))
+    # Few frames, loops and parameters: the interpreter takes its time for every tile.
+    data = dataclasses.replace(config.data, data="synthetic", augment=False, prefetch=0, sequence_length=3, stills=1)
+    model = dataclasses.replace(
+        config.model, blocks_per_level=0, slot_iterations=1, overshoot_frames=1, dense_dim=16, predictor_dim=16, tokenizer_channels=(8, 8)
+    )
+    config = dataclasses.replace(config, data=data, model=model)
     batches, validation = make_batches(config.data, 0, DEVICE)
     torch.manual_seed(0)
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, batches.action_dim).to(DEVICE)
