@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if options.plan and not acts:
         raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
     shard = _shard(options.shard)
-    kept = _kept(options.split)
     make_policy = _policy_of(options.policy, config, options.plan) if acts else None
     recording = f"{options.domain}-{options.task}-seed{options.seed}"
     of_shard = f"{recording}/shard{shard.index:03d}of{shard.count:03d}.h5"  # in a folder of their own, which is read as one
@@ -65,9 +64,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     from aime_fast.data import DMCVBDataset, collect
     from aime_fast.data.files import writable_target
+    from aime_fast.data.split import held_out_attributes
     from aime_fast.data.unfinished import unfinished_folder
     from aime_fast.errors import DataError
 
+    held_out = held_out_attributes(options.split)
     complete, left = writable_target(out).exists(), unfinished_folder(writable_target(out))
     if options.resume and options.overwrite:
         raise DataError("--resume --overwrite: the one keeps episodes, the other drops them; pass one of them")
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
         name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
-        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, options.backend, kept)
+        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, options.backend, held_out)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")}
     )
@@ -90,15 +91,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     size = out.stat().st_size / 2**20
     print(f"{out}: {recorded.num_episodes} episodes, {frames} frames, {frames / seconds:.0f} frames/s, {size:.1f} MiB")
     return out
-
-
-def _kept(split: str | None) -> dict[str, float]:
-    """The attributes that keep `--split`. Raises ConfigError."""
-    if split is None:
-        return {}
-    from aime_fast.data.split import kept_split
-
-    return kept_split(split)
 
 
 def _shard(text: str) -> Shard:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -38,7 +38,7 @@ class Conversion:
     map: tuple[str, ...] = ()  # what is called how: pixels=obs/agentview_image action=actions
     camera: str | None = None  # which of several: the same as --map pixels=NAME, and kept in the file; training asks for the same
     actions: Literal["recorded", "none"] = "recorded"  # none: whatever was recorded, one action is stored, always 0
-    action_leads: bool | None = None  # a row's action led to its picture, as in Dreamer; usual for npz alone
+    action_leads: bool | None = None  # a row's action led to its picture, as in Dreamer; usual for npz, and beside a column step_type
     action_range: tuple[float, float] | None = None  # of recorded actions, LOW HIGH, brought to [-1, 1]; none: they are in it
     find_action_range: bool = False  # bring each action's own least and largest value to -1 and 1; everything is read twice
     image_size: int = DataConfig.image_size  # H = W, pixels; pictures are brought to it by area
@@ -59,22 +59,23 @@ class Conversion:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Parse `argv` (None: `sys.argv`), convert and print a summary; returns the file. Raises ConfigError, DataError."""
     options = parse_arguments(Conversion, PROG, "Convert recordings of other programs into one HDF5 file.", argv)
-    held_out = _checked(options)
+    _check(options)
     from aime_fast.data import DMCVBDataset
     from aime_fast.data.conversion import convert, file_attributes
     from aime_fast.data.files import writable_target
     from aime_fast.data.foreign import Names, detect, read
     from aime_fast.data.foreign.rlds import subset
+    from aime_fast.data.split import held_out_attributes
     from aime_fast.data.unfinished import unfinished_folder
     from aime_fast.runtime.progress import episode_bar
 
+    held_out = held_out_attributes(options.split)
     source, picture, is_folder = Path(options.source), options.out.with_suffix(".png"), not options.out.suffix
     left = unfinished_folder(options.out.resolve() if is_folder else writable_target(options.out))
-    for path in (options.out, picture):
-        if path.exists() and is_folder and path == options.out:
-            raise DataError(f"--out {path}: the folder exists; name another, or remove it")
-        if path.exists() and not options.overwrite:
-            raise DataError(f"--out {options.out}: the file {path} exists; pass --overwrite to replace it, or another --out")
+    if is_folder and options.out.exists():
+        raise DataError(f"--out {options.out}: the folder exists; name another, or remove it")
+    if not options.overwrite and (existing := [path for path in (options.out, picture) if path.exists()]):
+        raise DataError(f"--out {options.out}: the file {existing[0]} exists; pass --overwrite to replace it, or another --out")
     if source.is_dir() and options.out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"--out {options.out}: it lies in {source}, where it would be read as a part of it; name a place elsewhere")
     if left.exists() and not (options.overwrite or options.resume):
@@ -97,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return options.out
 
 
-def _checked(options: Conversion) -> dict[str, Any]:
-    """The attributes that keep `--split`. Raises ConfigError where an option is out of range, or two exclude each other."""
+def _check(options: Conversion) -> None:
+    """Raises ConfigError where an option is out of range, or two exclude each other."""
     check(DataConfig(image_size=options.image_size, frame_skip=options.frame_skip, workers=options.workers))
     for name in ("max_episodes", "shortest", "source_frame_skip"):
         value = getattr(options, name)
@@ -116,11 +117,6 @@ def _checked(options: Conversion) -> dict[str, Any]:
         raise ConfigError(f"--map {wrong[0]}: expected WHAT=NAME, such as pixels=obs/agentview_image")
     if options.out.suffix not in ("", ".h5", ".hdf5"):
         raise ConfigError(f"--out {options.out}: expected a file NAME.h5 or NAME.hdf5, or a folder, NAME")
-    if options.split is None:
-        return {}
-    from aime_fast.data.split import kept_split
-
-    return kept_split(options.split)
 
 
 def _given(options: Conversion) -> dict[str, str]:

@@ -69,7 +69,7 @@ class SeededPolicy(TensorDictModuleBase):
 def collect(
     config: DataConfig, seed: int, out: str | Path, progress: bool = True, resume: bool = False, make_policy: MakePolicy | None = None,
     policy_name: str | None = None, shard: Shard = Shard(), backend: Backend = "local",  # noqa: B008
-    kept: Mapping[str, Any] | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Record `config.episodes` whole episodes of a dm_control task, or a shard of them, into one HDF5 file.
 
@@ -88,7 +88,7 @@ def collect(
         make_policy: acts instead of `config.policy`; policy_name: what the attribute `policy` then says.
         shard: which of the episodes to record.
         backend: where the workers run, see `open_collector`.
-        kept: further attributes of the file.
+        further: attributes of the file besides those of the recording.
     Returns:
         `out` as a Path.
     Raises:
@@ -103,7 +103,7 @@ def collect(
     target = writable_target(out)
     renderer = probe_renderer()
     task = describe_task(config)
-    attributes = recording_attributes(config, seed, task, renderer, policy_name) | dict(kept or {})
+    attributes = recording_attributes(config, seed, task, renderer, policy_name) | dict(further or {})
     make_policy = make_policy or partial(NoisePolicy, config.policy, task.action_dim)
     frames, wanted = min(FRAMES_PER_MESSAGE, task.longest), shard.of(config.episodes)
     if not wanted:

@@ -28,6 +28,7 @@ from aime_fast.runtime.processes import begin_worker
 Then = Callable[[int], None]
 ORIGIN = "origin"  # attribute of a finished episode: where in the source it was
 AHEAD = 2  # episodes read ahead for each worker
+LIMITS = {name: bounds for name, *bounds in RANGES}  # what training accepts
 ROUNDING = 1e-6  # so far outside of [-1, 1] an action may lie, and is brought back
 
 
@@ -103,9 +104,8 @@ def prepare(episode: Episode, recipe: Recipe) -> dict[str, np.ndarray]:
     frames, action = len(action), action.clip(-1, 1)
     reward = np.zeros(frames, np.float32) if episode.reward is None else episode.reward
     discount = np.ones(frames, np.float32) if episode.discount is None else episode.discount
-    for name, low, high in RANGES:
-        if name in (brought := {"reward": reward, "discount": discount}):
-            _check_values(episode.where, name, brought[name], low, high)
+    for name, values in (("reward", reward), ("discount", discount)):
+        _check_values(episode.where, name, values, *LIMITS[name])
     pixels, skip = episode.pixels, recipe.skip
     if skip > 1:
         begins = np.arange(0, frames, skip)

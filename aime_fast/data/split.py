@@ -32,8 +32,10 @@ def held_out_shares(config: DataConfig, kept: Mapping[str, Any]) -> tuple[float,
     return tuple(float(kept.get(name, given[name]) if default else given[name]) for name in names)
 
 
-def kept_split(text: str) -> dict[str, float]:
-    """The attributes of a file that keep `--split train:SHARE%`: half of the rest validates, half is tested. Raises ConfigError."""
+def held_out_attributes(text: str | None) -> dict[str, float]:
+    """Attributes of a file by `--split train:SHARE%`: half of the rest validates, half is tested; none by None. Raises ConfigError."""
+    if text is None:
+        return {}
     part, _, share = text.partition(":")
     number = share.removesuffix("%")
     if part != "train" or not share.endswith("%") or not number.replace(".", "", 1).isdecimal() or not 0 < float(number) < 100:

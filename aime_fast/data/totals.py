@@ -11,8 +11,9 @@ import numpy as np
 from aime_fast.config import DataConfig
 from aime_fast.data.episodes import UNRECORDED
 from aime_fast.data.faults import Fault, Place
+from aime_fast.data.split import Split
 
-PARTS = 3  # of a split: so many episodes does training want
+PARTS = len(Split._fields)  # so many episodes does training want
 SHORT = DataConfig.sequence_length  # frames; a shorter episode gives no training sequence of the usual length
 HIDDEN = ("attributes_sha256", "complete", "validation_fraction", "test_fraction", "format_version")  # attributes with a place of their own
 Row = dict[str, Any]

@@ -110,9 +110,9 @@ class Reconstruction:
 
         Raises ValueError where there was no batch.
         """
-        if not self.frames:
+        if not (frames := self.frames):
             raise ValueError("the held-out episodes give no sequence; raise --validation-fraction or lower --sequence-length")
-        codes, mean = self.sums["codes"], lambda name: self.sums[name] / self.frames
+        codes, mean = self.sums["codes"], lambda name: self.sums[name] / frames
         share = codes / codes.sum(1, keepdim=True)
         return {
             "psnr": psnr(mean("squared_error").item()),

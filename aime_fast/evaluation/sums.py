@@ -23,8 +23,7 @@ class Sums:
 
     def join(self) -> None:
         """Adds up what all processes of the run have; each of them may lack names, or all. A collective: all are to call it as often."""
-        parts = ranks.collected({name: value.cpu() for name, value in self._sums.items()})
-        self._sums = {}
+        parts, self._sums = ranks.collected(self._sums), {}
         for part in parts:
             for name, value in part.items():
                 self.add(name, value)

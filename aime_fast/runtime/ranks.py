@@ -217,12 +217,12 @@ def gathered(x: Tensor, rows: Tensor, share: Ranks) -> Tensor:
 
 
 def collected(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What each process of the run has, in their order: tensors on the CPU, by names of its own."""
+    """What each process of the run has, in their order, by names of its own; of several processes on the CPU."""
     if _run.size == 1:
         return [values]
     parts: list[dict[str, Tensor]] = [{}] * _run.size
     with _answering():
-        dist.all_gather_object(parts, values)
+        dist.all_gather_object(parts, {name: value.cpu() for name, value in values.items()})
     return parts
 
 
