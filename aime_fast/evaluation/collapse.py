@@ -189,7 +189,7 @@ CHECKS: dict[str, tuple[Callable[..., Reading | None], str]] = {
         "raise --lambda-overshoot or --overshoot-frames, train the recurrence longer with --latent-phase-updates, or collect data whose "
         "actions move things further (--policy mixed)",
     ),
-    "policy_frozen": (policy_frozen, "raise --actor-entropy, or lower --actor-lr; more --seed-episodes show the other actions too"),
+    "policy_frozen": (policy_frozen, "raise --actor-entropy and --final-entropy, lower --actor-lr, or record more --seed-episodes"),
     "critic_diverging": (critic_diverging, "lower --discount or --critic-lr, or raise --critic-decay"),
     "reward_unknown": (reward_unknown, "raise --latent-updates or --lambda-outcome, or record episodes in which the reward varies"),
 }

@@ -50,6 +50,16 @@ def draw_starts(model: nn.Module, replay: LatentReplay, count: int) -> State:
     return State(*(None if part[0] is None else torch.cat(part) for part in zip(*drawn)))
 
 
+def entropy_weight(control: ControlConfig, share: float) -> float:
+    """Weight of the actor's entropy where a `share` of the run's environment frames, 0 to 1, is played.
+
+    An actor that is to find something must try; one that is to keep a pole up for a thousand frames must not (docs/log.md).
+    """
+    first, last = control.actor_entropy, control.final_entropy
+    falling = max(0.0, 2 * share - 1)
+    return first * (last / first) ** falling if first else last * falling
+
+
 class Behaviour:
     """Actor and critic, their averages, their optimizers and the range of returns.
 
@@ -74,8 +84,13 @@ class Behaviour:
         self._adams = [Adam(arena.flat) for arena in self._arenas]
         self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
         self.range = torch.zeros((), device=device)
+        self._entropy = torch.tensor(control.actor_entropy, device=device)
         self.faults = Faults(TERMS, device)
         self.update = Captured(self._learn, device) if captures else self._learn
+
+    def calm(self, share: float) -> None:
+        """Sets the weight of the entropy for a run of whose environment frames this `share` is played."""
+        self._entropy.fill_(entropy_weight(self.control, share))
 
     def _learn(self, start: State) -> dict[str, Tensor]:
         """One update from the states of `draw_starts`; one whose losses or gradients are not finite changes nothing.
@@ -92,7 +107,7 @@ class Behaviour:
         low, high = (returns.detach().flatten().quantile(share) for share in RANGE)
         found = (high - low).clamp_min(1.0)
         scale = torch.where(self.range == 0, found, self.range.lerp(found, RANGE_RATE))
-        actor_loss = -(weight * (returns / scale - c.actor_entropy * imagined.log_probs)).mean()
+        actor_loss = -(weight * (returns / scale - self._entropy * imagined.log_probs)).mean()
         logits = self.critic(imagined.features[:-1].detach())
         critic_loss = (weight * self.critic.two_hot.nll(logits, returns)).mean()
         gradients = [row.gather({"behaviour": loss})[0] for row, loss in zip(self._rows, (actor_loss, critic_loss))]

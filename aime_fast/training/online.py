@@ -266,6 +266,7 @@ class OnlineTrainer:
         began, control = time.perf_counter(), self.config.control
         totals: dict[str, torch.Tensor] = {}
         count = round(control.policy_updates * steps)
+        self.behaviour.calm(min(1.0, self.frames / self.wanted))
         for _ in range(count):
             self._stop_if_asked()
             start = draw_starts(self.ema, latents, control.imagination_starts)

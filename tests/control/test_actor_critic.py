@@ -13,7 +13,7 @@ from aime_fast.config import ControlConfig
 from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_returns, policy_features, policy_width
 from aime_fast.imagination.frame import State, observe, step
 from aime_fast.imagination.sequence import infer_latents
-from aime_fast.training.behaviour import Behaviour, states_of
+from aime_fast.training.behaviour import Behaviour, entropy_weight, states_of
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.95, 1.0])
@@ -144,6 +144,29 @@ def test_the_actor_finds_the_optimum_of_a_small_known_world(monkeypatch):
             reward = -((state.latents - 0.5) ** 2).mean()
         assert reward > -0.005
     assert learner.faults.read().skipped == 0
+
+
+def test_the_weight_of_the_entropy_falls_in_the_second_half():
+    control = dataclasses.replace(ControlConfig(), actor_entropy=0.04, final_entropy=0.01)
+    weights = [entropy_weight(control, share) for share in (0.0, 0.5, 0.75, 1.0)]
+    assert weights == pytest.approx([0.04, 0.04, 0.02, 0.01])
+    assert entropy_weight(dataclasses.replace(control, actor_entropy=0.0), 0.75) == pytest.approx(0.005)
+    assert entropy_weight(dataclasses.replace(control, final_entropy=0.0), 1.0) == 0.0
+
+
+def test_a_calmed_actor_gives_up_its_entropy(monkeypatch):
+    for name in ("advance", "predict"):
+        monkeypatch.setattr(f"aime_fast.control.actor_critic.{name}", getattr(Corridor, name))
+    control = dataclasses.replace(
+        ControlConfig(), actor_lr=1e-2, policy_dim=32, imagination_horizon=4, actor_entropy=1.0, final_entropy=0.0
+    )
+    found = []
+    for share in (0.0, 1.0):
+        torch.manual_seed(0)
+        learner = Behaviour(Corridor(), control)
+        learner.calm(share)
+        found.append([learner.update(anywhere())["entropy"].item() for _ in range(60)][-1])
+    assert found[0] > 0.3 + found[1]
 
 
 def test_an_update_that_is_not_finite_changes_nothing():
