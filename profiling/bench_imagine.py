@@ -1,4 +1,5 @@
-"""Measure how many steps a second are imagined in latent space: by our model, and by TorchRL's RSSM as its DreamerV3 actor loss rolls it.
+"""Measure how many steps a second are imagined in latent space: by our model, eager and with a compiled frame, and by TorchRL's RSSM as its
+DreamerV3 actor loss rolls it.
 
 Both have the widths of the tier (h of the LSTM and of the GRU, and all hidden layers), untrained weights, the same number of starts and
 actions, and an actor of their own. A row is of roll-outs alone, or of roll-outs and the actor's gradient of the imagined rewards. They take
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from aime_fast.config import PRESETS, preset
-from aime_fast.control.actor_critic import Actor, act_in_imagination, policy_width
+from aime_fast.control.actor_critic import Actor, act, act_in_imagination, policy_width
 from aime_fast.imagination.frame import initial_state
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
 from profiling.machine import describe, title
@@ -45,10 +46,14 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cpu")
-    print(f"{title(device)}\n{'tier':<6}{'model':<14}{'gradient':<10}{'parameters':>12}{'steps/s':>12}{'p20':>12}{'p80':>12}")
+    print(f"{title(device)}\n{'tier':<6}{'model':<15}{'gradient':<10}{'parameters':>12}{'steps/s':>12}{'p20':>12}{'p80':>12}")
     rows = []
     for tier in options.tier:
-        contestants = {"ours": _ours(tier, options), "torchrl RSSM": _peer(tier, options)}
+        contestants = {
+            "ours": _ours(tier, options, False),
+            "ours compiled": _ours(tier, options, True),
+            "torchrl RSSM": _peer(tier, options),
+        }
         for gradient in (False, True):
             works = {name: partial(roll_out, gradient) for name, (roll_out, _) in contestants.items()}
             for name, rates in _take_turns(works, options).items():
@@ -59,7 +64,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
                 rows.append(row)
                 found = row["imagined_steps_per_second"]
                 print(
-                    f"{tier:<6}{name:<14}{'yes' if gradient else 'no':<10}{row['parameters']:>12,}{found['median']:>12.0f}"
+                    f"{tier:<6}{name:<15}{'yes' if gradient else 'no':<10}{row['parameters']:>12,}{found['median']:>12.0f}"
                     f"{found['p20']:>12.0f}{found['p80']:>12.0f}",
                     flush=True,
                 )
@@ -83,8 +88,9 @@ def _parameters(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def _ours(tier: str, options: argparse.Namespace) -> tuple[Callable[[bool], None], int]:
+def _ours(tier: str, options: argparse.Namespace, compiles: bool) -> tuple[Callable[[bool], None], int]:
     """(a roll-out, with or without gradient; parameters that it uses)."""
+    one = torch.compile(act, fullgraph=True, dynamic=False) if compiles else act
     config = preset(tier)
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, ACTIONS).eval().requires_grad_(False)
     actor = Actor(policy_width(model), config.model.hidden_dim, ACTIONS)
@@ -92,7 +98,7 @@ def _ours(tier: str, options: argparse.Namespace) -> tuple[Callable[[bool], None
 
     def roll_out(gradient: bool) -> None:
         with torch.set_grad_enabled(gradient):
-            rewards = act_in_imagination(model, actor, state, options.horizon).rewards
+            rewards = act_in_imagination(model, actor, state, options.horizon, one=one).rewards
             if gradient:
                 torch.autograd.grad(rewards.mean(), list(actor.parameters()), allow_unused=True)
 

@@ -1,8 +1,8 @@
-"""One run of which one thing is different: `python -m profiling.pillars VARIANT SPEC FILE`.
+"""One run of which one thing is different: `python -m profiling.pillars VARIANT SPEC FILE`; VARIANT may be flags, which SPEC's run has.
 
 The trainer is that of `aime_fast.train`; the change is made to it from outside, before its first step, so that the product has no switches
-for what nobody should switch off. SPEC is a JSON file with `config` of a run, and `context`, `horizon`, `clips`, `samples` of its films;
-FILE gets what was measured, on test episodes.
+for what nobody should switch off. SPEC is a JSON file with `config` of a run, and `context`, `horizon`, `clips`, `samples` of its films and
+their `part`; FILE gets what was measured, on episodes of that part.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor
 from aime_fast.config import from_dict
 from aime_fast.multi_task_learning.loss_aggregator import TASKS
 from aime_fast.runtime.provenance import git_commit
-from aime_fast.training import DMCVBTrainer
+from aime_fast.training import DMCVBTrainer, latent_phase
 from aime_fast.training.adam import clip_factor
 from profiling.machine import write_json
 
 IMPOSSIBLE = -1e4  # log-weight of a component that is switched off
+MOST = 8  # times as heavy as the background is a pixel that differs from it
+DIFFERS = 0.3  # by so much in any channel, of 2
 
 
 def _hook(trainer: DMCVBTrainer, module: str, change: Callable[[Any], Any]) -> None:
@@ -117,6 +120,34 @@ def by_torchjd(name: str) -> Callable[[DMCVBTrainer], None]:
     return change
 
 
+def weighed_pixels(trainer: DMCVBTrainer) -> None:
+    """Pixels that differ from the background count up to `MOST` times at first, as the others at the end of the picture steps."""
+    given, likelihood, background = trainer.schedules.picture, trainer.model.decoder.likelihood, trainer.model.encoder.background
+    more, nll = [0.0], likelihood.nll
+    steps = trainer.config.optim.picture_steps
+
+    def picture(step: int) -> dict[str, Any]:
+        more[0] = (MOST - 1) * max(0.0, 1 - step / steps)
+        return given(step)
+
+    def joint(step: int) -> dict[str, Any]:
+        more[0] = 0.0
+        return of_joint(step)
+
+    def weighed(parameters: Tensor, frames: Tensor) -> Tensor:
+        differs = (frames - background).abs().amax(1, keepdim=True).clamp_max(DIFFERS) / DIFFERS
+        extra = more[0] * (differs * (frames - parameters).square()).flatten(1).sum(1) / (2 * likelihood.std**2)
+        return nll(parameters, frames) + extra
+
+    of_joint = trainer.schedules.joint
+    trainer.schedules.picture, trainer.schedules.joint, likelihood.nll = picture, joint, weighed
+
+
+def late_decay(trainer: DMCVBTrainer) -> None:
+    """The latent phase's rate is constant for 70 % of its updates, and then falls in a straight line."""
+    latent_phase.falling = lambda share: min(1.0, (1 - share) / 0.3)
+
+
 # name: (in words, the change)
 VARIANTS: dict[str, tuple[str, Callable[[DMCVBTrainer], None]]] = {
     "whole": ("the whole model", lambda trainer: None),
@@ -129,15 +160,18 @@ VARIANTS: dict[str, tuple[str, Callable[[DMCVBTrainer], None]]] = {
     "upgrad": ("UPGrad instead of RGB", by_torchjd("UPGrad")),
     "pcgrad": ("PCGrad instead of RGB", by_torchjd("PCGrad")),
     "series": ("ten terms instead of the exact KL", series_of_ten),
+    "pixels": (f"pixels off the background weighed up to {MOST} times, annealed", weighed_pixels),
+    "late": ("latent phase: a constant rate that falls late", late_decay),
 }
 
 
 def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Train one variant and measure it: {variant, seed, commit, seconds, validation, test}."""
+    """Train one variant and measure it: {variant, seed, commit, seconds, validation, films}."""
     from profiling.learning.scores import hold_out, measure
 
     trainer = DMCVBTrainer(from_dict(given["config"]))
-    VARIANTS[variant][1](trainer)
+    if variant in VARIANTS:
+        VARIANTS[variant][1](trainer)
     result = trainer.train()
     held = hold_out(trainer.config, given["context"], given["horizon"], given["clips"])
     return {
@@ -146,7 +180,7 @@ def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
         "commit": git_commit(),
         "seconds": trainer.seconds,
         "validation": result["validation"],
-        "test": measure(trainer.ema, held, given["samples"]),
+        "films": measure(trainer.ema, held if given["part"] == "test" else replace(held, test=held.validation), given["samples"]),
     }
 
 

@@ -11,7 +11,8 @@ could not capture as one CUDA graph, and a `State` has more than two parts.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +92,23 @@ class Imagined(NamedTuple):
     continues: Tensor  # [H, N], probabilities
 
 
-def act_in_imagination(model: nn.Module, actor: Actor, state: State, horizon: int, sample: bool = True) -> Imagined:
-    """The actor's own roll-outs from N states before their actions; `sample`: latents are samples of the prior.
+def act(model: nn.Module, actor: Actor, state: State, sample: bool) -> tuple[Tensor, Tensor | None, State, State]:
+    """One action: (it [N, A], its log-density [N], the state after it, the next state before an action).
 
     The actor reads features without gradient: an action is judged by what it brings, not by what it shows of the next.
     """
+    action, log_prob = actor(policy_features(state).detach())
+    acted = advance(model, state, action)
+    return action, log_prob, acted, predict(model, acted, sample)[1]
+
+
+def act_in_imagination(
+    model: nn.Module, actor: Actor, state: State, horizon: int, sample: bool = True, one: Callable[..., Any] = act
+) -> Imagined:
+    """The actor's own roll-outs from N states before their actions; `sample`: latents are samples of the prior; `one`: `act`, compiled."""
     features, actions, log_probs, after = [policy_features(state)], [], [], []
     for _ in range(horizon):
-        action, log_prob = actor(features[-1].detach())
-        acted = advance(model, state, action)
-        _, state = predict(model, acted, sample)
+        action, log_prob, acted, state = one(model, actor, state, sample)
         features.append(policy_features(state))
         actions.append(action)
         log_probs.append(log_prob)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_fast.config import ControlConfig
-from aime_fast.control.actor_critic import Actor, Critic, act_in_imagination, lambda_returns, policy_width
+from aime_fast.control.actor_critic import Actor, Critic, act, act_in_imagination, lambda_returns, policy_width
 from aime_fast.imagination.frame import State
 from aime_fast.imagination.sequence import Latents, predict_latents
 from aime_fast.layers import previous, starts
@@ -66,12 +66,13 @@ class Behaviour:
     The actor plays in training; its average is the policy that comes out: what an actor earns in whole episodes changes from one cycle to
     the next by hundreds, since a small lean that no roll-out of a second tells of drives a cart off in ten.
 
-    Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph.
+    Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph; compiles: an
+    imagined frame, once, for the number of states of the first update.
 
     Attributes: update: `_learn`, as it is run; average_actor, average_critic: `EMA` of each; the critic's completes returns.
     """
 
-    def __init__(self, model: nn.Module, control: ControlConfig, captures: bool = False):
+    def __init__(self, model: nn.Module, control: ControlConfig, captures: bool = False, compiles: bool = False):
         self.model, self.control = model, control
         device = model.decoder.background.device
         width = policy_width(model)
@@ -83,6 +84,7 @@ class Behaviour:
         self._rows = [GradientRows(arena, 1) for arena in self._arenas]
         self._adams = [Adam(arena.flat) for arena in self._arenas]
         self._rates = [torch.tensor(rate, device=device) for rate in (control.actor_lr, control.critic_lr)]
+        self._act = torch.compile(act, fullgraph=True, dynamic=False) if compiles else act
         self.range = torch.zeros((), device=device)
         self._entropy = torch.tensor(control.actor_entropy, device=device)
         self.faults = Faults(TERMS, device)
@@ -100,7 +102,7 @@ class Behaviour:
         mean size of values; value_limit, the value of the largest reward in every step.
         """
         c = self.control
-        imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon)
+        imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon, one=self._act)
         discounts = c.discount * imagined.continues
         returns = lambda_returns(imagined.rewards, discounts, self.average_critic.model.value(imagined.features[1:]), c.return_decay)
         weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # discounted chance to come so far

@@ -142,6 +142,11 @@ class Kind(NamedTuple):
     sample: bool  # samples are imagined
 
 
+def falling(made: float) -> float:
+    """Share of the learning rate where a share of the updates is made: half a cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * made))
+
+
 class LatentPhase:
     """Trains `model` in place, with Adam at a cosine rate. An update whose loss or gradient is not finite changes nothing.
 
@@ -181,8 +186,8 @@ class LatentPhase:
 
     def update(self) -> None:
         """One update of the weights. Raises NonFiniteError as `check`, unless updates are captured."""
-        falling = max(self.least_rate, 0.5 * (1 + math.cos(math.pi * min(1.0, self.made / self.updates))))
-        rate = torch.full((), self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * falling, device=self.training.device)
+        share = max(self.least_rate, falling(min(1.0, self.made / self.updates)))
+        rate = torch.full((), self.learning_rate * min(1.0, (self.made + 1) / WARMUP) * share, device=self.training.device)
         kind = Kind(self._imagined(), self.made % ATTENDS_EVERY == 0, self.made % 2 == 1)
         with self._random_numbers(self.made + 1), ranks.sharing():
             pieces = self.training.draw(attending_pieces(self.batch) if kind.attends else self.batch, CONTEXT + kind.frames)

@@ -120,8 +120,9 @@ class OnlineTrainer:
         self.model = DPGMMVariationalRecurrentAutoencoder.from_config(config, self.action_dim).to(self.device)
         self.training_step = TrainingStep(self.model, dataclasses.replace(config, optim=self.optim), self.compile)
         self.ema = self.training_step.ema.model
-        self.captures = WAYS[self.compile].captured
-        self.behaviour = Behaviour(self.ema, config.control, self.captures)
+        way = WAYS[self.compile]
+        self.captures = way.captured
+        self.behaviour = Behaviour(self.ema, config.control, way.captured, way.regions)
         self.cycle = self.step = self.joint = self.frames = self.skipped = 0
         self.second = SecondPlayer(self.replay, run.seed) if config.control.plays_beside else None
         self.acting: str | None = None  # name of the checkpoint whose policy plays the next episodes beside; None: this process will

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aime_fast.config import preset
-from aime_fast.training import DMCVBTrainer
+from aime_fast.training import DMCVBTrainer, latent_phase
 from profiling import bench
 from profiling.bench_pillars import table
 from profiling.pillars import VARIANTS
@@ -35,7 +35,8 @@ def trained(variant: str, run_dir) -> tuple[DMCVBTrainer, dict]:
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("whole", "upgrad", "pcgrad")])
-def test_a_variant_trains_and_is_what_it_says(variant, tmp_path):
+def test_a_variant_trains_and_is_what_it_says(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_phase, "falling", latent_phase.falling)
     trainer, out = trained(variant, tmp_path)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in logged if "loss/elbo" in row][-1]
@@ -48,6 +49,8 @@ def test_a_variant_trains_and_is_what_it_says(variant, tmp_path):
         "adversary": "loss/discriminator" not in last and last["loss/adversarial"] == 0,
         "sum": not trainer.training_step.rgb.has_direction,
         "series": trainer.model.prior.kl_method == "series10",
+        "pixels": "weighed" in trainer.model.decoder.likelihood.nll.__name__,
+        "late": latent_phase.falling(0.7) == 1.0 and latent_phase.falling(0.85) == pytest.approx(0.5),
     }
     assert is_so[variant]
     whole = {"tokens": last["gradient_norm/elbo"] > 0, "context": bool(out["attention"].std() > 0)}
@@ -57,14 +60,17 @@ def test_a_variant_trains_and_is_what_it_says(variant, tmp_path):
 def test_a_bench_goes_on_where_it_was(tmp_path, capsys):
     flags = "--steps 2 --picture-steps 1 --latent-phase-updates 0 --episodes 4 --validation-batches 1"
     command = [
-        "pillars", "--data", "synthetic", "--tier", "debug", "--flags", flags, "--threads", "1", "--variants", "whole", "context",
+        "pillars", "--data", "synthetic", "--tier", "debug", "--flags", flags, "--threads", "1", "--variants", "context", "whole",
+        "--also", "--schedule cosine", "--part", "validation",
         "--context", "3", "--horizon", "5", "--clips", "1", "--samples", "1", "--out", str(tmp_path),
     ]  # fmt: skip
     (tmp_path / "whole" / "seed0").mkdir(parents=True)
     assert bench.main(command) == 0
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed0/measured.json")}
-    assert len(made) == 2
-    assert "no context: zeros" in (tmp_path / "pillars.md").read_text()
+    assert len(made) == 3
+    assert json.loads((tmp_path / "schedule-cosine/seed0/spec.json").read_text())["config"]["optim"]["schedule"] == "cosine"
+    lines = (tmp_path / "pillars.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["the whole model", "no context: zeros", "`--schedule cosine`"]
     capsys.readouterr()
     assert bench.main(command) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in made} == made
@@ -81,7 +87,7 @@ def test_the_table_has_mean_and_range_over_seeds():
         }
         films["psnr_gain_on_better_baseline"] = {"steps_5_to_16": None, "smallest": -1.0}
         validation = {"loss/kl_z": kl, "loss/next_token": 1.0}
-        return {"variant": variant, "seed": seed, "test": {"reconstruction_psnr": 30.0 + seed, "films": films}, "validation": validation}
+        return {"variant": variant, "seed": seed, "films": {"reconstruction_psnr": 30.0 + seed, "films": films}, "validation": validation}
 
     lines = table([run("whole", 0, 10.0), run("whole", 1, 20.0), run("context", 0, 5.0)], 5, "head").splitlines()
     assert lines[0] == "head"
