@@ -214,8 +214,8 @@ def check_actions(config: DataConfig, env: Any) -> Any:
     where = f"--domain {config.domain} --task {config.task}"
     if max(np.abs(spec.minimum).max(), np.abs(spec.maximum).max()) > 1e6:  # lqr uses 1e10 for infinity
         raise DataError(f"{where}: its actions have no bounds; choose another task")
-    if not (spec.minimum < spec.maximum).all():
-        raise DataError(f"{where}: an action can only be {spec.minimum.min():g}, so there is nothing to choose; choose another task")
+    if not (varies := spec.minimum < spec.maximum).all():
+        raise DataError(f"{where}: an action can only be {spec.minimum[~varies][0]:g}, so there is nothing to choose; choose another task")
     return spec
 
 

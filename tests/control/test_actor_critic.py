@@ -10,8 +10,8 @@ from models import make_batch, make_model
 from torch import nn
 
 from aime_fast.config import ControlConfig
-from aime_fast.control.actor_critic import Actor, act_in_imagination, lambda_returns, policy_features, policy_width
-from aime_fast.imagination.frame import State, observe, step
+from aime_fast.control.actor_critic import Actor, act, act_in_imagination, lambda_returns, policy_features, policy_width
+from aime_fast.imagination.frame import State, initial_state, observe, step
 from aime_fast.imagination.sequence import infer_latents
 from aime_fast.training.behaviour import Behaviour, entropy_weight, states_of
 
@@ -94,6 +94,18 @@ def test_states_of_pieces_are_those_that_observing_frame_by_frame_gives():
         seen = observe(model, video[:, t], state, none if t else ~none)
         torch.testing.assert_close(found[:, t], policy_features(seen))
         _, state = step(model, video[:, t], actions[:, t], state, none if t else ~none)
+
+
+def test_a_compiled_frame_acts_alike(model):
+    model = copy.deepcopy(model).requires_grad_(False)
+    actor = Actor(policy_width(model), 16, model.action_dim).double()
+    actor.layers[-1].weight.data.normal_()
+    found = []
+    for one in (act, torch.compile(act, fullgraph=True, dynamic=False, backend="aot_eager")):
+        torch.manual_seed(0)
+        imagined = act_in_imagination(model, actor, initial_state(model, 3), 3, one=one)
+        found.append((imagined, torch.autograd.grad(imagined.rewards.sum() + imagined.log_probs.sum(), list(actor.parameters()))))
+    torch.testing.assert_close(*found)
 
 
 class Corridor(nn.Module):

@@ -3,14 +3,17 @@
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+from dm_env import specs
 from recordings import ATTRIBUTES, random_episode, seal, unseal
 
 from aime_fast.config import DataConfig
 from aime_fast.data import DMCVBDataset, EpisodeWriter, collect, make_batches
+from aime_fast.data.environments import check_actions
 from aime_fast.errors import DataError
 
 GARBAGE = {
@@ -144,3 +147,10 @@ def test_an_episode_that_is_none_is_not_written(tmp_path, episode):
     with pytest.raises(DataError, match=r"a\.h5: dataset 'episode_00000/"), EpisodeWriter(tmp_path / "a.h5", ATTRIBUTES) as writer:
         writer.write(episode)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_action_that_can_only_be_one_value_is_named():
+    """No task of dm_control has one."""
+    spec = specs.BoundedArray((2,), np.float32, minimum=[-1.0, 0.5], maximum=[1.0, 0.5])
+    with pytest.raises(DataError, match=r"--domain cartpole --task swingup: an action can only be 0\.5, so there is nothing to choose"):
+        check_actions(DataConfig(), SimpleNamespace(action_spec=lambda: spec))

@@ -54,9 +54,11 @@ def test_predict_future_equals_a_computation_without_caches(model, observed):
     for t in range(observed):
         _, state = model.step(video[:, t], actions[:, t], state)
         contexts.append(state.context)
-    for action in future.unbind(1):
-        _, state = model.imagine(action, state)
+    for t, action in enumerate(future.unbind(1)):
+        out, state = model.imagine(action, state)
         contexts.append(state.context)
+        for name in ("rewards", "continues"):  # of this action, of the frame that it follows
+            torch.testing.assert_close(predicted[name][:, t], out[name], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(torch.stack(contexts, 1), context, rtol=1e-9, atol=1e-10)
 
 

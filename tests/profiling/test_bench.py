@@ -47,6 +47,16 @@ def test_train_writes_complete_rows_and_leaves_out_modes_that_a_cpu_lacks(tmp_pa
     assert row["launches_per_step"] is row["gpu_busy"] is row["compile_seconds"] is None
 
 
+def test_imagined_steps_of_ours_and_of_torchrl(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # takes half a minute
+    file = tmp_path / "imagine.json"
+    assert bench.main(["imagine", "--tier", "debug", "--starts", "2", "--horizon", "2", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["model"] for row in rows] == ["ours", "ours compiled", "torchrl RSSM"] * 2
+    assert [row["gradient"] for row in rows] == [False] * 3 + [True] * 3
+    assert all(in_order(row["imagined_steps_per_second"]) for row in rows)
+
+
 def test_a_configuration_that_fails_does_not_end_the_bench(monkeypatch, tmp_path, capsys):
     class Failing(bench_train.Measured):
         def __init__(self, setting, device):

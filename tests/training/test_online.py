@@ -13,11 +13,12 @@ from aime_fast.collect import main as collect
 from aime_fast.config import preset
 from aime_fast.data import DMCVBDataset
 from aime_fast.data.growing import GrowingReplay
-from aime_fast.errors import CheckpointError, ConfigError, Interrupted
+from aime_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
 from aime_fast.evaluate import EvaluateConfig, evaluate
 from aime_fast.report import ReportConfig, report
 from aime_fast.training.checkpoint import list_checkpoints
 from aime_fast.training.online import OnlineTrainer
+from aime_fast.training.playing import SecondPlayer
 from aime_fast.training.policies import load_policy
 
 
@@ -121,6 +122,9 @@ def test_its_policy_is_loaded_plays_and_records(whole, tmp_path):
         collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", "ou", "--plan"])
     with pytest.raises(ConfigError, match=r"--policy .*frame-skip 50, not 8; pass --frame-skip 50"):
         collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", whole.run.run_dir])
+    for flag, trained, given in (("--task", "swingup", "balance"), ("--image-size", "32", "64")):
+        with pytest.raises(ConfigError, match=rf"--policy .*{flag} {trained}, not {given}; pass {flag} {trained}"):
+            collect([*flags[:4], flag, given, "--out", str(tmp_path / "other.h5"), "--policy", whole.run.run_dir])
     with pytest.raises(ConfigError, match="--policy nowhere: expected random, ou, swing, mixed, or the folder"):
         collect(["--tier", "debug", "--out", str(tmp_path / "other.h5"), "--policy", "nowhere"])
 
@@ -212,6 +216,28 @@ def test_a_run_on_recorded_data_has_no_policy(tmp_path):
     DMCVBTrainer(dataclasses.replace(config, data=data, run=run)).train()
     with pytest.raises(CheckpointError, match="has no policy; train one with"):
         load_policy(tmp_path / "run")
+
+
+def test_a_task_without_reward_says_so(tmp_path, capsys):
+    config = config_of(tmp_path / "run", environment_frames=3000)
+    OnlineTrainer(dataclasses.replace(config, data=dataclasses.replace(config.data, task="swingup_sparse"))).train()
+    assert "no reward of the seed episodes differs from another: nothing can be learnt" in capsys.readouterr().out
+
+
+def test_a_player_that_ends_twice_ends_the_run(whole):
+    player = SecondPlayer(GrowingReplay(_folder(whole), whole.data, {}, 9), 0)
+
+    def kill():
+        for process in player._pool._processes.values():
+            process.kill()
+
+    try:
+        player.begin(list_checkpoints(whole.run.run_dir)[-1], 1)
+        with pytest.raises(DataError, match=r"ended twice; .* goes on from its last checkpoint with --resume"):
+            player.finish(kill)
+    finally:
+        player.close()
+    assert len(list(_folder(whole).iterdir())) == 5
 
 
 def test_episodes_played_beside_are_the_same_whatever_is_stopped_or_dies(tmp_path, monkeypatch):
