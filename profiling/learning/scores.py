@@ -33,21 +33,22 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
 class HeldOutClips:
     """Clips of test and of validation episodes, and what the measures need beside them."""
 
-    test: Clips
+    scored: Clips  # of test episodes, where nothing else is said
     validation: Clips
     mean_frame: Tensor  # [3, H, W] in [-1, 1], of the training episodes
     reader: PositionReader | str  # or why there is none
     lpips: Lpips | str
 
 
-def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOutClips:
-    """The clips of a run's data. Raises ValueError where no episode is as long as a clip."""
+def hold_out(config: Config, context: int, horizon: int, clips: int, part: str = "test") -> HeldOutClips:
+    """The clips of a run's data; `part`, test or validation: of those that are scored. Raises ValueError where no episode is as long as a
+    clip."""
     from aime_fast.evaluate import held_out  # a command: it needs tyro
 
     parts = make_batches(config.data, config.run.seed, "cpu", parts=("training", "validation", "test"))
     try:
         training, validation, test = parts
-        held = held_out(config.data, training, test, None)
+        held = held_out(config.data, training, validation if part == "validation" else test, None)
         valid = [validation.episode(i) for i in range(len(validation.episodes))]
         return HeldOutClips(
             cut_clips(held.episodes, context, horizon, clips), cut_clips(valid, context, horizon, POINT_CLIPS), training.mean_frame(),
@@ -59,13 +60,13 @@ def hold_out(config: Config, context: int, horizon: int, clips: int) -> HeldOutC
 
 
 def measure(model: nn.Module, held: HeldOutClips, samples: int, batch: int = 16) -> dict[str, Any]:
-    """The measures of test clips: `films`, see `evaluate_films`, and of the whole clips `reconstruction_psnr` and, where positions are
+    """The measures of the scored clips: `films`, see `evaluate_films`, and of the whole clips `reconstruction_psnr` and, where positions are
     known, `reconstruction_explained`, see `explain_reconstruction`."""
     reader, lpips = (None if isinstance(found, str) else found for found in (held.reader, held.lpips))
-    films = evaluate_films(model, held.test, held.mean_frame, samples, batch, reader, lpips)
-    found = {"reconstruction_psnr": reconstruction_psnr(model, held.test, batch), "films": films}
+    films = evaluate_films(model, held.scored, held.mean_frame, samples, batch, reader, lpips)
+    found = {"reconstruction_psnr": reconstruction_psnr(model, held.scored, batch), "films": films}
     if reader is not None:
-        found["reconstruction_explained"] = explain_reconstruction(model, held.test, held.mean_frame, reader.names, batch)
+        found["reconstruction_explained"] = explain_reconstruction(model, held.scored, held.mean_frame, reader.names, batch)
     return found
 
 
