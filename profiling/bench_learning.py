@@ -206,7 +206,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, names: li
         cost["parameters"] = sum(parameter.numel() for parameter in getattr(model, "averaged", model).parameters())
         found[name] = {"cost": cost, "test": measure(model, held, options.samples), "curve": curve} | facts
         print(f"seed {config.run.seed}, {name}: {cost['seconds']:.0f} processor seconds, {cost['updates']} joint updates", flush=True)
-    write_films(folder / "films.png", models, held.test)
+    write_films(folder / "films.png", models, held.scored)
     return found
 
 

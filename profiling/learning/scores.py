@@ -60,7 +60,7 @@ def hold_out(config: Config, context: int, horizon: int, clips: int, part: str =
 
 
 def measure(model: nn.Module, held: HeldOutClips, samples: int, batch: int = 16) -> dict[str, Any]:
-    """The measures of the scored clips: `films`, see `evaluate_films`, and of the whole clips `reconstruction_psnr` and, where positions are
+    """The measures of scored clips: `films`, see `evaluate_films`, and of the whole clips `reconstruction_psnr` and, where positions are
     known, `reconstruction_explained`, see `explain_reconstruction`."""
     reader, lpips = (None if isinstance(found, str) else found for found in (held.reader, held.lpips))
     films = evaluate_films(model, held.scored, held.mean_frame, samples, batch, reader, lpips)
