@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aime_fast.errors import ConfigError, Interrupted, RankError
+from aime_fast.runtime import streams
 
 PATIENCE = timedelta(hours=6)  # for a rank that is busy, as with recording data; one that has ended is noticed at once
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
@@ -187,11 +188,37 @@ def mean(x: Tensor) -> Tensor:
     return x if _sharing.size == 1 else total(x) / _sharing.size
 
 
+class Averages:
+    """`mean` in place of several gradients, each sent as soon as it is complete, beside the work that follows.
+
+    All ranks begin the same ones in the same order. On a GPU a message waits for the stream that was current when it began, and the
+    stream that is current in `wait` waits for it; the host does not, so both may be captured. By gloo the host waits.
+    """
+
+    def __init__(self):
+        self._begun: list[tuple[Tensor, Tensor, dist.Work]] = []  # gradients, what is sent of them, the message
+
+    def begin(self, x: Tensor) -> None:
+        """Send gradients x, a contiguous tensor, as `joined` was told. Until `wait` nothing may read or change them."""
+        if _sharing.size > 1:
+            sent = x.bfloat16() if _halves and x.dtype == torch.float32 else x
+            self._begun.append((x, sent, _begun(sent)))
+
+    def wait(self) -> None:
+        """Until all that were begun are means. Raises RankError where another rank does not answer."""
+        for x, sent, message in self._begun:
+            with _in_traffic():
+                message.wait()
+            streams.record(sent)
+            x.copy_(sent).div_(_sharing.size)  # nothing is copied where it was sent as it is
+        self._begun.clear()
+
+
 def average_(x: Tensor) -> Tensor:
-    """`mean` in place of gradients x, a contiguous tensor, which are sent as `joined` was told; returns it."""
-    if _sharing.size > 1:
-        sent = x.bfloat16() if _halves and x.dtype == torch.float32 else x
-        x.copy_(_reduced(sent)).div_(_sharing.size)  # nothing is copied where it was sent as it is
+    """`Averages` of gradients x alone, for which there is nothing to do meanwhile; returns them."""
+    averages = Averages()
+    averages.begin(x)
+    averages.wait()
     return x
 
 
@@ -258,13 +285,32 @@ def leader_first() -> Iterator[None]:
 
 def _reduced(x: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """x, in place, over all ranks."""
+    with _in_traffic():
+        dist.all_reduce(x, how)
+    _count(x)
+    return x
+
+
+def _begun(x: Tensor) -> dist.Work:
+    """Begins the sum of x, in place, over all ranks."""
+    with _in_traffic():
+        message = dist.all_reduce(x, async_op=True)
+    _count(x)
+    return message
+
+
+def _count(sent: Tensor) -> None:
+    traffic.messages += 1
+    traffic.bytes += sent.numel() * sent.element_size()
+
+
+@contextmanager
+def _in_traffic() -> Iterator[None]:
+    """The time within is that of messages; where another rank does not answer, a RankError says so."""
     began = time.perf_counter()
     with _answering():
-        dist.all_reduce(x, how)
-    traffic.messages += 1
-    traffic.bytes += x.numel() * x.element_size()
+        yield
     traffic.seconds += time.perf_counter() - began
-    return x
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,12 @@ class GradientRows:
         return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
     def gather(
-        self, losses: dict[str, Tensor], before: Tensor | None = None, share: float = 1.0, beside: Mapping[str, str | None] | None = None
+        self,
+        losses: dict[str, Tensor],
+        before: Tensor | None = None,
+        share: float = 1.0,
+        beside: Mapping[str, str | None] | None = None,
+        complete: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Gradients of scalar losses of one graph -> [n, P], zero where a loss does not depend on a parameter.
 
@@ -107,6 +112,7 @@ class GradientRows:
             before: rows to add to, as an earlier `gather` returned them; they are overwritten.
             share: factor of the gradients.
             beside: the side stream of each loss, or None, in the order in which to begin; all join at the end. None: there are none.
+            complete: called with each row [P] as soon as it is made, on the stream of its loss; never in compiled code.
         """
         beside = dict.fromkeys(losses) if beside is None else beside
         order = list(beside)
@@ -125,6 +131,8 @@ class GradientRows:
                 gradients = self._differentiate(losses[name], share, name != last or streams.has_side_streams())
                 streams.record([gradient for gradient in gradients if gradient is not None])
                 self._add(rows[name], gradients, before is None)
+                if complete is not None:
+                    complete(self._flat[rows[name]])
         streams.join(*beside.values())
         return self._flat
 
