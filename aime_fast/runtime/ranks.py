@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from aime_fast.errors import ConfigError, Interrupted, RankError
 from aime_fast.runtime import streams
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)  # for a rank that is busy, as with recording data; one that has ended is noticed at once
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
@@ -245,12 +248,52 @@ def gathered(x: Tensor, rows: Tensor, share: Ranks) -> Tensor:
 
 def collected(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """What each process of the run has, in their order, by names of its own; of several processes on the CPU."""
-    if _run.size == 1:
-        return [values]
-    parts: list[dict[str, Tensor]] = [{}] * _run.size
-    with _answering():
-        dist.all_gather_object(parts, {name: value.cpu() for name, value in values.items()})
-    return parts
+    return [values] if _run.size == 1 else told({name: value.cpu() for name, value in values.items()})
+
+
+def told(mine: T) -> list[T]:
+    """What each process of the run tells the others, in their order: anything that can be pickled."""
+    everything = [mine] * _run.size
+    if _run.size > 1:
+        with _answering():
+            dist.all_gather_object(everything, mine)
+    return everything
+
+
+def neighbours() -> list[int]:
+    """The processes of the run, this one among them, that run on this machine and can open each other's files.
+
+    They find out by themselves: each launcher has other variables for it (LOCAL_RANK of torchrun, SLURM_LOCALID of srun).
+    """
+    places = told(_place())
+    return [rank for rank, place in enumerate(places) if place == places[_run.rank]]
+
+
+def _place() -> tuple[str, ...]:
+    """Of the processes that see each other under /proc; without it each has a place of its own."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "process", str(_run.rank)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """An error within it, in any process of the run, ends it in all: with that error there, with a RankError that quotes it elsewhere."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    try:
+        reasons = told(None if error is None else str(error) or type(error).__name__)
+    except RankError:
+        if error is None:
+            raise
+    if error is not None:
+        raise error
+    if failed := [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]:
+        raise RankError("process {} of this run has failed: {}".format(*failed[0]))
 
 
 def anywhere(*flags: bool) -> list[bool]:
