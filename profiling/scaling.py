@@ -2,7 +2,7 @@
 
 An estimate on paper, of measured times of an update on one GPU, of the bytes of its gradients and of the data sheets of links: no run on
 several GPUs. Each GPU has the tier's whole batch (weak scaling). A message of S bytes over N GPUs costs 2 (N - 1) / N S / bandwidth, that
-of a ring, and 2 log2(N) times the latency; nothing else goes on meanwhile.
+of a ring, and 2 log2(N) times the latency. Nothing is taken off for work beside messages, which three of the tasks' four rows have.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ class TrainingStep:
         """The discriminators' part of `compute_gradients`: (gradient [1, Pd], scalars by name)."""
         with span("step: forward discriminator"), self.autocast():
             loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share, complete=complete)
+        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share, None, complete)
         return gradient, {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
 
     def _observe(self, pixels: Tensor) -> Tensor:
