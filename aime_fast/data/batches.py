@@ -27,6 +27,7 @@ from aime_fast.data.split import Split, find_episodes, held_out_shares, split_ep
 from aime_fast.data.synthetic import SyntheticEpisodes
 from aime_fast.data.windows import Windows
 from aime_fast.errors import DataError
+from aime_fast.runtime import ranks
 from aime_fast.runtime.ranks import Ranks
 
 
@@ -46,7 +47,7 @@ def make_batches(
         device: of the batches; `config.replay` says whether all frames are stored there too (`replay.replay_on_device`).
         split: that of a run, whose very episodes are taken, in its order; None splits the data by `split_episodes`.
         parts: of the split.
-        share: of each batch, that this process takes.
+        share: of each batch, that this process takes; with several shares all processes of the run make these batches now.
     Returns:
         one for each of `parts`; no episode is in two. `split` of each names the episodes of all parts.
     Raises:
@@ -61,6 +62,8 @@ def make_batches(
         chosen = [find_episodes(getattr(split, part), source.identities, str(config.data)) for part in parts]
         needed = replay_bytes(sum(source.lengths[i] for part in chosen for i in part), source.image_size, source.action_dim)
         resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
+        if share.size > 1:
+            resident = not ranks.anywhere(not resident)[0]
         return tuple(
             SequenceBatches(
                 source,
@@ -125,7 +128,8 @@ class SequenceBatches:
         stills: whether a batch has `stills`; those of `one_pass` and `episode` have none.
         split: of the source, for the records of a run.
         resident: store the frames on `device` instead of in a memory map on the host; the batches are bit-identical.
-        share: of B that this process takes of every batch of the endless iterator; B and the order are those of all together.
+        share: of B that this process takes of every batch of the endless iterator; B and the order are those of all together. With
+            several shares the replay is made by all (`Replay`, `together`).
     Attributes:
         episodes: indices into the source. lengths: frames of each. steps_per_epoch: batches of every epoch.
         action_dim, image_size: A; H = W. resident, split: as passed.
@@ -156,7 +160,7 @@ class SequenceBatches:
         self.resident = resident
         self.lengths = lengths = [source.lengths[i] for i in self.episodes]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-        self._replay: Replay | None = Replay(source, self.episodes, self._offsets, self.device, resident)
+        self._replay: Replay | None = Replay(source, self.episodes, self._offsets, self.device, resident, share.size > 1)
         self._windows = Windows(lengths, sequence_length, batch_size, seed)
         self.steps_per_epoch = self._windows.steps_per_epoch
         self._consumed = 0

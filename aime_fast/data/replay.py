@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-import os
-import tempfile
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from aime_fast.data.memory_map import Layout, map_frames
 from aime_fast.data.prefetch import CopyStream
-from aime_fast.errors import DataError, explain
+from aime_fast.errors import DataError
 
 KEYS = ("pixels", "action", "reward", "discount", "is_init")
 DEVICE_SHARE = 0.25  # largest share of free device memory that "auto" gives to a replay; model and step need the rest
@@ -77,18 +75,23 @@ class Replay:
         offsets: row of each episode's first frame, then the number of all frames.
         device: of the batches.
         resident: store the frames on `device`; on a CPU that is ordinary memory.
+        together: all processes of the run make this replay now: one of each machine unpacks the memory map of all of them.
     Attributes:
         frames: TensorDict [N] with `pixels` uint8 [N, 3, H, W], `action` float32 [N, A], `reward`, `discount` float32 [N, 1], `is_init`
             bool [N, 1].
         resident: as passed.
     Raises:
-        DataError: an episode is damaged, or the disk is too small for the memory map.
+        DataError: an episode is damaged, or the disk is too small for the memory map. RankError: so it is in another process.
     """
 
-    def __init__(self, source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device, resident: bool):
+    def __init__(
+        self, source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device, resident: bool, together: bool = False
+    ):
         self.resident = resident
         self._stream = CopyStream(device) if device.type == "cuda" and not resident else None
-        self.frames = _unpack(source, episodes, offsets, device) if resident else _map(source, episodes, offsets)
+        layout, count = _layout(source), offsets[-1]
+        fill = partial(_fill, source=source, episodes=episodes, offsets=offsets)
+        self.frames = fill(_allocate(layout, count, device)) if resident else map_frames(layout, count, fill, together)
 
     def prepare(self, rows: Tensor) -> Any:
         """The part of a batch that any thread can do ahead. `rows`: int64 of any shape, on the host."""
@@ -118,50 +121,13 @@ def gather(frames: TensorDict, rows: Tensor, pin: bool = False) -> TensorDict:
     return TensorDict(batch, batch_size=rows.shape, device=device)
 
 
-def _unpack(source: EpisodeSource, episodes: list[int], offsets: list[int], device: torch.device) -> TensorDict:
-    """The frames in device memory."""
-    layout = _layout(source).items()
-    tensors = {key: torch.empty(offsets[-1], *shape, dtype=dtype, device=device) for key, (shape, dtype) in layout}
-    return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
+def _allocate(layout: Layout, count: int, device: torch.device) -> TensorDict:
+    """Room for frames in device memory."""
+    tensors = {key: torch.empty(count, *shape, dtype=dtype, device=device) for key, (shape, dtype) in layout.items()}
+    return TensorDict(tensors, batch_size=[count])
 
 
-def _map(source: EpisodeSource, episodes: list[int], offsets: list[int]) -> TensorDict:
-    """The frames in a memory map. Raises DataError if the disk is too small, or the temporary folder cannot be used."""
-    layout = _layout(source).items()
-    tensors = {key: _mapped((offsets[-1], *shape), dtype) for key, (shape, dtype) in layout}
-    return _fill(TensorDict(tensors, batch_size=[offsets[-1]]), source, episodes, offsets)
-
-
-def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in a file without a name: the system frees its space when the tensor is deleted or the process ends, however it ends.
-
-    The space is reserved before the file is mapped: writing to a map of a full disk would end the process with SIGBUS.
-    """
-    needed, folder = math.prod(shape) * dtype.itemsize, "TMPDIR"
-    try:
-        folder = tempfile.gettempdir()
-        with tempfile.TemporaryFile(prefix="aime_fast-", buffering=0) as file:
-            _reserve(file.fileno(), needed)
-            mapped = mmap.mmap(file.fileno(), needed)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: {needed / 2**30:.3g} GiB of unpacked episodes cannot be stored there ({explain(error)}); "
-            f"set TMPDIR to a folder on a disk with more room"
-        ) from error
-    return torch.frombuffer(mapped, dtype=dtype).view(shape)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Give a file `size` bytes of disk. Raises OSError if there are not as many."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    zeros = memoryview(bytes(1 << 20))
-    while size > 0:
-        size -= os.write(descriptor, zeros[:size])
-
-
-def _layout(source: EpisodeSource) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _layout(source: EpisodeSource) -> Layout:
     """Shape and dtype of each entry of one frame."""
     return {
         "pixels": ((3, source.image_size, source.image_size), torch.uint8),

@@ -17,13 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aime_fast.errors import ConfigError, Interrupted, RankError
+from aime_fast.runtime import streams
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)  # for a rank that is busy, as with recording data; one that has ended is noticed at once
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
@@ -187,11 +191,37 @@ def mean(x: Tensor) -> Tensor:
     return x if _sharing.size == 1 else total(x) / _sharing.size
 
 
+class Averages:
+    """`mean` in place of several gradients, each sent as soon as it is complete, beside the work that follows.
+
+    All ranks begin the same ones in the same order. On a GPU a message waits for the stream that was current when it began, and the
+    stream that is current in `wait` waits for it; the host does not, so both may be captured. By gloo the host waits.
+    """
+
+    def __init__(self):
+        self._begun: list[tuple[Tensor, Tensor, dist.Work]] = []  # gradients, what is sent of them, the message
+
+    def begin(self, x: Tensor) -> None:
+        """Send gradients x, a contiguous tensor, as `joined` was told. Until `wait` nothing may read or change them."""
+        if _sharing.size > 1:
+            sent = x.bfloat16() if _halves and x.dtype == torch.float32 else x
+            self._begun.append((x, sent, _begun(sent)))
+
+    def wait(self) -> None:
+        """Until all that were begun are means. Raises RankError where another rank does not answer."""
+        for x, sent, message in self._begun:
+            with _in_traffic():
+                message.wait()
+            streams.record(sent)
+            x.copy_(sent).div_(_sharing.size)  # nothing is copied where it was sent as it is
+        self._begun.clear()
+
+
 def average_(x: Tensor) -> Tensor:
-    """`mean` in place of gradients x, a contiguous tensor, which are sent as `joined` was told; returns it."""
-    if _sharing.size > 1:
-        sent = x.bfloat16() if _halves and x.dtype == torch.float32 else x
-        x.copy_(_reduced(sent)).div_(_sharing.size)  # nothing is copied where it was sent as it is
+    """`Averages` of gradients x alone, for which there is nothing to do meanwhile; returns them."""
+    averages = Averages()
+    averages.begin(x)
+    averages.wait()
     return x
 
 
@@ -218,12 +248,52 @@ def gathered(x: Tensor, rows: Tensor, share: Ranks) -> Tensor:
 
 def collected(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """What each process of the run has, in their order, by names of its own; of several processes on the CPU."""
-    if _run.size == 1:
-        return [values]
-    parts: list[dict[str, Tensor]] = [{}] * _run.size
-    with _answering():
-        dist.all_gather_object(parts, {name: value.cpu() for name, value in values.items()})
-    return parts
+    return [values] if _run.size == 1 else told({name: value.cpu() for name, value in values.items()})
+
+
+def told(mine: T) -> list[T]:
+    """What each process of the run tells the others, in their order: anything that can be pickled."""
+    everything = [mine] * _run.size
+    if _run.size > 1:
+        with _answering():
+            dist.all_gather_object(everything, mine)
+    return everything
+
+
+def neighbours() -> list[int]:
+    """The processes of the run, this one among them, that run on this machine and can open each other's files.
+
+    They find out by themselves: each launcher has other variables for it (LOCAL_RANK of torchrun, SLURM_LOCALID of srun).
+    """
+    places = told(_place())
+    return [rank for rank, place in enumerate(places) if place == places[_run.rank]]
+
+
+def _place() -> tuple[str, ...]:
+    """Of the processes that see each other under /proc; without it each has a place of its own."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "process", str(_run.rank)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """An error within it, in any process of the run, ends it in all: with that error there, with a RankError that quotes it elsewhere."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    try:
+        reasons = told(None if error is None else str(error) or type(error).__name__)
+    except RankError:
+        if error is None:
+            raise
+    if error is not None:
+        raise error
+    if failed := [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]:
+        raise RankError("process {} of this run has failed: {}".format(*failed[0]))
 
 
 def anywhere(*flags: bool) -> list[bool]:
@@ -258,13 +328,32 @@ def leader_first() -> Iterator[None]:
 
 def _reduced(x: Tensor, how: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """x, in place, over all ranks."""
+    with _in_traffic():
+        dist.all_reduce(x, how)
+    _count(x)
+    return x
+
+
+def _begun(x: Tensor) -> dist.Work:
+    """Begins the sum of x, in place, over all ranks."""
+    with _in_traffic():
+        message = dist.all_reduce(x, async_op=True)
+    _count(x)
+    return message
+
+
+def _count(sent: Tensor) -> None:
+    traffic.messages += 1
+    traffic.bytes += sent.numel() * sent.element_size()
+
+
+@contextmanager
+def _in_traffic() -> Iterator[None]:
+    """The time within is that of messages; where another rank does not answer, a RankError says so."""
     began = time.perf_counter()
     with _answering():
-        dist.all_reduce(x, how)
-    traffic.messages += 1
-    traffic.bytes += x.numel() * x.element_size()
+        yield
     traffic.seconds += time.perf_counter() - began
-    return x
 
 
 @contextmanager

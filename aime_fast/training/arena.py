@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,12 @@ class GradientRows:
         return self.arena.flat.new_zeros(self.losses, self.arena.flat.numel())
 
     def gather(
-        self, losses: dict[str, Tensor], before: Tensor | None = None, share: float = 1.0, beside: Mapping[str, str | None] | None = None
+        self,
+        losses: dict[str, Tensor],
+        before: Tensor | None = None,
+        share: float = 1.0,
+        beside: Mapping[str, str | None] | None = None,
+        complete: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Gradients of scalar losses of one graph -> [n, P], zero where a loss does not depend on a parameter.
 
@@ -107,6 +112,8 @@ class GradientRows:
             before: rows to add to, as an earlier `gather` returned them; they are overwritten.
             share: factor of the gradients.
             beside: the side stream of each loss, or None, in the order in which to begin; all join at the end. None: there are none.
+            complete: called as soon as a row is made, on the stream of its loss, with the part of it, a view [P'], from the first parameter
+                that the loss depends on to the last; the rest is zero. Not where there is none, and never in compiled code.
         """
         beside = dict.fromkeys(losses) if beside is None else beside
         order = list(beside)
@@ -125,6 +132,8 @@ class GradientRows:
                 gradients = self._differentiate(losses[name], share, name != last or streams.has_side_streams())
                 streams.record([gradient for gradient in gradients if gradient is not None])
                 self._add(rows[name], gradients, before is None)
+                if complete is not None and (part := self._reached(rows[name], gradients)) is not None:
+                    complete(part)
         streams.join(*beside.values())
         return self._flat
 
@@ -144,6 +153,14 @@ class GradientRows:
             pairs = [(view, gradient) for view, gradient in reached if (view.stride() == gradient.stride()) == alike]
             if pairs:
                 torch._foreach_add_([view for view, _ in pairs], [gradient for _, gradient in pairs])
+
+    def _reached(self, row: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """The part of a row, a view, from the first parameter with a gradient to the last."""
+        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if not reached:
+            return None
+        begins = [view.storage_offset() % self._flat.shape[1] for view in self._views[row]] + [self._flat.shape[1]]
+        return self._flat[row, begins[reached[0]] : begins[reached[-1] + 1]]
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:

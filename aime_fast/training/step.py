@@ -14,13 +14,13 @@ the perceiver alone (`perception.py`) stand for themselves: each is made or not,
 remain. They are captured, but never compiled.
 
 Several processes make one update together, each with its share of the batches (`runtime.ranks`): gradients and scalars are averaged
-between the two halves, and everything after that is the same in each.
+between the two halves, and everything after that is the same in each. A row of gradients is sent while the next task is differentiated.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -211,25 +211,31 @@ class TrainingStep:
         streams.fork("perceiver")
         # First: all gradients are of the same weights. Perception, whose weights stay, need not wait for it.
         stills = [self._learn_stills(batch, learning_rate) for batch in batches]
-        for batch, inputs, of_stills in zip(batches, observed, stills):
-            gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients)
+        averages = ranks.Averages()
+        for i, (batch, inputs, of_stills) in enumerate(zip(batches, observed, stills), 1):
+            complete = averages.begin if i == len(batches) and ranks.size() > 1 else None
+            gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients, complete)
             scalars |= {name: value if len(batches) == 1 else value / len(batches) for name, value in of_stills.items()}
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
-        # Before RGB, which is not linear: balanced gradients of parts of a batch do not add up to the balanced gradient of the batch.
-        for rows in gradients:
-            if rows is not None:
-                ranks.average_(rows)
         metrics = ranks.means(metrics)
+        # Before RGB, which is not linear: balanced gradients of parts of a batch do not add up to the balanced gradient of the batch.
+        averages.wait()
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
         return metrics | {"beta": warmups.beta, "learning_rate": learning_rate}, evidence, gradients
 
     def compute_gradients(
-        self, kind: Kind, batch: dict[str, Tensor], warmups: Warmups, share: float, before: Gradients
+        self,
+        kind: Kind,
+        batch: dict[str, Tensor],
+        warmups: Warmups,
+        share: float,
+        before: Gradients,
+        complete: Callable[[Tensor], None] | None = None,
     ) -> tuple[Gradients, dict[str, Tensor], dict[str, Tensor]]:
         """A batch, its pixels in [-1, 1] -> (gradients added to those `before`, scalars by name, outputs of the model by name).
 
-        Losses and scalars are multiplied by `share`.
+        Losses and scalars are multiplied by `share`. `complete` is called with each row of gradients as soon as it is made.
         """
         observations = batch["pixels"]  # [B, T, 3, H, W]
         ema = self.ema.model if self.config.loss.lambda_gram else None
@@ -247,10 +253,10 @@ class TrainingStep:
         outputs = {name: output.detach() for name, output in outputs.items()}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
-        judging, judged = (outputs, observations, share, before.discriminator), None
+        judging, judged = (outputs, observations, share, before.discriminator, complete), None
         if kind.train_discriminator and streams.has_side_streams():
             judged = streams.beside("discriminators", self._train_discriminators, *judging)
-        tasks = self._task_rows.gather(dict(zip(TASKS, task_losses)), before.tasks, share, BESIDE)
+        tasks = self._task_rows.gather(dict(zip(TASKS, task_losses)), before.tasks, share, BESIDE, complete)
         del losses, task_losses  # and the graph with them
         discriminator = None
         if kind.train_discriminator:  # with one stream after the tasks, whose graph is freed by then
@@ -261,12 +267,17 @@ class TrainingStep:
         return Gradients(tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
 
     def _train_discriminators(
-        self, outputs: dict[str, Tensor], observations: Tensor, share: float, before: Tensor | None
+        self,
+        outputs: dict[str, Tensor],
+        observations: Tensor,
+        share: float,
+        before: Tensor | None,
+        complete: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminators' part of `compute_gradients`: (gradient [1, Pd], scalars by name)."""
         with span("step: forward discriminator"), self.autocast():
             loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share)
+        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share, None, complete)
         return gradient, {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
 
     def _observe(self, pixels: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Unpacked frames on a disk that is too small, and in a process that is killed."""
+"""Unpacked frames on a disk that is too small, in a process that is killed, and in several processes of one machine."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import resource
 import subprocess
@@ -11,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from recordings import SMALL
 
-from aime_fast.data import SyntheticEpisodes
+from aime_fast.data import SyntheticEpisodes, make_batches
 from aime_fast.data.replay import Replay
 from aime_fast.errors import DataError
+from aime_fast.runtime.ranks import Ranks
 
 
 def unpack(episodes: int = 4) -> Replay:
@@ -100,3 +104,52 @@ def test_the_space_is_given_back_with_the_replay(disk):
     assert os.statvfs(disk).f_bavail < free - 100
     del replay
     assert os.statvfs(disk).f_bavail == free
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """What each of two processes has found: `rank_replays.py`."""
+    folder, here = tmp_path_factory.mktemp("ranks"), Path(__file__)
+    (folder / "disk").mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join(map(str, (here.parent, here.parents[2])))
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(here.with_name("rank_replays.py")), str(folder)],
+        env=variables, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [{**each, "said": done.stderr, "left": list((folder / "disk").iterdir())} for each in found]
+
+
+def test_one_process_of_a_machine_unpacks_and_the_others_map_its_files(two_processes):
+    alone = [float(x.double().sum()) for x in unpack().frames.values()]
+    reads = {"together": [4, 0], "on two machines": [4, 4], "out of sight": [4, 4], "again": [4, 0]}
+    for name, expected in reads.items():
+        assert [each[name]["read"] for each in two_processes] == expected
+        assert [each[name]["sums"] for each in two_processes] == [alone, alone]
+        first, second = (set(each[name]["mapped"]) for each in two_processes)
+        assert len(first) == len(second) == 5
+        assert first == second if expected == [4, 0] else not first & second
+    said = two_processes[0]["said"]
+    assert said.count("episodes that another process has unpacked cannot be mapped (/proc/") == 1
+    assert "another file; check the disk and the path): unpacking them again" in said
+    assert two_processes[0]["left"] == []
+
+
+def test_processes_that_unpack_together_share_the_batches_of_one(two_processes):
+    parts = make_batches(dataclasses.replace(SMALL, prefetch=0), 0)
+    for whole, *shares in zip((next(part)["action"] for part in parts), *(each["batches"] for each in two_processes)):
+        assert shares == [Ranks(rank, 2).own(whole).tolist() for rank in range(2)]
+    for part in parts:
+        part.close()
+
+
+def test_an_error_in_one_process_that_unpacks_ends_all(two_processes):
+    first, second = two_processes
+    assert first["damaged"]["error"] == ["DataError", "a.h5: episode 2 is damaged"]
+    assert second["damaged"]["error"] == ["RankError", "process 0 of this run has failed: a.h5: episode 2 is damaged"]
+    assert second["not mapped"]["error"] == ["OSError", "[Errno 12] Cannot allocate memory"]
+    assert first["not mapped"]["error"] == ["RankError", "process 1 of this run has failed: [Errno 12] Cannot allocate memory"]
+    assert first["seconds"] < 60

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from aime_fast.training.adam import Adam
-from aime_fast.training.arena import Arena
+from aime_fast.training.arena import Arena, GradientRows
 
 
 @settings(deadline=None, max_examples=20)
@@ -55,6 +55,19 @@ def test_flatten_is_the_inverse_of_split_and_padding_is_zero():
     assert not arena.flatten([None, None]).any()
     ones = arena.flatten([torch.ones_like(p) for p in parameters])
     assert ones.sum() == 15 + 72
+
+
+def test_a_row_is_complete_with_the_part_that_its_loss_reaches():
+    """From the first such parameter to the last, a view; what lies outside is zero. Not for a loss that reaches nothing."""
+    parameters = [nn.Parameter(torch.randn(size)) for size in (3, 40, 5, 7)]  # take 32, 64, 32, 32 elements
+    rows, parts = GradientRows(Arena(parameters), 3), []
+    a, b, c, d = parameters
+    losses = {"ends": a.sum() * d.sum(), "none": torch.zeros(()), "inner": b.square().sum() + c.sum()}
+    found = rows.gather(losses, complete=parts.append)
+    assert [(part.data_ptr() - found.data_ptr()) // 4 for part in parts] == [0, 2 * 160 + 32]
+    assert [len(part) for part in parts] == [160, 96]
+    assert torch.equal(found[2].nonzero().squeeze(1), torch.cat([torch.arange(32, 72), torch.arange(96, 101)]))
+    assert not found[1].any()
 
 
 def test_a_parameter_with_gaps_is_refused():

@@ -89,12 +89,20 @@ def two_ranks(tmp_path_factory) -> dict[str, list[dict]]:
 def test_updates_of_two_ranks_are_those_of_one(two_ranks, tmp_path):
     """Of all kinds, with random numbers of all kinds: weights, averages, codebooks, optimizers, RGB, metrics."""
     rank_updates.main(tmp_path)
-    alone, (first, second) = torch.load(tmp_path / "0.pt", weights_only=False), map(dict, two_ranks["fp64"])
+    alone, first, second = torch.load(tmp_path / "0.pt", weights_only=False), *map(dict, two_ranks["fp64"])
     assert alone.pop("sent") == (0, 0)
     assert first.pop("sent") == second.pop("sent") > (0, 0)
+    assert alone.pop("order") != first.pop("order") == second.pop("order")
     assert_alike(alone, first, 1e-10)
     first, second = numbers(first), numbers(second)
     assert all(torch.equal(first[name], second[name]) for name in first)  # to the bit, without being sent
+
+
+def test_a_row_of_gradients_is_sent_while_the_next_is_made(two_ranks):
+    """Of an update from two batches, each with two of single frames before: only the sums over the batches are sent."""
+    stills, first, last = ["make", "send", "wait"] * 4, ["make"] * 5, ["make", "send"] * 5
+    for state in (state for states in two_ranks.values() for state in states):
+        assert state["order"] == ([*stills, *first, *last, "wait"], True)
 
 
 def test_gradients_sent_as_bf16(two_ranks):
