@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,9 @@ class Collection:
     render_quality: Literal["fast", "full"]  # fast: no anti-aliasing, shadows or reflections
     policy: str  # random, ou, swing, mixed (see train --help), or an online run or checkpoint, whose actor then acts with its noise
     workers: int  # collector processes
-    backend: Backend = "local"  # where they run: local, or distributed (they send by gloo): this machine; ray: the cluster of RAY_ADDRESS
+    # where they run: local, or distributed (they send by gloo): this machine; ray: the cluster of RAY_ADDRESS; slurm-array: this machine,
+    # which records the shard that is this task's of a SLURM job array
+    backend: Backend | Literal["slurm-array"] = "local"
     plan: bool = False  # with a run as --policy: choose each action by planning in its world model, by TorchRL's CEM (slow)
     seed: int = 0  # seed of initial states and actions
     shard: str = "1/1"  # I/N: every Nth of the episodes, from the Ith on, as one of N jobs; a folder of all shards is read as one
@@ -56,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config: DataConfig = dataclasses.replace(data, **shared)
     if options.plan and not acts:
         raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
-    shard = _shard(options.shard)
+    shard, backend = (
+        (_shard_of_array(options.shard), "local") if options.backend == "slurm-array" else (_shard(options.shard), options.backend)
+    )
     make_policy = _policy_of(options.policy, config, options.plan) if acts else None
     recording = f"{options.domain}-{options.task}-seed{options.seed}"
     of_shard = f"{recording}/shard{shard.index:03d}of{shard.count:03d}.h5"  # in a folder of their own, which is read as one
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise DataError(f"--out {out}: an earlier collection left episodes in {left}; pass --resume to keep them, or --overwrite")
     if not (complete and options.resume):
         name = (f"plan in {options.policy}" if options.plan else options.policy) if acts else None
-        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, options.backend, held_out)
+        collect(config, options.seed, out, options.progress, options.resume, make_policy, name, shard, backend, held_out)
     recorded = DMCVBDataset(
         out, 1, **{key: getattr(config, key) for key in ("domain", "task", "image_size", "frame_skip", "camera", "render_quality")}
     )
@@ -101,6 +106,19 @@ def _shard(text: str) -> Shard:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/3")
     return Shard(int(index), int(count))
+
+
+def _shard_of_array(given: str) -> Shard:
+    """The shard of this task of a SLURM job array, whatever numbers the array has. Raises ConfigError outside of one, or with `--shard`."""
+    if given != Collection.shard:
+        raise ConfigError(f"--shard {given} --backend slurm-array: the array says which shard this is; pass one of them")
+    try:
+        number, first, step, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT"))
+    except KeyError as error:
+        raise ConfigError(
+            f"--backend slurm-array: {error.args[0]} is not set; submit it with sbatch --array, or pass --shard I/N"
+        ) from None
+    return _shard(f"{(number - first) // step + 1}/{count}")
 
 
 def _policy_of(run: str, config: DataConfig, plans: bool) -> MakePolicy:

@@ -93,6 +93,8 @@ def test_episodes_are_the_same_whatever_workers_and_shards(tmp_path):
         (("--tier", "7"), "error: --tier 7: there is no such tier; choose one of 1, 2, 3, debug"),
         (("--policy", "expert"), "--policy"),
         (("--shard", "0/3"), "error: --shard 0/3: expected I/N with 1 <= I <= N"),
+        (("--backend", "slurm-array"), "error: --backend slurm-array: SLURM_ARRAY_TASK_ID is not set; submit it with sbatch --array"),
+        (("--backend", "slurm-array", "--shard", "2/3"), "error: --shard 2/3 --backend slurm-array: the array says which shard this is"),
     ],
 )
 def test_bad_arguments_give_one_message_and_status_2(tmp_path, arguments, message):
