@@ -156,6 +156,9 @@ def end_one(started: subprocess.Popen, folder: Path, how: int) -> None:
     os.kill(max(int(child) for child in children), how)
 
 
+ENDED = "another process of this run has ended"
+
+
 def test_a_launcher_that_starts_the_processes_again_goes_on_with_the_run(tmp_path):
     folder = tmp_path / "run"
     flags = (*SETTINGS, "--run-dir", str(folder), "--steps", "20", "--checkpoint-every", "3", "--latent-phase-updates", "0")
@@ -165,13 +168,16 @@ def test_a_launcher_that_starts_the_processes_again_goes_on_with_the_run(tmp_pat
         )
         try:
             end_one(started, folder, signal.SIGKILL)
+            until = time.monotonic() + 60
+            while ENDED not in (tmp_path / "out").read_text() and time.monotonic() < until:
+                time.sleep(0.2)
+            assert ENDED in (tmp_path / "out").read_text()  # the others learn of it within a minute
             status = started.wait(timeout=200)
         finally:
             started.kill()
         out.seek(0)
         said = out.read()
     assert status == 0, said
-    assert "another process of this run has ended" in said
     begun = [line.partition("steps ")[2].partition(" ")[0] for line in said.splitlines() if line.startswith("training ")]
     assert begun[0] == "0"
     assert int(begun[1]) >= 1
