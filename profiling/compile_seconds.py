@@ -1,6 +1,6 @@
 """What compiling the regions of an update costs, measured without a GPU: `python -m profiling.roofline --compile-seconds`.
 
-An update of tasks and discriminators and one of pictures are called on fake CUDA tensors (`fake_cuda`, `steps.FakeUpdates`) with the
+An update of tasks and discriminators and, where there are such, one of pictures are called on fake CUDA tensors (`fake_cuda`, `steps.FakeUpdates`) with the
 regions of `--compile on` and `graph` compiled by Inductor. Processor seconds of this process and of what it starts (ptxas) are added up by
 region: those of tracing (Dynamo and AOTAutograd, forward and backward), of lowering (Inductor, from a graph of operators to source), and
 of Triton (from source to cubin, every configuration that a first launch would choose from). A run on a GPU traces and lowers on one core
@@ -126,7 +126,8 @@ def measure(config: Config) -> dict[str, Cost]:
         updates.made = updates.cycle - 1  # the discriminators learn too
         updates.step.model.compile_regions(watch.backend_of)
         updates(contextlib.nullcontext())
-        updates.learn_pictures()
+        if config.data.stills:
+            updates.learn_pictures()
     return dict(watch.costs)
 
 
