@@ -1,10 +1,10 @@
 """What compiling the regions of an update costs, measured without a GPU: `python -m profiling.roofline --compile-seconds`.
 
-An update of tasks and discriminators and, where there are such, one of pictures are called on fake CUDA tensors (`fake_cuda`, `steps.FakeUpdates`) with the
-regions of `--compile on` and `graph` compiled by Inductor. Processor seconds of this process and of what it starts (ptxas) are added up by
-region: those of tracing (Dynamo and AOTAutograd, forward and backward), of lowering (Inductor, from a graph of operators to source), and
-of Triton (from source to cubin, every configuration that a first launch would choose from). A run on a GPU traces and lowers on one core
-and gives Triton's part to as many processes as there are cores. Caches are empty and stay so.
+An update of tasks and discriminators, and one of pictures where a tier has such, are called on fake CUDA tensors (`fake_cuda`,
+`steps.FakeUpdates`) with the regions of `--compile on` and `graph` compiled by Inductor. Processor seconds of this process and of what it
+starts (ptxas) are added up by region: those of tracing (Dynamo and AOTAutograd, forward and backward), of lowering (Inductor, from a graph
+of operators to source), and of Triton (from source to cubin, every configuration that a first launch would choose from). A run on a GPU
+traces and lowers on one core and gives Triton's part to as many processes as there are cores. Caches are empty and stay so.
 
 Left out, since they need the device: the choice between configurations, the measurement of whether a matrix product is faster with padding,
 and the folding of constants. What is compiled is not run: the traced operators are called in its place, so that the update goes on.
