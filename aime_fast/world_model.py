@@ -13,7 +13,7 @@ One frame, in order (docs/architecture.md shows it):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,17 +126,25 @@ class DPGMMVariationalRecurrentAutoencoder(nn.Module):
             for tower in (self.encoder, self.decoder):
                 tower.background.copy_(mean_frame)
 
-    def compile_regions(self) -> None:
-        """`torch.compile`, in place, of the regions that gained from it on a CPU: those of many small operators.
+    def regions(self) -> dict[str, nn.Module]:
+        """The modules that are compiled, by name: those of many small operators.
 
-        These are mixture prior, recurrence, slot attention and attention modulation. Inductor does not beat oneDNN and MKL on
-        convolutions and transformers (docs/performance.md). Several backward passes go through one compiled forward, so donated
-        buffers are off.
+        The recurrence is none: as one graph its loop is unrolled, at 50 frames 3,600 operators that take longer to lower than all regions
+        together, and PyTorch has a fused cell for a GPU (docs/performance.md).
+        """
+        modulations = {f"attention modulation {i}": region for i, region in enumerate(self.decoder.modulations)}
+        return {"mixture prior": self.prior, "slot attention": self.attention.posterior.slot_attention} | modulations
+
+    def compile_regions(self, backend_of: Callable[[str], str | Callable] = lambda name: "inductor") -> None:
+        """`torch.compile`, in place, of the `regions`, each with the backend of its name.
+
+        Inductor does not beat oneDNN and MKL on convolutions and transformers (docs/performance.md). Several backward passes go through
+        one compiled forward, so donated buffers are off.
         """
         torch._functorch.config.donated_buffer = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # frames of a batch, and of a roll-out
-        for region in (self.prior, self.recurrence, self.attention.posterior.slot_attention, *self.decoder.modulations):
-            region.compile(dynamic=False)
+        for name, region in self.regions().items():
+            region.compile(dynamic=False, backend=backend_of(name))
 
     def compile_imagination(self, mode: Compile = "on") -> None:
         """How `predict_future` and token generation run a frame, see `RollOut`."""

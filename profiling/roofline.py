@@ -6,6 +6,8 @@ with vertical fusion would: elementwise operators and reductions over the same e
 other library call lies between. A kernel costs at least its bytes at the memory's rate, its operations at the rate of the matrix units,
 or one launch, whichever is most; their sum is a floor of the time, and gives a ceiling of frames/s.
 
+`--compile-seconds` says instead what compiling the regions of `--compile on` and `graph` for a GPU costs (`compile_seconds.py`).
+
 The model is not a compiler: it knows no limit of registers, no horizontal fusion and no cancelled duplicates, and it was not compared with
 one yet. Random indexing counts what is picked, not the table. Kernels written in Triton count as their references.
 """
@@ -29,6 +31,7 @@ from aime_fast.cli import run_command
 from aime_fast.config import PRESETS, Config, preset
 from aime_fast.errors import UserError
 from aime_fast.runtime.spans import open_spans
+from profiling import compile_seconds
 from profiling.flops import ByRange
 from profiling.machine import describe, write_json
 from profiling.steps import FakeUpdates
@@ -256,8 +259,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tier", nargs="+", choices=tuple(PRESETS), default=["1", "2", "3"], help="default: 1 2 3")
     parser.add_argument("--gpu", nargs="+", choices=tuple(GPUS), default=list(GPUS), help="default: all")
     parser.add_argument("--json", metavar="FILE", help="file to write")
+    parser.add_argument("--compile-seconds", action="store_true", help="instead: processor seconds of compiling the regions for an H100")
     parser.add_argument("--check", metavar="FILE", help=f"compare with a file of --json: launches and bytes within {TOLERANCE:.0%}")
     options = parser.parse_args(argv)
+    if options.compile_seconds:
+        if options.check:
+            parser.error("--check compares counts, and --compile-seconds makes none")
+        return compile_seconds.report(options.tier, options.json)
     if options.check and not Path(options.check).is_file():
         raise UserError(f"--check {options.check}: no such file; write one with --json")
     before = json.loads(Path(options.check).read_text())["tiers"] if options.check else {}

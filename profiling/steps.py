@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
 
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import Config
 from aime_fast.data import make_batches
@@ -89,10 +89,10 @@ class FakeUpdates:
     An operator that reads a value on the host, or has no shape function, raises. Precision is that of autocast on a CPU; batches are not
     accumulated.
 
-    Args and attributes: as of `Updates`.
+    Args and attributes: as of `Updates`; device: where the fake tensors are said to be, see `fake_cuda` for CUDA.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, device: str = "cpu"):
         self.frames, self.cycle = config.data.batch_size * config.data.sequence_length, config.optim.n_critic
         data = dataclasses.replace(with_synthetic_frames(config).data, prefetch=0)
         config = dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, accumulate=1))
@@ -104,21 +104,30 @@ class FakeUpdates:
         self._mode = _CopyableFakes()
         for module in model.modules():
             for name, parameter in module._parameters.items():
-                module._parameters[name] = parameter if parameter is None else nn.Parameter(self._mode.from_tensor(parameter.detach()))
+                module._parameters[name] = parameter if parameter is None else nn.Parameter(self._fake(parameter.detach(), device))
             for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else self._mode.from_tensor(buffer)
-        self._batch = {name: self._mode.from_tensor(value) for name, value in batch.items()}
+                module._buffers[name] = buffer if buffer is None else self._fake(buffer, device)
+        self._batch = {name: self._fake(value, device) for name, value in batch.items()}
         with self._mode, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a deep copy asks whether there is any
-            self.step, self._one = TrainingStep(model, config), torch.ones(())
+            self.step, self._one = TrainingStep(model, config), torch.ones((), device=device)
         self.made = 0
         self._trains_discriminator = Every(self.cycle)
 
-    def __call__(self, recorder: TorchDispatchMode) -> None:
+    def _fake(self, x: Tensor, device: str) -> Tensor:
+        with self._mode:
+            return self._mode.from_tensor(x).to(device)
+
+    def __call__(self, recorder: contextlib.AbstractContextManager) -> None:
         """Make one update, its operators called under `recorder`."""
         self.made += 1
         with self._mode, recorder:
             self.step([self._batch], self._one, self._one, self._trains_discriminator(self.made))
+
+    def learn_pictures(self) -> TensorDict:
+        """Make one update on pictures; returns its metrics."""
+        with self._mode:
+            return self.step.learn_pictures([self._batch], self._one)
 
 
 class _CopyableFakes(FakeTensorMode):

@@ -122,8 +122,7 @@ def test_a_change_is_told_and_the_table_has_every_pillar(debug_counts):
 
 def test_a_host_read_in_the_step_fails_and_a_picture_step_has_none():
     updates = FakeUpdates(preset("debug"))
-    with updates._mode:
-        assert "gradient_norm/perception" in updates.step.learn_pictures([updates._batch], updates._one)
+    assert "gradient_norm/perception" in updates.learn_pictures()
     observe = updates.step._observe
 
     def reads(pixels):
