@@ -59,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config: DataConfig = dataclasses.replace(data, **shared)
     if options.plan and not acts:
         raise ConfigError(f"--plan --policy {options.policy}: noise does not plan; name the folder or checkpoint of a run as --policy")
-    shard, backend = (
-        (_shard_of_array(options.shard), "local") if options.backend == "slurm-array" else (_shard(options.shard), options.backend)
-    )
+    in_array = options.backend == "slurm-array"
+    shard, backend = _shard_of_array(options.shard) if in_array else _shard(options.shard), "local" if in_array else options.backend
     make_policy = _policy_of(options.policy, config, options.plan) if acts else None
     recording = f"{options.domain}-{options.task}-seed{options.seed}"
     of_shard = f"{recording}/shard{shard.index:03d}of{shard.count:03d}.h5"  # in a folder of their own, which is read as one
@@ -109,16 +108,24 @@ def _shard(text: str) -> Shard:
 
 
 def _shard_of_array(given: str) -> Shard:
-    """The shard of this task of a SLURM job array, whatever numbers the array has. Raises ConfigError outside of one, or with `--shard`."""
+    """The shard of this task of a SLURM job array. Raises ConfigError outside of one that is 1-N, or with `--shard`.
+
+    A part of an array, submitted again, would record other shards: SLURM then tells the numbers of that part.
+    """
     if given != Collection.shard:
         raise ConfigError(f"--shard {given} --backend slurm-array: the array says which shard this is; pass one of them")
     try:
-        number, first, step, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT"))
+        number, first, last, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
     except KeyError as error:
         raise ConfigError(
             f"--backend slurm-array: {error.args[0]} is not set; submit it with sbatch --array, or pass --shard I/N"
         ) from None
-    return _shard(f"{(number - first) // step + 1}/{count}")
+    if first != 1 or last != count:
+        raise ConfigError(
+            f"--backend slurm-array: the array's {count} tasks are numbered {first} to {last}, expected 1 to N, all of them; for some of "
+            "them again pass --shard I/N"
+        )
+    return _shard(f"{number}/{count}")
 
 
 def _policy_of(run: str, config: DataConfig, plans: bool) -> MakePolicy:

@@ -211,7 +211,7 @@ class ControlConfig:
     discount: OpenShare = 0.99  # of a reward one agent step later
     return_decay: Share = 0.95  # lambda of the returns
     actor_entropy: Weight = 3e-2  # weight of the actor's entropy, beside returns divided by their range, in the first half of the run
-    final_entropy: Weight = 3e-2  # the same at its end; another one is approached by the same factor with each frame
+    final_entropy: Weight | None = None  # the same at its end, which it approaches in the second half; none: it stays
     actor_lr: Annotated[float, Bound(0, 1)] = 3e-4  # Adam
     actor_decay: OpenShare = 0.998  # of the actor's average, which is scored: a few cycles
     critic_lr: Annotated[float, Bound(0, 1)] = 1e-3  # Adam

@@ -49,6 +49,7 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
     print(f"{title(device)}\n{'tier':<6}{'model':<15}{'gradient':<10}{'parameters':>12}{'steps/s':>12}{'p20':>12}{'p80':>12}")
     rows = []
     for tier in options.tier:
+        torch._dynamo.reset()  # it compiles a function so many times, whatever the model
         contestants = {
             "ours": _ours(tier, options, False),
             "ours compiled": _ours(tier, options, True),
@@ -90,7 +91,7 @@ def _parameters(*modules: nn.Module) -> int:
 
 def _ours(tier: str, options: argparse.Namespace, compiles: bool) -> tuple[Callable[[bool], None], int]:
     """(a roll-out, with or without gradient; parameters that it uses)."""
-    one = torch.compile(act, fullgraph=True, dynamic=False) if compiles else act
+    act_once = torch.compile(act, fullgraph=True, dynamic=False) if compiles else act
     config = preset(tier)
     model = DPGMMVariationalRecurrentAutoencoder.from_config(config, ACTIONS).eval().requires_grad_(False)
     actor = Actor(policy_width(model), config.model.hidden_dim, ACTIONS)
@@ -98,7 +99,7 @@ def _ours(tier: str, options: argparse.Namespace, compiles: bool) -> tuple[Calla
 
     def roll_out(gradient: bool) -> None:
         with torch.set_grad_enabled(gradient):
-            rewards = act_in_imagination(model, actor, state, options.horizon, one=one).rewards
+            rewards = act_in_imagination(model, actor, state, options.horizon, act_once=act_once).rewards
             if gradient:
                 torch.autograd.grad(rewards.mean(), list(actor.parameters()), allow_unused=True)
 

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `profiling.bench pillars`."""
     parser.add_argument("--data", required=True, metavar="FILE", help="HDF5 file or folder, or synthetic")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="default: all")
-    parser.add_argument("--also", nargs="+", default=[], metavar="FLAGS", help="of aime_fast.train, in quotes: each makes runs beside")
+    parser.add_argument("--also", nargs="+", default=[], metavar="FLAGS", help="of aime_fast.train, quoted: each makes runs beside")
     parser.add_argument(
         "--part", choices=("test", "validation"), default="test", help="episodes of the measures; settings are chosen on validation"
     )
@@ -70,6 +70,8 @@ def bench(options: argparse.Namespace, usage_error: Callable[[str], Any]) -> int
         for variant, config in configs.items():
             folder = out / re.sub(r"[^\w.]+", "-", variant).strip("-") / f"seed{seed}"
             if (folder / "measured.json").exists():
+                if _settings(json.loads((folder / "spec.json").read_text())) != _settings(_spec(config, seed, threads, options, folder)):
+                    usage_error(f"--out {out}: {folder} was measured with other settings; name another folder")
                 continue
             print(f"seed {seed}: {in_words(variant)}", flush=True)
             try:
@@ -94,14 +96,25 @@ def in_words(variant: str) -> str:
 
 def train(variant: str, config: Config, seed: int, threads: int, options: argparse.Namespace, folder: Path) -> None:
     """One run, in a process of its own. Raises RuntimeError where it fails; it names the log."""
+    write_json(folder / "spec.json", _spec(config, seed, threads, options, folder))
+    command = python("profiling.pillars", variant, str(folder / "spec.json"), str(folder / "measured.json"))
+    take_turns({"run": command}, folder, math.inf, environment(threads))
+
+
+def _spec(config: Config, seed: int, threads: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What `profiling.pillars` is given."""
     run = replace(
         config.run, seed=seed, threads=threads, device="cpu", run_dir=str(folder / "run"), resume=(folder / "run").exists(),
         validate_every=0, sample_every=0, keep_checkpoints=1,
     )  # fmt: skip
     given = {name: getattr(options, name) for name in ("context", "horizon", "clips", "samples", "part")}
-    write_json(folder / "spec.json", given | {"config": to_dict(replace(config, run=run))})
-    command = python("profiling.pillars", variant, str(folder / "spec.json"), str(folder / "measured.json"))
-    take_turns({"run": command}, folder, math.inf, environment(threads))
+    return given | {"config": to_dict(replace(config, run=run))}
+
+
+def _settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """What of a spec says what was measured: not where, nor by how many threads."""
+    run = {name: value for name, value in spec["config"]["run"].items() if name not in ("run_dir", "resume", "threads")}
+    return json.loads(json.dumps(spec | {"config": spec["config"] | {"run": run}}))
 
 
 def table(runs: Sequence[dict[str, Any]], horizon: int, head: str) -> str:

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ class Watch:
 
 def _processor_seconds() -> float:
     """Of this process and of those that it has started and that have ended."""
-    return sum(os.times()[:4])
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def measure(config: Config) -> dict[str, Cost]:
@@ -135,8 +136,12 @@ def measure_apart(tier: str) -> dict[str, Cost]:
     """`measure` in a process of its own, in which the guard is there before PyTorch. Raises UserError where that fails."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "costs.json"
+        try:
+            guard = fake_cuda.build(folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"--compile-seconds: g++ does not compile what stands for CUDA ({error}); install g++") from None
         caches = {name: str(Path(folder) / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        environment = os.environ | caches | {"LD_PRELOAD": str(fake_cuda.build(folder))}
+        environment = os.environ | caches | {"LD_PRELOAD": str(guard)}
         command = [sys.executable, "-m", "profiling.compile_seconds", tier, str(result)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode or not result.is_file():
@@ -157,6 +162,8 @@ def table(tier: str, costs: dict[str, Cost]) -> str:
 def report(tiers: Sequence[str], file: str | None) -> None:
     """Measures and prints one tier after the other; each is written to `file` as it comes, where other tiers stay."""
     found = json.loads(Path(file).read_text()) if file and Path(file).is_file() else {}
+    if "tiers" in found:
+        raise UserError(f"--json {file}: it has the counts of profiling.roofline; name another file for --compile-seconds")
     for tier in tiers:
         head, costs = describe("cpu"), measure_apart(tier)
         print(table(tier, costs), flush=True)

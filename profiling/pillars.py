@@ -169,12 +169,13 @@ def run(variant: str, given: dict[str, Any]) -> dict[str, Any]:
     from profiling.learning.scores import hold_out, measure
 
     trainer = DMCVBTrainer(from_dict(given["config"]))
-    if variant in VARIANTS:
+    if not variant.startswith("-"):
         VARIANTS[variant][1](trainer)
     result = trainer.train()
     held = hold_out(trainer.config, given["context"], given["horizon"], given["clips"], given["part"])
     return {
         "variant": variant,
+        "part": given["part"],
         "seed": trainer.config.run.seed,
         "commit": git_commit(),
         "seconds": trainer.seconds,

@@ -31,7 +31,6 @@ from aime_fast.cli import run_command
 from aime_fast.config import PRESETS, Config, preset
 from aime_fast.errors import UserError
 from aime_fast.runtime.spans import open_spans
-from profiling import compile_seconds
 from profiling.flops import ByRange
 from profiling.machine import describe, write_json
 from profiling.steps import FakeUpdates
@@ -263,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", metavar="FILE", help=f"compare with a file of --json: launches and bytes within {TOLERANCE:.0%}")
     options = parser.parse_args(argv)
     if options.compile_seconds:
+        from profiling import compile_seconds  # it tells PyTorch shapes of operators of a GPU
+
         if options.check:
             parser.error("--check compares counts, and --compile-seconds makes none")
         return compile_seconds.report(options.tier, options.json)

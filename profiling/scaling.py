@@ -11,11 +11,11 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aime_fast.config import preset
 from aime_fast.world_model import DPGMMVariationalRecurrentAutoencoder
@@ -54,15 +54,8 @@ def rows(tier: str) -> list[float]:
     updates, sizes = FakeUpdates(preset(tier)), []
     gather = updates.step._task_rows.gather
     updates.step._task_rows.gather = lambda *given: gather(*given[:4], lambda part: sizes.append(4.0 * part.numel()))
-    updates(_Silent())
+    updates(nullcontext())
     return sizes
-
-
-class _Silent(TorchDispatchMode):
-    """A recorder that records nothing."""
-
-    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return function(*args, **(kwargs or {}))
 
 
 def sent(tier: str, small: int) -> Sent:

@@ -92,27 +92,30 @@ class Imagined(NamedTuple):
     continues: Tensor  # [H, N], probabilities
 
 
-def act(model: nn.Module, actor: Actor, state: State, sample: bool) -> tuple[Tensor, Tensor | None, State, State]:
-    """One action: (it [N, A], its log-density [N], the state after it, the next state before an action).
+def act(model: nn.Module, actor: Actor, state: State, sample: bool) -> tuple[Tensor, Tensor, Tensor | None, State, State]:
+    """One action: (features before it [N, F], it [N, A], its log-density [N], the state after it, the next state before an action).
 
     The actor reads features without gradient: an action is judged by what it brings, not by what it shows of the next.
     """
-    action, log_prob = actor(policy_features(state).detach())
+    features = policy_features(state)
+    action, log_prob = actor(features.detach())
     acted = advance(model, state, action)
-    return action, log_prob, acted, predict(model, acted, sample)[1]
+    return features, action, log_prob, acted, predict(model, acted, sample)[1]
 
 
 def act_in_imagination(
-    model: nn.Module, actor: Actor, state: State, horizon: int, sample: bool = True, one: Callable[..., Any] = act
+    model: nn.Module, actor: Actor, state: State, horizon: int, sample: bool = True, act_once: Callable[..., Any] = act
 ) -> Imagined:
-    """The actor's own roll-outs from N states before their actions; `sample`: latents are samples of the prior; `one`: `act`, compiled."""
-    features, actions, log_probs, after = [policy_features(state)], [], [], []
+    """The actor's own roll-outs from N states before their actions; `sample`: latents are samples of the prior; `act_once`: `act`,
+    or compiled."""
+    features, actions, log_probs, after = [], [], [], []
     for _ in range(horizon):
-        action, log_prob, acted, state = one(model, actor, state, sample)
-        features.append(policy_features(state))
+        before, action, log_prob, acted, state = act_once(model, actor, state, sample)
+        features.append(before)
         actions.append(action)
         log_probs.append(log_prob)
         after.append((acted.hidden, acted.latents))
+    features.append(policy_features(state))
     hidden, latents = (torch.stack(part) for part in zip(*after))
     rewards, continues = model.outcomes.expected(hidden, latents)
     return Imagined(*map(torch.stack, (features, actions, log_probs)), rewards, continues)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,13 +56,14 @@ def make_batches(
         DataError: the data are unusable, do not match the config or the split, are too few to split, or too many for `--replay device`.
     """
     check(config)
-    source = _open_source(config, seed)
-    try:
-        if split is None:
-            split = split_episodes(source.identities, *held_out_shares(config, source.attributes), config.split_seed)
-        chosen = [find_episodes(getattr(split, part), source.identities, str(config.data)) for part in parts]
-        needed = replay_bytes(sum(source.lengths[i] for part in chosen for i in part), source.image_size, source.action_dim)
-        resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
+    with ExitStack() as opened:
+        with ranks.failing_together() if share.size > 1 else nullcontext():
+            source = opened.enter_context(closing(_open_source(config, seed)))
+            if split is None:
+                split = split_episodes(source.identities, *held_out_shares(config, source.attributes), config.split_seed)
+            chosen = [find_episodes(getattr(split, part), source.identities, str(config.data)) for part in parts]
+            needed = replay_bytes(sum(source.lengths[i] for part in chosen for i in part), source.image_size, source.action_dim)
+            resident = replay_on_device(config.replay, needed, _free_memory(torch.device(device)))
         if share.size > 1:
             resident = not ranks.anywhere(not resident)[0]
         return tuple(
@@ -80,8 +82,6 @@ def make_batches(
             )
             for episodes in chosen
         )
-    finally:
-        source.close()
 
 
 def _free_memory(device: torch.device) -> int | None:

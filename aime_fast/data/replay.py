@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from aime_fast.data.memory_map import Layout, map_frames
 from aime_fast.data.prefetch import CopyStream
 from aime_fast.errors import DataError
+from aime_fast.runtime import ranks
 
 KEYS = ("pixels", "action", "reward", "discount", "is_init")
 DEVICE_SHARE = 0.25  # largest share of free device memory that "auto" gives to a replay; model and step need the rest
@@ -91,7 +93,11 @@ class Replay:
         self._stream = CopyStream(device) if device.type == "cuda" and not resident else None
         layout, count = _layout(source), offsets[-1]
         fill = partial(_fill, source=source, episodes=episodes, offsets=offsets)
-        self.frames = fill(_allocate(layout, count, device)) if resident else map_frames(layout, count, fill, together)
+        if not resident:
+            self.frames = map_frames(layout, count, fill, together)
+            return
+        with ranks.failing_together() if together else nullcontext():
+            self.frames = fill(_allocate(layout, count, device))
 
     def prepare(self, rows: Tensor) -> Any:
         """The part of a batch that any thread can do ahead. `rows`: int64 of any shape, on the host."""

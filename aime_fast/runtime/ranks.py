@@ -15,7 +15,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -114,7 +114,8 @@ def joined(device: torch.device, messages: str = "fp32") -> Iterator[None]:
         yield
         wait()
     except Interrupted:
-        wait()  # a launcher that sees one process end sends the others a second signal, which would cut off what they are saving
+        with suppress(RankError):  # one that is gone needs no waiting for
+            wait()  # a launcher that sees one process end sends the others a second signal, which would cut off what they are saving
         raise
     finally:
         _run = Ranks()
@@ -283,7 +284,7 @@ def failing_together() -> Iterator[None]:
     error = None
     try:
         yield
-    except Exception as caught:
+    except BaseException as caught:  # of a signal too: the others wait in a message, where they hear none
         error = caught
     try:
         reasons = told(None if error is None else str(error) or type(error).__name__)

@@ -113,7 +113,8 @@ class GradientRows:
             share: factor of the gradients.
             beside: the side stream of each loss, or None, in the order in which to begin; all join at the end. None: there are none.
             complete: called as soon as a row is made, on the stream of its loss, with the part of it, a view [P'], from the first parameter
-                that the loss depends on to the last; the rest is zero. Not where there is none, and never in compiled code.
+                that the loss depends on to the last; the rest is zero where the losses of `before` depended on the same ones. Not where
+                there is none, and never in compiled code.
         """
         beside = dict.fromkeys(losses) if beside is None else beside
         order = list(beside)
@@ -132,7 +133,7 @@ class GradientRows:
                 gradients = self._differentiate(losses[name], share, name != last or streams.has_side_streams())
                 streams.record([gradient for gradient in gradients if gradient is not None])
                 self._add(rows[name], gradients, before is None)
-                if complete is not None and (part := self._reached(rows[name], gradients)) is not None:
+                if complete is not None and (part := self._reached_part(rows[name], gradients)) is not None:
                     complete(part)
         streams.join(*beside.values())
         return self._flat
@@ -154,7 +155,7 @@ class GradientRows:
             if pairs:
                 torch._foreach_add_([view for view, _ in pairs], [gradient for _, gradient in pairs])
 
-    def _reached(self, row: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
+    def _reached_part(self, row: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
         """The part of a row, a view, from the first parameter with a gradient to the last."""
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if not reached:

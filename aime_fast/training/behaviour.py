@@ -53,11 +53,12 @@ def draw_starts(model: nn.Module, replay: LatentReplay, count: int) -> State:
 def entropy_weight(control: ControlConfig, share: float) -> float:
     """Weight of the actor's entropy where a `share` of the run's environment frames, 0 to 1, is played.
 
-    An actor that is to find something must try; one that is to keep a pole up for a thousand frames must not (docs/log.md).
+    Where it has another one at the end, it changes by the same factor with each frame of the second half (docs/control.md has what it did).
     """
     first, last = control.actor_entropy, control.final_entropy
-    falling = max(0.0, 2 * share - 1)
-    return first * (last / first) ** falling if first else last * falling
+    if last is None or not first:
+        return first
+    return first * (last / first) ** max(0.0, 2 * share - 1)
 
 
 class Behaviour:
@@ -67,7 +68,7 @@ class Behaviour:
     the next by hundreds, since a small lean that no roll-out of a second tells of drives a cart off in ten.
 
     Args: model: world model in eval mode, without gradients; control: settings; captures: an update is one CUDA graph; compiles: an
-    imagined frame, once, for the number of states of the first update.
+    imagined frame, for the number of states of the first update.
 
     Attributes: update: `_learn`, as it is run; average_actor, average_critic: `EMA` of each; the critic's completes returns.
     """
@@ -102,7 +103,7 @@ class Behaviour:
         mean size of values; value_limit, the value of the largest reward in every step.
         """
         c = self.control
-        imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon, one=self._act)
+        imagined = act_in_imagination(self.model, self.actor, start, c.imagination_horizon, act_once=self._act)
         discounts = c.discount * imagined.continues
         returns = lambda_returns(imagined.rewards, discounts, self.average_critic.model.value(imagined.features[1:]), c.return_decay)
         weight = torch.cat([torch.ones_like(discounts[:1]), discounts[:-1]]).cumprod(0).detach()  # discounted chance to come so far

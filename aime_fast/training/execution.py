@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from aime_fast.runtime import ranks
 from aime_fast.runtime.cuda_graph import Graphs
 from aime_fast.runtime.machine import Way
 
@@ -36,7 +37,7 @@ class Execution:
         compute_gradients, apply_gradients: the halves as they are executed. whole: whether they are compiled.
 
     Raises:
-        ValueError: a gradient penalty with compiled halves.
+        ValueError: a gradient penalty with compiled halves, or several processes, whose gradients these would not average.
     """
 
     def __init__(self, step: TrainingStep, way: Way, backend: str | Callable = "inductor"):
@@ -46,6 +47,8 @@ class Execution:
         if way.regions:
             step.model.compile_regions()
         if self.whole:
+            if ranks.of_run().size > 1:
+                raise ValueError("several processes cannot compile whole updates; use another --compile")
             if step.config.optim.gradient_penalty > 0:
                 raise ValueError("--gradient-penalty differentiates twice, which cannot be traced; use another --compile than whole")
             torch._dynamo.config.trace_autograd_ops = True  # the four task gradients are taken inside the compiled function

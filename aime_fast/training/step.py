@@ -213,14 +213,14 @@ class TrainingStep:
         stills = [self._learn_stills(batch, learning_rate) for batch in batches]
         averages = ranks.Averages()
         for i, (batch, inputs, of_stills) in enumerate(zip(batches, observed, stills), 1):
-            complete = averages.begin if i == len(batches) and ranks.size() > 1 else None
+            complete = averages.begin if i == len(batches) else None
             gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients, complete)
             scalars |= {name: value if len(batches) == 1 else value / len(batches) for name, value in of_stills.items()}
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}
             evidence.append({"batch": batch, "output": outputs, "loss": scalars})
-        metrics = ranks.means(metrics)
         # Before RGB, which is not linear: balanced gradients of parts of a batch do not add up to the balanced gradient of the batch.
         averages.wait()
+        metrics = ranks.means(metrics)
         metrics |= self.execution.apply_gradients(gradients, metrics, learnt_before, learning_rate)
         return metrics | {"beta": warmups.beta, "learning_rate": learning_rate}, evidence, gradients
 
@@ -235,7 +235,8 @@ class TrainingStep:
     ) -> tuple[Gradients, dict[str, Tensor], dict[str, Tensor]]:
         """A batch, its pixels in [-1, 1] -> (gradients added to those `before`, scalars by name, outputs of the model by name).
 
-        Losses and scalars are multiplied by `share`. `complete` is called with each row of gradients as soon as it is made.
+        Losses and scalars are multiplied by `share`. `complete` is called with each row of gradients as soon as it is made,
+        or with the part of it that is not zero, the tasks' first.
         """
         observations = batch["pixels"]  # [B, T, 3, H, W]
         ema = self.ema.model if self.config.loss.lambda_gram else None
@@ -253,7 +254,7 @@ class TrainingStep:
         outputs = {name: output.detach() for name, output in outputs.items()}
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         metrics |= {f"model/{name}": outputs[name] for name in MONITORS}
-        judging, judged = (outputs, observations, share, before.discriminator, complete), None
+        judging, judged = (outputs, observations, share, before.discriminator), None
         if kind.train_discriminator and streams.has_side_streams():
             judged = streams.beside("discriminators", self._train_discriminators, *judging)
         tasks = self._task_rows.gather(dict(zip(TASKS, task_losses)), before.tasks, share, BESIDE, complete)
@@ -261,23 +262,20 @@ class TrainingStep:
         discriminator = None
         if kind.train_discriminator:  # with one stream after the tasks, whose graph is freed by then
             discriminator, scalars = judged() if judged else self._train_discriminators(*judging)
+            if complete is not None:
+                complete(discriminator[0])
             metrics |= scalars
         # A product with 1 would be a kernel each.
         metrics = metrics if share == 1 else {name: value * share for name, value in metrics.items()}
         return Gradients(tasks, discriminator), metrics, {name: outputs[name] for name in COMPUTED}
 
     def _train_discriminators(
-        self,
-        outputs: dict[str, Tensor],
-        observations: Tensor,
-        share: float,
-        before: Tensor | None,
-        complete: Callable[[Tensor], None] | None,
+        self, outputs: dict[str, Tensor], observations: Tensor, share: float, before: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminators' part of `compute_gradients`: (gradient [1, Pd], scalars by name)."""
         with span("step: forward discriminator"), self.autocast():
             loss, parts = self.model.discriminator_loss(outputs, observations, self.config.optim.gradient_penalty)
-        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share, None, complete)
+        gradient = self._discriminator_row.gather({"discriminator": loss}, before, share)
         return gradient, {f"loss/{name}": part.detach() for name, part in (parts | {"discriminator": loss}).items()}
 
     def _observe(self, pixels: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
 class HeldOutClips:
     """Clips of test and of validation episodes, and what the measures need beside them."""
 
-    scored: Clips  # of test episodes, where nothing else is said
+    scored: Clips  # of the episodes of `part`
     validation: Clips
     mean_frame: Tensor  # [3, H, W] in [-1, 1], of the training episodes
     reader: PositionReader | str  # or why there is none

@@ -101,9 +101,9 @@ def test_a_compiled_frame_acts_alike(model):
     actor = Actor(policy_width(model), 16, model.action_dim).double()
     actor.layers[-1].weight.data.normal_()
     found = []
-    for one in (act, torch.compile(act, fullgraph=True, dynamic=False, backend="aot_eager")):
+    for act_once in (act, torch.compile(act, fullgraph=True, dynamic=False, backend="aot_eager")):
         torch.manual_seed(0)
-        imagined = act_in_imagination(model, actor, initial_state(model, 3), 3, one=one)
+        imagined = act_in_imagination(model, actor, initial_state(model, 3), 3, act_once=act_once)
         found.append((imagined, torch.autograd.grad(imagined.rewards.sum() + imagined.log_probs.sum(), list(actor.parameters()))))
     torch.testing.assert_close(*found)
 
@@ -162,8 +162,9 @@ def test_the_weight_of_the_entropy_falls_in_the_second_half():
     control = dataclasses.replace(ControlConfig(), actor_entropy=0.04, final_entropy=0.01)
     weights = [entropy_weight(control, share) for share in (0.0, 0.5, 0.75, 1.0)]
     assert weights == pytest.approx([0.04, 0.04, 0.02, 0.01])
-    assert entropy_weight(dataclasses.replace(control, actor_entropy=0.0), 0.75) == pytest.approx(0.005)
     assert entropy_weight(dataclasses.replace(control, final_entropy=0.0), 1.0) == 0.0
+    assert entropy_weight(dataclasses.replace(control, final_entropy=None), 1.0) == 0.04
+    assert entropy_weight(dataclasses.replace(control, actor_entropy=0.0), 1.0) == 0.0
 
 
 def test_a_calmed_actor_gives_up_its_entropy(monkeypatch):

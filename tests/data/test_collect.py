@@ -12,6 +12,7 @@ from commands import command, process
 from recordings import ATTRIBUTES
 from tensordict import TensorDict
 
+from aime_fast.collect import main
 from aime_fast.config import DataConfig
 from aime_fast.data import DMCVBDataset, EpisodeWriter, collect
 from aime_fast.data.collectors import Shard
@@ -103,6 +104,13 @@ def test_bad_arguments_give_one_message_and_status_2(tmp_path, arguments, messag
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.rglob("*.h5*")) == []
+
+
+def test_a_part_of_an_array_is_no_shard(monkeypatch):
+    for name, value in {"ID": 7, "MIN": 7, "MAX": 12, "COUNT": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(ConfigError, match="the array's 2 tasks are numbered 7 to 12, expected 1 to N, all of them"):
+        main(["--backend", "slurm-array"])
 
 
 def test_unusable_settings(tmp_path):

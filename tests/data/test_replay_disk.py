@@ -140,7 +140,7 @@ def test_one_process_of_a_machine_unpacks_and_the_others_map_its_files(two_proce
 
 def test_processes_that_unpack_together_share_the_batches_of_one(two_processes):
     parts = make_batches(dataclasses.replace(SMALL, prefetch=0), 0)
-    for whole, *shares in zip((next(part)["action"] for part in parts), *(each["batches"] for each in two_processes)):
+    for whole, *shares in zip((next(part)["action"] for part in parts), *(each["batches"] for each in two_processes), strict=True):
         assert shares == [Ranks(rank, 2).own(whole).tolist() for rank in range(2)]
     for part in parts:
         part.close()

@@ -171,7 +171,8 @@ def test_a_launcher_that_starts_the_processes_again_goes_on_with_the_run(tmp_pat
             until = time.monotonic() + 60
             while ENDED not in (tmp_path / "out").read_text() and time.monotonic() < until:
                 time.sleep(0.2)
-            assert ENDED in (tmp_path / "out").read_text()  # the others learn of it within a minute
+            said = (tmp_path / "out").read_text()
+            assert ENDED in said, said  # the others learn of it within a minute
             status = started.wait(timeout=200)
         finally:
             started.kill()
