@@ -38,8 +38,7 @@ FIRST_SHARE = 0.15  # of the frames, imagined in the first update
 ALL_FROM = 0.6  # share of the updates after which all frames are imagined, where nothing else is said
 STAGES = 6  # numbers of imagined frames in between
 CLIP = 1.0  # global gradient norm
-REPORTS = 20  # lines that a phase writes, at most
-REPORT_EVERY = 25  # updates between them, at least: a measure costs as much as a few
+REPORTS = 20  # lines that a phase writes
 MEASURED = 128  # held-out pieces of a measure
 CHOOSES = "rolled_out"  # the measure whose least value says which weights are kept
 AT_ONCE = 1000  # frames of an episode inferred at once, at most
@@ -282,7 +281,7 @@ def train_latent_phase(
             ({} where it begins). Up to date at every call of `save`; `progress` is None when the phase is done. With
             `optim.keep_best_latent_phase` there is `best`: the `update` after which held-out roll-outs cost least so far, what they cost,
             and until the phase is done the `weights`.
-        report: called at most some 20 times with the updates made, the measures of held-out episodes, and the best update so far, or 0.
+        report: called some 20 times with the updates made, the measures of held-out episodes, and the best update so far, or 0.
         due: whether to save after so many updates.
         save: called where it is due, and at the end.
         stopped: asked before each update; once true, the phase ends after `save`.
@@ -301,7 +300,7 @@ def train_latent_phase(
     phase = LatentPhase(model, *replays, optim, seed, captures, outcome_weight)
     if state["progress"]:
         phase.load_state_dict(state["progress"])
-    should_report = Every(max(REPORT_EVERY, phase.updates // REPORTS))
+    should_report = Every(max(1, phase.updates // REPORTS))
     try:
         while phase.made < phase.updates and not stopped():
             phase.update()

@@ -213,7 +213,7 @@ class TrainingStep:
         stills = [self._learn_stills(batch, learning_rate) for batch in batches]
         averages = ranks.Averages()
         for i, (batch, inputs, of_stills) in enumerate(zip(batches, observed, stills), 1):
-            complete = averages.begin if i == len(batches) else None
+            complete = averages.begin if i == len(batches) and ranks.size() > 1 else None
             gradients, scalars, outputs = self.execution.compute_gradients(kind, inputs, warmups, 1.0 / len(batches), gradients, complete)
             scalars |= {name: value if len(batches) == 1 else value / len(batches) for name, value in of_stills.items()}
             metrics = {name: metrics[name] + value if name in metrics else value for name, value in scalars.items()}

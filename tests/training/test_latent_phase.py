@@ -95,7 +95,6 @@ def test_the_weights_that_predict_held_out_episodes_best_are_kept(tmp_path, monk
         return {"one_step": 1.0, "rolled_out": next(costs)}
 
     monkeypatch.setattr(LatentPhase, "measure", measure)
-    monkeypatch.setattr("aime_fast.training.latent_phase.REPORT_EVERY", 1)
     stop_after(monkeypatch, 3)
     config = config_of(tmp_path, latent_phase_updates=4, keep_best_latent_phase=True)
     with pytest.raises(Interrupted):
