@@ -42,14 +42,18 @@ class Arena:
 
     def part(self, chosen: slice) -> Arena:
         """Parameters that lie side by side as an arena of their own, in the same memory."""
-        part, begin = copy.copy(self), chosen.indices(len(self.parameters))[0]
+        part = copy.copy(self)
         part.parameters, part._orders, part._padding = self.parameters[chosen], self._orders[chosen], self._padding[chosen]
-        first, size = (
-            sum(p.numel() + padding for p, padding in zip(parameters, paddings))
-            for parameters, paddings in ((self.parameters[:begin], self._padding[:begin]), (part.parameters, part._padding))
-        )
-        part.flat = self.flat[first : first + size]
+        part.flat = self.flat[self.extent(chosen)]
         return part
+
+    def extent(self, chosen: slice) -> slice:
+        """Where parameters that lie side by side are in a flat tensor [P], padding included."""
+        begin = chosen.indices(len(self.parameters))[0]
+        first, size = (
+            sum(p.numel() + padding for p, padding in zip(self.parameters[part], self._padding[part])) for part in (slice(begin), chosen)
+        )
+        return slice(first, first + size)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor [P] that belong to the parameters, as views in their shapes and layouts."""
@@ -160,8 +164,7 @@ class GradientRows:
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if not reached:
             return None
-        begins = [view.storage_offset() % self._flat.shape[1] for view in self._views[row]] + [self._flat.shape[1]]
-        return self._flat[row, begins[reached[0]] : begins[reached[-1] + 1]]
+        return self._flat[row, self.arena.extent(slice(reached[0], reached[-1] + 1))]
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
